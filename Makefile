@@ -26,7 +26,7 @@ install: .venv/installed
 .venv/installed: pyproject.toml constraints.txt
 	$(PYTHON) -c "import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f'dflows needs Python 3.11 or newer; $(PYTHON) is {v[0]}.{v[1]}. Try: make PYTHON=python3.11')"
 	$(PYTHON) -m venv .venv
-	$(PIP) torch setuptools wheel
+	$(PIP) torch setuptools
 	$(PIP) --no-build-isolation --editable '.[dev]'
 	@touch $@
 
@@ -53,6 +53,7 @@ docs: .venv/installed-docs
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --builder html docs docs/_build/html
 
 wheel: .venv/installed
+	rm -rf build
 	$(BIN)/python -m pip wheel --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist .
 
 clean:

@@ -116,15 +116,11 @@ def _of_kind(value: object, kind: str) -> bool:
         case "numbers":
             return isinstance(value, list) and all(map(_is_number, value))
         case _:
-            return (
-                isinstance(value, dict)
-                and all(isinstance(key, str) for key in value)
-                and all(map(_is_count, value.values()))
-            )
+            return isinstance(value, dict) and all(map(_is_count, value.values()))
 
 
 def _plain(value: Any, key: str) -> Any:
-    """Returns what JSON can hold of a value; numbers that JSON has no name for become words."""
+    """Returns a value in the types that JSON has."""
     if isinstance(value, torch.Tensor):
         value = value.tolist()
     if value is None or isinstance(value, (str, bool)):

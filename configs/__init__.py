@@ -1,0 +1,1 @@
+"""The shipped experiments: what ``--config NAME.yaml`` finds by its bare name."""

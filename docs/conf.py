@@ -1,0 +1,45 @@
+"""The documentation, built by ``make docs``; every warning fails the build."""
+
+from importlib import metadata
+
+project = "dflows"
+author = "The dflows authors"
+release = metadata.version("dflows")
+
+extensions = [
+    "myst_parser",
+    "sphinx.ext.apidoc",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.mathjax",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+]
+exclude_patterns = ["_build", "api/generated/*/modules.rst"]
+default_role = "code"
+html_theme = "furo"
+html_title = "dflows"
+myst_enable_extensions = ["colon_fence", "deflist", "dollarmath"]
+myst_heading_anchors = 3
+
+# One page a module, written anew at every build: a new module needs no page of its own.
+apidoc_modules = [
+    {
+        "path": f"../{package}",
+        "destination": f"api/generated/{package}",
+        "separate_modules": True,
+        "module_first": True,
+        "automodule_options": {"members", "show-inheritance", "ignore-module-all"},
+    }
+    for package in ("dflows", "datamodules", "lightning_modules")
+]
+autodoc_member_order = "bysource"
+autodoc_typehints = "signature"
+# An override without a docstring is described by its interface, here, not by torch or Lightning.
+autodoc_inherit_docstrings = False
+napoleon_google_docstring = True
+napoleon_numpy_docstring = False
+napoleon_custom_sections = [("Arguments", "params_style")]
+
+# References into this project must resolve; those into other projects are not looked up.
+nitpicky = True
+nitpick_ignore_regex = [("py:.*", r"(?!(dflows|datamodules|lightning_modules)\.).*")]
