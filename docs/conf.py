@@ -28,18 +28,23 @@ apidoc_modules = [
         "destination": f"api/generated/{package}",
         "separate_modules": True,
         "module_first": True,
-        "automodule_options": {"members", "show-inheritance", "ignore-module-all"},
     }
     for package in ("dflows", "datamodules", "lightning_modules")
 ]
+# What a package re-exports is described where it is defined.
+autodoc_default_options = {"ignore-module-all": True}
 autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
-# An override without a docstring is described by its interface, here, not by torch or Lightning.
+# An override without a docstring is shown bare: what torch or Lightning say of it is theirs.
 autodoc_inherit_docstrings = False
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_custom_sections = [("Arguments", "params_style")]
 
-# References into this project must resolve; those into other projects are not looked up.
+# References into this project must resolve; those into other projects are not looked up, and
+# private names have no page.
 nitpicky = True
-nitpick_ignore_regex = [("py:.*", r"(?!(dflows|datamodules|lightning_modules)\.).*")]
+nitpick_ignore_regex = [
+    ("py:.*", r"(?!(dflows|datamodules|lightning_modules)\.).*"),
+    ("py:.*", r".*\._\w+"),
+]
