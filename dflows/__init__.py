@@ -1,0 +1,21 @@
+"""Discrete normalizing flows: exact-likelihood generative models of discrete data."""
+
+from dflows.bases import AutoregressiveBase, FactorizedBase
+from dflows.flow import DiscreteFlow, FlowDistribution
+from dflows.transforms import (
+    AutoregressiveTransform,
+    BipartiteTransform,
+    ConditionalTransform,
+    PermutationTransform,
+)
+
+__all__ = [
+    "AutoregressiveBase",
+    "AutoregressiveTransform",
+    "BipartiteTransform",
+    "ConditionalTransform",
+    "DiscreteFlow",
+    "FactorizedBase",
+    "FlowDistribution",
+    "PermutationTransform",
+]

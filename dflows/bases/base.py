@@ -1,0 +1,93 @@
+"""The interface of all bases: the distribution of x."""
+
+from abc import ABC, abstractmethod
+from typing import ClassVar
+
+from torch import Generator, Tensor, nn
+
+__all__ = ["Base"]
+
+
+class Base(nn.Module, ABC):
+    """Creates a distribution of x in {0, …, K-1}^D.
+
+    Arguments:
+        num_classes: K.
+        length: D, the largest number of dimensions; fewer are an event of their own.
+    """
+
+    scores_parts: ClassVar[bool]
+    """Whether a part of the dimensions can be scored without knowing the others."""
+
+    def __init__(self, num_classes: int, length: int) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.length = length
+
+    @property
+    @abstractmethod
+    def passes(self) -> int:
+        """Network evaluations, one after the other, that a batch of samples takes."""
+
+    @abstractmethod
+    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Computes the log-probability of every dimension given those before it, in nats.
+
+        Args:
+            x: Indices (N, d) or one-hot vectors (N, d, K).
+            context: Vectors (N, C) or sequences (N, S, C).
+
+        Returns:
+            Log-probabilities (N, d), whose sum is that of the event.
+        """
+
+    def objective(
+        self, x: Tensor, context: Tensor | None = None, weight: Tensor | None = None
+    ) -> Tensor:
+        """Computes what training maximises, in nats: an unbiased estimate of the event's
+        log-probability.
+
+        Args:
+            x: As in :meth:`log_prob`; right where the weight is not 0.
+            context: As in :meth:`log_prob`.
+            weight: Weights (N, d) of the dimensions; 1 where they are not given.
+
+        Returns:
+            Log-probabilities (N,).
+        """
+        log_prob = self.log_prob(x, context)
+        return (log_prob if weight is None else log_prob * weight).sum(dim=-1)
+
+    @abstractmethod
+    def sample(
+        self,
+        num_samples: int,
+        length: int,
+        context: Tensor | None = None,
+        *,
+        temperature: float = 1.0,
+        generator: Generator | None = None,
+        fixed_point: bool = False,
+    ) -> Tensor:
+        """Draws samples.
+
+        Args:
+            num_samples: N.
+            length: Dimensions d of an event.
+            context: Vectors (N, C) or sequences (N, S, C).
+            temperature: Divides the logits; 1 samples the distribution itself.
+            generator: Source of randomness.
+            fixed_point: Whether to iterate over all positions at once in place of going level by
+                level. The samples are the same.
+
+        Returns:
+            Indices (N, d).
+        """
+
+    @abstractmethod
+    def start(self, counts: Tensor) -> None:
+        """Starts the distribution from the counts of the training data's classes, before training.
+
+        Args:
+            counts: Counts (K,), or (D, K) of every dimension's own.
+        """

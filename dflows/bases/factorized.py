@@ -1,0 +1,149 @@
+"""The factorized base."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor, nn
+
+from dflows.bases.base import Base
+from dflows.errors import UserError
+from dflows.orderings import Ordering, untransformed
+from dflows.representations import is_one_hot
+
+__all__ = ["FactorizedBase"]
+
+PEAK = 0.5
+"""Probability of class 0 at the start, where a flow transforms the dimension."""
+
+
+class FactorizedBase(Base):
+    r"""Creates a base of independent dimensions.
+
+    .. math:: p(x) = \prod_d \mathrm{softmax}(\theta_{g(d)})_{x_d}
+
+    with g(d) the group of a dimension. Those that some flow transforms start peaked on class 0:
+    a base that starts at the data's marginal would make the identity a local optimum of the flow.
+    Those that none transforms start at the marginal.
+
+    Arguments:
+        num_classes: K.
+        length: D.
+        orderings: Orderings of the flow's transforms, which tell the dimensions it treats alike.
+        sharing: ``levels``: dimensions of equal levels in all orderings share their distribution;
+            ``positions``: every dimension has its own.
+
+    Raises:
+        UserError: If `sharing` is neither.
+
+    Example:
+        >>> from dflows.orderings import Strided
+        >>> base = FactorizedBase(num_classes=4, length=6, orderings=[Strided(columns=3)])
+        >>> base.groups
+        tensor([0, 1, 2, 0, 1, 2])
+        >>> base.log_prob(torch.zeros(1, 6, dtype=torch.long)).exp()
+        tensor([[0.2500, 0.5000, 0.5000, 0.2500, 0.5000, 0.5000]], grad_fn=<ExpBackward0>)
+    """
+
+    scores_parts = True
+    groups: Tensor
+    peaked: Tensor
+
+    def __init__(
+        self,
+        num_classes: int,
+        length: int,
+        orderings: Sequence[Ordering] = (),
+        sharing: Literal["levels", "positions"] = "levels",
+    ) -> None:
+        super().__init__(num_classes, length)
+        if sharing not in ("levels", "positions"):
+            raise UserError(f"sharing is {sharing!r}: give 'levels' or 'positions'")
+        if sharing == "positions":
+            groups = torch.arange(length)
+        elif orderings:
+            levels = torch.stack([ordering.levels(length) for ordering in orderings])
+            groups = levels.unique(dim=1, return_inverse=True)[1]
+        else:
+            groups = torch.zeros(length, dtype=torch.long)
+        peaked = torch.ones(int(groups.max()) + 1, dtype=torch.bool)
+        peaked[groups[untransformed(orderings, length)]] = False
+        self.register_buffer("groups", groups)
+        self.register_buffer("peaked", peaked, persistent=False)
+        self.logits = nn.Parameter(torch.empty(len(peaked), num_classes))
+        self.start(torch.ones(num_classes))
+
+    def extra_repr(self) -> str:
+        return f"num_classes={self.num_classes}, length={self.length}, groups={len(self.peaked)}"
+
+    @property
+    def passes(self) -> int:
+        return 0
+
+    def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        table = self.logits.log_softmax(dim=-1)
+        if is_one_hot(x):
+            return (x * table[self.groups[: x.shape[1]]]).sum(dim=-1)
+        # One flat look-up: a gather of (N, d, K) rows would cost K times as much.
+        return table.flatten()[self.groups[: x.shape[1]] * self.num_classes + x]
+
+    def sample(
+        self,
+        num_samples: int,
+        length: int,
+        context: Tensor | None = None,
+        *,
+        temperature: float = 1.0,
+        generator: Generator | None = None,
+        fixed_point: bool = False,
+    ) -> Tensor:
+        probs = (self.logits.double() / temperature).softmax(dim=-1)
+        uniform = torch.rand(
+            length, num_samples, dtype=probs.dtype, device=probs.device, generator=generator
+        )
+        edges = probs.cumsum(dim=-1)[self.groups[:length], :-1].contiguous()
+        return torch.searchsorted(edges, uniform, right=True).T.contiguous()
+
+    @torch.no_grad()
+    def start(self, counts: Tensor) -> None:
+        marginal = ((counts + 1) / (counts + 1).sum(dim=-1, keepdim=True)).to(self.logits)
+        if marginal.ndim == 2:  # of every dimension: a group's is the mean of its dimensions'
+            size = self.groups.bincount().unsqueeze(-1)
+            marginal = torch.zeros_like(self.logits).index_add(0, self.groups, marginal) / size
+        peaked = torch.full_like(self.logits, (1 - PEAK) / (self.num_classes - 1))
+        peaked[:, 0] = PEAK
+        self.logits.copy_(torch.where(self.peaked.unsqueeze(-1), peaked, marginal).log())
+
+    def count(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Counts the classes of every group.
+
+        Args:
+            x: Indices (N, d).
+            weight: Weights (N, d) of the dimensions; 1 where they are not given.
+
+        Returns:
+            Counts (G, K) in float64, which add up over batches.
+        """
+        cells = self.groups[: x.shape[1]] * self.num_classes + x
+        weights = None if weight is None else weight.double().flatten()
+        counts = cells.flatten().bincount(weights, minlength=self.logits.numel())
+        return counts.double().reshape(self.logits.shape)
+
+    @torch.no_grad()
+    def refit(self, counts: Tensor, smoothing: float = 0.5) -> None:
+        """Sets the distribution in closed form, to the most likely one given counts.
+
+        Args:
+            counts: Counts (G, K), sums of :meth:`count`.
+            smoothing: Added to every count, so that no class has probability 0. Groups that were
+                never counted are left alone.
+
+        Example:
+            >>> base = FactorizedBase(num_classes=3, length=2)
+            >>> base.refit(base.count(torch.tensor([[0, 1], [1, 1]])), smoothing=1.0)
+            >>> base.logits.softmax(-1)
+            tensor([[0.2857, 0.5714, 0.1429]], grad_fn=<SoftmaxBackward0>)
+        """
+        totals = counts.sum(dim=-1, keepdim=True)
+        probs = (counts + smoothing) / (totals + smoothing * self.num_classes)
+        self.logits.copy_(torch.where(totals > 0, probs.log().to(self.logits), self.logits))

@@ -1,0 +1,325 @@
+"""The conditional network: from the dimensions of lower levels to logits.
+
+A conditioner holds an ordering, an embedding of values, a backbone and a linear head. Transforms
+read the parameters of their bijection off it, autoregressive bases their probabilities. It is the
+one place that knows how a backbone is run:
+
+- *level-causal*: the backbone itself keeps to the ordering, and one evaluation gives the logits of
+  every dimension;
+- *masked*: the dimensions of the same and of higher levels are replaced by a learned vector before
+  the backbone sees them, so that any network will do; one evaluation a level.
+
+For a network that can do both, the two give equal logits.
+"""
+
+from collections.abc import Callable
+from typing import Literal, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dflows.backbones import Backbone
+from dflows.errors import UserError
+from dflows.orderings import Ordering
+from dflows.representations import is_one_hot
+
+__all__ = ["Conditioner", "Decide", "Execution"]
+
+Execution = Literal["auto", "causal", "masked"]
+
+Decide: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""Decides the values of some dimensions: from their numbers (n,) and logits (N, n, num_outputs)
+to indices (N, n) or one-hot vectors (N, n, K)."""
+
+
+class Conditioner(nn.Module):
+    """Creates a network from values (N, d) to logits (N, d, num_outputs) that keeps to an ordering.
+
+    The logits of a dimension depend on the values of lower levels only, and on the context.
+
+    Arguments:
+        num_classes: K, the classes of a value.
+        length: D, the largest number of dimensions.
+        num_outputs: Logits of one dimension.
+        ordering: Which dimensions condition which.
+        backbone: The network, from features (N, D, width) to features (N, D, width).
+        width: Features of one dimension; needed where the backbone does not tell its own.
+        execution: ``causal``, ``masked``, or ``auto`` for the first of them that the backbone can.
+        positions: Whether to add a learned embedding of positions. By default only to a backbone
+            that is not of dflows', for those know positions by themselves.
+        context_features: Features C of a context; without them there is none.
+        conditions_first: Whether level 0 needs the network too, as in a base.
+
+    Raises:
+        UserError: If the backbone cannot be run as asked, or its width is unknown or another.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        length: int,
+        num_outputs: int,
+        ordering: Ordering,
+        backbone: nn.Module,
+        *,
+        width: int | None = None,
+        execution: Execution = "auto",
+        positions: bool | None = None,
+        context_features: int | None = None,
+        conditions_first: bool = False,
+    ) -> None:
+        super().__init__()
+        own = isinstance(backbone, Backbone)
+        if width is None:
+            if not own:
+                raise UserError(
+                    f"the width of a {type(backbone).__name__} is not known: give `width`, the "
+                    "last dimension of the features that it takes and returns"
+                )
+            width = backbone.width
+        elif own and backbone.width != width:
+            raise UserError(
+                f"width is {width} and the backbone's own is {backbone.width}: leave `width` away"
+            )
+        causal = own and backbone.level_causal
+        if execution == "causal" and not causal:
+            raise UserError(
+                f"{type(backbone).__name__} is not level-causal, so it would see what it must "
+                "predict: set execution to 'masked'"
+            )
+        self.num_classes = num_classes
+        self.length = length
+        self.num_outputs = num_outputs
+        self.ordering = ordering
+        self.width = width
+        self.level_causal = causal
+        self.one_pass = causal and execution != "masked"
+        self.first_level = 0 if conditions_first else 1
+        self.backbone = backbone
+        self._dimensions: dict[tuple[int, torch.device], tuple[Tensor, list[Tensor]]] = {}
+
+        num_levels = int(ordering.levels(length).max()) + 1
+        if num_levels <= self.first_level:
+            raise UserError(
+                f"{ordering!r} gives all {length} dimensions the same level, which leaves a flow "
+                "nothing to do: choose an ordering of two levels or more, or a greater length"
+            )
+        self.embeds = not own or backbone.embeds
+        if self.embeds:
+            self.embedding = nn.Parameter(torch.randn(num_classes, width))
+            self.query = nn.Parameter(torch.randn(num_levels, width) * 0.1)
+            if positions or (positions is None and not own):
+                self.positions = nn.Parameter(torch.randn(length, width) * 0.1)
+            else:
+                self.register_parameter("positions", None)
+            if causal:
+                self.register_parameter("hidden", None)
+                self.register_parameter("current", None)
+            else:
+                self.hidden = nn.Parameter(torch.randn(width))
+                self.current = nn.Parameter(torch.randn(num_levels, width) * 0.1)
+        if context_features is not None and not self.embeds:
+            raise UserError(
+                f"{type(backbone).__name__} has a row for every state of the dimensions and none "
+                "for a context: choose another backbone"
+            )
+        self.context = None if context_features is None else nn.Linear(context_features, width)
+        self.head = nn.Linear(width, num_outputs)
+
+    def extra_repr(self) -> str:
+        execution = "causal" if self.one_pass else "masked"
+        return f"ordering={self.ordering!r}, execution={execution!r}, length={self.length}"
+
+    @property
+    def passes(self) -> int:
+        """Evaluations of the backbone, one after the other, that generation takes."""
+        return int(self.ordering.levels(self.length).max()) + 1 - self.first_level
+
+    def levels(self, length: int, device: torch.device) -> tuple[Tensor, list[Tensor]]:
+        """Returns the levels (d,) of so many dimensions, and the dimensions of every level."""
+        key = (length, device)
+        if key not in self._dimensions:
+            with torch.inference_mode(False):
+                levels = self.ordering.levels(length).to(device)
+                members = [
+                    (levels == level).nonzero().squeeze(-1) for level in range(int(levels.max()) + 1)
+                ]
+            self._dimensions[key] = levels, members
+        return self._dimensions[key]
+
+    def _content(self, y: Tensor) -> Tensor:
+        if not self.embeds:
+            return y
+        if is_one_hot(y):
+            return y.to(self.embedding.dtype) @ self.embedding
+        return F.embedding(y, self.embedding)
+
+    def _context_tokens(self, context: Tensor | None) -> Tensor | None:
+        if (context is None) != (self.context is None):
+            raise UserError(
+                "the flow is conditional, and no context was given: call it with one"
+                if context is None
+                else "a context was given to a flow that takes none: set `context_features`"
+            )
+        if context is None or self.context is None:
+            return None
+        tokens: Tensor = self.context(context.to(self.context.weight.dtype))
+        return tokens.unsqueeze(1) if tokens.ndim == 2 else tokens
+
+    def _query(self, levels: Tensor) -> Tensor | None:
+        if not self.embeds:
+            return None
+        query = self.query[levels]
+        if self.positions is not None:
+            query = query + self.positions[: len(levels)]
+        return query
+
+    def _run(self, y: Tensor, level: Tensor | None, context: Tensor | None) -> Tensor:
+        """Evaluates the backbone once: features (N, d, width).
+
+        Args:
+            y: Values (N, d) or (N, d, K).
+            level: The level (N,) or (1,) that an example is evaluated for, with the values of this
+                and of higher levels hidden; nothing where the backbone is to keep to the ordering.
+            context: Vectors (N, C) or sequences (N, S, C).
+        """
+        levels, _ = self.levels(y.shape[1], y.device)
+        visible = None if level is None else levels < level.unsqueeze(-1)
+        if not self.embeds:
+            if visible is not None:
+                y = y * visible.unsqueeze(-1) if is_one_hot(y) else y * visible
+            features: Tensor = self.backbone(y, None, levels)
+            return features
+        content, query = self._content(y), self._query(levels)
+        tokens = self._context_tokens(context)
+        count = 0 if tokens is None else tokens.shape[1]
+        if self.level_causal:
+            if visible is not None:
+                content = content * visible.unsqueeze(-1)
+            if tokens is not None:
+                content = torch.cat([tokens.to(content.dtype), content], dim=1)
+                query = torch.cat([query.new_zeros(count, self.width), query])
+                levels = torch.cat([levels.new_full((count,), -1), levels])
+            features = self.backbone(content, query, levels)
+        else:
+            if level is None or visible is None:
+                raise RuntimeError("a backbone that is not level-causal runs masked")
+            content = torch.where(visible.unsqueeze(-1), content, self.hidden.to(content.dtype))
+            content = content + (query + self.current[level].unsqueeze(1))
+            if tokens is not None:
+                content = torch.cat([tokens.to(content.dtype), content], dim=1)
+            features = self.backbone(content)
+        if features.shape != content.shape:
+            raise UserError(
+                f"{type(self.backbone).__name__} returned features {tuple(features.shape)} for "
+                f"features {tuple(content.shape)}: a backbone must keep (batch, length, width)"
+            )
+        return features[:, count:]
+
+    def _logits(self, features: Tensor) -> Tensor:
+        # In full precision under autocast: logits in bfloat16 tie, and likelihoods suffer.
+        with torch.autocast(features.device.type, enabled=False):
+            logits: Tensor = self.head(features.to(self.head.weight.dtype))
+            return logits
+
+    def _level(self, level: int, device: torch.device) -> Tensor:
+        return torch.full((1,), level, device=device)
+
+    def forward(self, y: Tensor, context: Tensor | None = None) -> Tensor:
+        """Computes the logits of all dimensions.
+
+        Args:
+            y: Indices (N, d) or one-hot vectors (N, d, K).
+            context: Vectors (N, C) or sequences (N, S, C).
+
+        Returns:
+            Logits (N, d, num_outputs); zeros for dimensions that need no network.
+        """
+        _, members = self.levels(y.shape[1], y.device)
+        if self.one_pass:
+            logits = self._logits(self._run(y, None, context))
+            if self.first_level:
+                logits = logits.index_fill(1, members[0], 0)
+            return logits
+        parts = [self.level_logits(y, n, context) for n in range(self.first_level, len(members))]
+        shape = (y.shape[0], y.shape[1], self.num_outputs)
+        logits = parts[0].new_zeros(shape) if parts else self.head.weight.new_zeros(shape)
+        if parts:
+            logits = logits.index_copy(1, torch.cat(members[self.first_level :]), torch.cat(parts, 1))
+        return logits
+
+    def level_logits(self, y: Tensor, level: int, context: Tensor | None = None) -> Tensor:
+        """Computes the logits (N, n, num_outputs) of the n dimensions of one level.
+
+        Only the values of lower levels matter, those of others may be anything.
+        """
+        _, members = self.levels(y.shape[1], y.device)
+        hide = None if self.one_pass else self._level(level, y.device)
+        return self._logits(self._run(y, hide, context)[:, members[level]])
+
+    def drawn_logits(
+        self, y: Tensor, level: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Computes the logits of one level for every example, in one evaluation.
+
+        Args:
+            y: Indices (N, d).
+            level: The level (N,) of every example.
+            context: As in :meth:`forward`.
+
+        Returns:
+            The dimensions of these levels, boolean (N, d) with M true entries, and their logits
+            (M, num_outputs).
+        """
+        levels, _ = self.levels(y.shape[1], y.device)
+        drawn = levels == level.unsqueeze(-1)
+        hide = None if self.one_pass else level
+        return drawn, self._logits(self._run(y, hide, context)[drawn])
+
+    def by_levels(self, y: Tensor, decide: Decide, context: Tensor | None = None) -> Tensor:
+        """Decides the values level by level, in one evaluation each.
+
+        Args:
+            y: Indices (N, d) or one-hot vectors (N, d, K), right where no network is needed.
+            decide: What the values of a level are, given its dimensions and logits.
+            context: As in :meth:`forward`.
+
+        Returns:
+            The values, in the representation of `y`.
+        """
+        _, members = self.levels(y.shape[1], y.device)
+        for level in range(self.first_level, len(members)):
+            values = decide(members[level], self.level_logits(y, level, context))
+            y = y.index_copy(1, members[level], values)
+        return y
+
+    def fixed_point(
+        self, y: Tensor, decide: Decide, context: Tensor | None = None
+    ) -> tuple[Tensor, int]:
+        """Decides the values of all dimensions at once, again and again until nothing changes.
+
+        An iteration settles at least one more level, so that the values are those of
+        :meth:`by_levels` after as many iterations as levels at most, and one to see it.
+
+        Args:
+            y: Indices (N, d), right where no network is needed, anything elsewhere.
+            decide: As in :meth:`by_levels`.
+            context: As in :meth:`forward`.
+
+        Returns:
+            The values (N, d) and the number of iterations.
+        """
+        _, members = self.levels(y.shape[1], y.device)
+        if len(members) <= self.first_level:
+            return y, 0
+        dimensions = torch.cat(members[self.first_level :]).sort().values
+        iterations = 0
+        for _ in range(len(members) + 1):
+            iterations += 1
+            values = decide(dimensions, self(y, context)[:, dimensions])
+            settled = torch.equal(values, y[:, dimensions])
+            y = y.index_copy(1, dimensions, values)
+            if settled:
+                break
+        return y, iterations

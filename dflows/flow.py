@@ -1,0 +1,413 @@
+"""The discrete flow: a base and transforms.
+
+``transform(x)`` maps base → data, everywhere in dflows; a stack lists its transforms in that order.
+Since a bijection of a finite set changes no volume, p(y) = p_base(x) with x the value that y comes
+from: the likelihood is exact, and there is no Jacobian.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor, nn
+from torch.distributions import Distribution, constraints
+
+from dflows.bases import Base
+from dflows.errors import UserError
+from dflows.orderings import untransformed
+from dflows.representations import flatten_batch, to_one_hot
+from dflows.transforms import ConditionalTransform, DiscreteTransform
+
+__all__ = ["DiscreteFlow", "FlowDistribution", "Method"]
+
+Method = Literal["levels", "fixed_point"]
+
+
+class DiscreteFlow(nn.Module):
+    r"""Creates a discrete flow, :math:`p(y) = p_\mathrm{base}(f^{-1}(y))`.
+
+    Called with an optional context it is a `torch.distributions.Distribution`.
+
+    Arguments:
+        base: The distribution of x.
+        transforms: Transforms in the order base → data.
+        context_encoder: Maps what the user conditions on to vectors (B, C) or sequences (B, S, C);
+            without it the context must have one of these shapes.
+
+    Raises:
+        UserError: If the parts do not fit each other.
+
+    References:
+        | Discrete Flows: Invertible Generative Models of Discrete Data (Tran et al., 2019)
+        | https://arxiv.org/abs/1905.10347
+
+    Example:
+        >>> _ = torch.manual_seed(0)
+        >>> from dflows.backbones import DilatedConvolution
+        >>> from dflows.bases import FactorizedBase
+        >>> from dflows.bijections import RankPermutation
+        >>> from dflows.orderings import Parity
+        >>> from dflows.transforms import BipartiteTransform
+        >>> orderings = [Parity(), Parity(first=1)]
+        >>> flow = DiscreteFlow(
+        ...     FactorizedBase(num_classes=3, length=4, orderings=orderings),
+        ...     [
+        ...         BipartiteTransform(
+        ...             4, RankPermutation(3), DilatedConvolution(width=8), ordering=ordering
+        ...         )
+        ...         for ordering in orderings
+        ...     ],
+        ... )
+        >>> states = torch.cartesian_prod(*[torch.arange(3)] * 4)
+        >>> round(flow().log_prob(states).exp().sum().item(), 5)
+        1.0
+        >>> flow().sample((2,)).shape, flow.passes
+        (torch.Size([2, 4]), 2)
+    """
+
+    def __init__(
+        self,
+        base: Base,
+        transforms: Sequence[DiscreteTransform] = (),
+        context_encoder: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.transforms = nn.ModuleList(transforms)
+        self.context_encoder = context_encoder
+        conditional = self.conditional_transforms
+        for transform in conditional:
+            if transform.length != base.length:
+                raise UserError(
+                    f"a transform of {transform.length} dimensions stands on a base of "
+                    f"{base.length}: give both the same length"
+                )
+            if transform.bijection.num_classes != base.num_classes:
+                raise UserError(
+                    f"a bijection of {transform.bijection.num_classes} classes stands on a base of "
+                    f"{base.num_classes}: give both the same num_classes"
+                )
+        draws = {transform.estimator.draw == "flow" for transform in conditional}
+        if len(draws) > 1:
+            raise UserError(
+                "some flows of the stack draw a flow to train and others do not: give every "
+                "estimator draw='flow', or none"
+            )
+        self._draws_flow = draws == {True} and len(conditional) > 1
+        self._through = any(transform.estimator.through for transform in conditional)
+
+    @property
+    def num_classes(self) -> int:
+        """K."""
+        return self.base.num_classes
+
+    @property
+    def length(self) -> int:
+        """D."""
+        return self.base.length
+
+    @property
+    def conditional_transforms(self) -> list[ConditionalTransform]:
+        """The transforms of the stack that hold a network, base → data."""
+        return [
+            transform for transform in self.transforms if isinstance(transform, ConditionalTransform)
+        ]
+
+    @property
+    def passes(self) -> int:
+        """Network evaluations, one after the other, that one batch of samples takes."""
+        return self.base.passes + sum(transform.passes for transform in self.transforms)
+
+    @property
+    def untransformed(self) -> int:
+        """Number of dimensions that no transform ever changes.
+
+        Permutations between transforms are not looked through: it is exact for stacks of
+        conditional transforms, and an upper bound elsewhere.
+        """
+        orderings = [transform.ordering for transform in self.conditional_transforms]
+        return len(untransformed(orderings, self.length))
+
+    def encode_context(self, context: Tensor | None) -> Tensor | None:
+        """Encodes a context into vectors (B, C) or sequences (B, S, C)."""
+        if context is None or self.context_encoder is None:
+            return context
+        encoded: Tensor = self.context_encoder(context)
+        return encoded
+
+    def forward(self, context: Tensor | None = None) -> "FlowDistribution":
+        """Returns the distribution of y, given a context (B, …) or none."""
+        return FlowDistribution(self, self.encode_context(context))
+
+    def _check(self, y: Tensor) -> None:
+        if y.is_floating_point() or y.dtype == torch.bool:
+            raise UserError(
+                f"values of dtype {y.dtype} were given: give indices 0..{self.num_classes - 1} as "
+                "integers"
+            )
+        if not 1 <= y.shape[-1] <= self.length:
+            raise UserError(
+                f"an event of {y.shape[-1]} dimensions was given, and the flow has {self.length}: "
+                "give 1 to that many"
+            )
+
+    def log_prob(self, y: Tensor, context: Tensor | None = None) -> Tensor:
+        """Computes the exact log-probability, in nats.
+
+        Its gradient is that of the transforms' estimators.
+
+        Args:
+            y: Indices (…, d); d below D is an event of its own.
+            context: What the flow is conditioned on, (B, …) with B the last batch dimension of y.
+
+        Returns:
+            Log-probabilities (…).
+
+        Raises:
+            UserError: If `y` holds no indices, or more dimensions than the flow.
+        """
+        self._check(y)
+        return self._log_prob(y, self.encode_context(context))
+
+    def _log_prob(self, y: Tensor, context: Tensor | None) -> Tensor:
+        flat, context, shape = flatten_batch(y, context)
+        x, total = self._inverse(flat, context)
+        return (self.base.log_prob(x, context).sum(dim=-1) + total).reshape(shape)
+
+    def _inverse(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        if self._through and torch.is_grad_enabled():
+            y = to_one_hot(y, self.num_classes)
+        total = torch.zeros(y.shape[0], device=y.device)
+        for transform in reversed(self.transforms):
+            y, ladj = transform.inverse_and_ladj(y, context)
+            total = total + ladj
+        return y, total
+
+    def objective(self, y: Tensor, context: Tensor | None = None) -> Tensor:
+        """Computes what training maximises: the log-probability, or an unbiased estimate of it.
+
+        Where an estimator draws levels or flows, only these are evaluated. In value the mean over
+        draws is :meth:`log_prob`; the gradient is the estimators'.
+
+        Arguments, result and errors are those of :meth:`log_prob`.
+        """
+        self._check(y)
+        flat, context, shape = flatten_batch(y, self.encode_context(context))
+        if self._draws_flow:
+            return self._drawn_flow(flat, context).reshape(shape)
+        x, total, weight = flat, torch.zeros(flat.shape[0], device=flat.device), None
+        if self._through:
+            x = to_one_hot(x, self.num_classes)
+        for transform in reversed(self.transforms):
+            last = transform is self.transforms[0]
+            x, ladj, weight = self._train(transform, x, context, last)
+            total = total + ladj
+        return (self.base.objective(x, context, weight) + total).reshape(shape)
+
+    def _train(
+        self, transform: nn.Module, y: Tensor, context: Tensor | None, last: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Trains and inverts one transform; if it is the last, only what the base has to see."""
+        if not (isinstance(transform, ConditionalTransform) and transform.draws_levels):
+            x, ladj = transform.inverse_and_ladj(y, context)
+            return x, ladj, None
+        drawn = transform.draw(y, context)
+        if last and self.base.scores_parts:
+            return drawn
+        with torch.no_grad():
+            x = transform.inverse(y, context)
+        return x, drawn.ladj, None
+
+    def _drawn_flow(self, y: Tensor, context: Tensor | None) -> Tensor:
+        """Trains one flow an example; the base, by the examples that reach it."""
+        candidates = self.conditional_transforms
+        choice = torch.randint(len(candidates), y.shape[:1], device=y.device)
+        total = torch.zeros(y.shape[0], device=y.device)
+        rows = torch.arange(y.shape[0], device=y.device)
+        weight: Tensor | None = None
+        for transform in reversed(self.transforms):
+            part = None if context is None else context[rows]
+            if not isinstance(transform, ConditionalTransform):
+                y = transform.inverse(y, part)
+                continue
+            number = next(n for n, candidate in enumerate(candidates) if candidate is transform)
+            chosen = choice[rows] == number
+            last = number == 0 and transform is self.transforms[0]
+            if chosen.any():
+                trained, ladj, weight = self._train(
+                    transform, y[chosen], None if part is None else part[chosen], last
+                )
+                total = total.index_add(0, rows[chosen], (len(candidates) * ladj).to(total.dtype))
+            if number == 0:
+                # Those that are left chose this flow, and only they go on to the base.
+                rows, y = rows[chosen], trained if chosen.any() else y[chosen]
+                break
+            with torch.no_grad():
+                part = None if part is None else part[~chosen]
+                rows, y = rows[~chosen], transform.inverse(y[~chosen], part)
+        if not len(rows):
+            return total
+        score = self.base.objective(y, None if context is None else context[rows], weight)
+        return total.index_add(0, rows, (len(candidates) * score).to(total.dtype))
+
+    def residuals(self, y: Tensor, context: Tensor | None = None) -> list[Tensor]:
+        """Returns what is left of y after each transform was undone, the data's side first.
+
+        Args:
+            y: Indices (…, d).
+            context: As in :meth:`log_prob`.
+
+        Returns:
+            Indices (…, d), one tensor a transform; the last is x.
+        """
+        self._check(y)
+        flat, context, shape = flatten_batch(y, self.encode_context(context))
+        values = []
+        with torch.no_grad():
+            for transform in reversed(self.transforms):
+                flat = transform.inverse(flat, context)
+                values.append(flat.reshape(shape + flat.shape[1:]))
+        return values
+
+    @torch.no_grad()
+    def sample(
+        self,
+        sample_shape: Sequence[int] = (),
+        context: Tensor | None = None,
+        *,
+        length: int | None = None,
+        temperature: float = 1.0,
+        generator: Generator | None = None,
+        method: Method = "levels",
+    ) -> Tensor:
+        """Draws exact samples.
+
+        Args:
+            sample_shape: Shape S of the samples.
+            context: What the flow is conditioned on, (B, …).
+            length: Dimensions d of an event; D by default.
+            temperature: Divides the base's logits; 1 samples the flow itself.
+            generator: Source of randomness.
+            method: ``levels``: one evaluation a level; ``fixed_point``: iterations over all
+                positions at once, until nothing changes. The samples are the same.
+
+        Returns:
+            Indices (*S, d), or (*S, B, d) with a context.
+
+        Raises:
+            UserError: If the temperature, length or method cannot be had.
+        """
+        if temperature <= 0:
+            raise UserError(f"temperature is {temperature}: give a positive number")
+        if method not in ("levels", "fixed_point"):
+            raise UserError(f"method is {method!r}: give 'levels' or 'fixed_point'")
+        length = self.length if length is None else length
+        if not 1 <= length <= self.length:
+            raise UserError(f"length is {length}: give 1 to {self.length}, the flow's own")
+        return self._sample(
+            torch.Size(sample_shape),
+            self.encode_context(context),
+            length=length,
+            temperature=temperature,
+            generator=generator,
+            method=method,
+        )
+
+    def _sample(
+        self,
+        shape: torch.Size,
+        context: Tensor | None,
+        *,
+        length: int,
+        temperature: float,
+        generator: Generator | None,
+        method: Method,
+    ) -> Tensor:
+        if context is not None:
+            shape = shape + context.shape[:1]
+            repeats = shape.numel() // max(context.shape[0], 1)
+            context = context.expand(repeats, *context.shape).reshape(-1, *context.shape[1:])
+        fixed_point = method == "fixed_point"
+        value = self.base.sample(
+            shape.numel(),
+            length,
+            context,
+            temperature=temperature,
+            generator=generator,
+            fixed_point=fixed_point,
+        )
+        for transform in self.transforms:
+            if fixed_point:
+                value, _ = transform.fixed_point(value, context)
+            else:
+                value = transform(value, context)
+        return value.reshape(*shape, length)
+
+    def start(self, counts: Tensor) -> None:
+        """Starts the base from the counts of the training data's classes, before training.
+
+        Args:
+            counts: Counts (K,), or (D, K) of every dimension's own.
+        """
+        self.base.start(counts)
+
+
+class FlowDistribution(Distribution):
+    """Creates the distribution of y that a flow is, given a context.
+
+    Its batch shape is that of the context, its event shape (D,).
+
+    Arguments:
+        flow: The flow.
+        context: Encoded context (B, C) or (B, S, C), or nothing.
+    """
+
+    arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012
+
+    def __init__(self, flow: DiscreteFlow, context: Tensor | None = None) -> None:
+        self.flow = flow
+        self.context = context
+        batch = torch.Size() if context is None else context.shape[:1]
+        super().__init__(batch, torch.Size([flow.length]), validate_args=False)
+
+    def __repr__(self) -> str:
+        return (
+            f"{type(self).__name__}(num_classes={self.flow.num_classes}, "
+            f"batch_shape={tuple(self.batch_shape)}, event_shape={tuple(self.event_shape)})"
+        )
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """Events of D integers 0..K-1."""
+        return constraints.independent(
+            constraints.integer_interval(0, self.flow.num_classes - 1), 1
+        )
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Computes the exact log-probability of indices (…, d), in nats.
+
+        Raises:
+            UserError: If `value` lies outside the support.
+        """
+        self.flow._check(value)
+        inside = (value >= 0) & (value < self.flow.num_classes)
+        if not inside.all():
+            raise UserError(
+                f"a value of {int(value[~inside][0])} lies outside 0..{self.flow.num_classes - 1}"
+            )
+        context = self.context
+        if context is not None and value.ndim == 1:
+            value = value.expand(*self.batch_shape, -1)
+        return self.flow._log_prob(value, context)
+
+    @torch.no_grad()
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Draws exact samples, indices (*sample_shape, *batch_shape, D)."""
+        return self.flow._sample(
+            torch.Size(sample_shape),
+            self.context,
+            length=self.flow.length,
+            temperature=1.0,
+            generator=None,
+            method="levels",
+        )

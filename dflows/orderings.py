@@ -1,0 +1,272 @@
+"""Which dimensions condition which: a level for every dimension.
+
+A dimension depends on the dimensions of lower levels and on nothing else. Level 0 depends on
+nothing: a flow hands it through, and a base draws it first. All levels distinct gives the
+autoregressive flow, two levels the bipartite flow, and what lies between is generated in as many
+passes as there are levels that need a network.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dflows.errors import UserError
+
+__all__ = [
+    "Blocks",
+    "CoarseToFine",
+    "Halves",
+    "Natural",
+    "Ordering",
+    "Parity",
+    "Permutation",
+    "Reversed",
+    "Strided",
+    "untransformed",
+]
+
+
+class Ordering(ABC):
+    """Creates an ordering: a level 0, 1, 2, … for every dimension.
+
+    Two orderings are equal if their `repr` is.
+    """
+
+    @abstractmethod
+    def levels(self, length: int) -> Tensor:
+        """Returns the levels (length,) of so many dimensions, 0..L-1 without a gap.
+
+        A shorter length is an event of its own: the last window of a text, say.
+
+        Raises:
+            UserError: If the ordering is not defined for the length.
+        """
+
+    def __repr__(self) -> str:
+        arguments = ", ".join(f"{key}={value}" for key, value in vars(self).items())
+        return f"{type(self).__name__}({arguments})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Ordering) and repr(self) == repr(other)
+
+    def __hash__(self) -> int:
+        return hash(repr(self))
+
+
+def _without_gaps(levels: Tensor) -> Tensor:
+    return levels.unique(return_inverse=True)[1]
+
+
+def _check_positive(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if size < 1:
+            raise UserError(f"{name} is {size}: give at least 1")
+
+
+def _check_first(first: int) -> None:
+    if first not in (0, 1):
+        raise UserError(f"first is {first}: give 0 or 1, the part that conditions the other")
+
+
+class Natural(Ordering):
+    """Creates the ordering from left to right.
+
+    Example:
+        >>> Natural().levels(4)
+        tensor([0, 1, 2, 3])
+    """
+
+    def levels(self, length: int) -> Tensor:
+        return torch.arange(length)
+
+
+class Reversed(Ordering):
+    """Creates the ordering from right to left.
+
+    Example:
+        >>> Reversed().levels(4)
+        tensor([3, 2, 1, 0])
+    """
+
+    def levels(self, length: int) -> Tensor:
+        return torch.arange(length).flip(0)
+
+
+class Permutation(Ordering):
+    """Creates an ordering in which one dimension after the other follows a permutation.
+
+    Fewer dimensions than the permutation has keep their order among themselves.
+
+    Arguments:
+        order: The dimensions, first the one that depends on nothing.
+
+    Raises:
+        UserError: If `order` is no permutation.
+
+    Example:
+        >>> Permutation([2, 0, 1]).levels(3)
+        tensor([1, 2, 0])
+    """
+
+    def __init__(self, order: Sequence[int]) -> None:
+        self.order = list(order)
+        if not self.order or sorted(self.order) != list(range(len(self.order))):
+            raise UserError(
+                f"order is {self.order}, no permutation: name each of 0..{len(self.order) - 1} once"
+            )
+
+    def levels(self, length: int) -> Tensor:
+        if length > len(self.order):
+            raise UserError(
+                f"the permutation orders {len(self.order)} dimensions, and there are {length}: "
+                "give an order of that length"
+            )
+        return _without_gaps(torch.tensor(self.order).argsort()[:length])
+
+
+class Parity(Ordering):
+    """Creates the bipartite ordering of even and odd dimensions.
+
+    Arguments:
+        first: The parity that conditions the other: 0 or 1. A single dimension is of level 0.
+
+    Raises:
+        UserError: If `first` is neither.
+
+    Example:
+        >>> Parity().levels(5), Parity(first=1).levels(5)
+        (tensor([0, 1, 0, 1, 0]), tensor([1, 0, 1, 0, 1]))
+    """
+
+    def __init__(self, first: int = 0) -> None:
+        _check_first(first)
+        self.first = first
+
+    def levels(self, length: int) -> Tensor:
+        return _without_gaps((torch.arange(length) + self.first) % 2)
+
+
+class Halves(Ordering):
+    """Creates the bipartite ordering of the left and the right half.
+
+    Of an odd number of dimensions the left half has one less.
+
+    Arguments:
+        first: The half that conditions the other: 0 (left) or 1 (right).
+
+    Raises:
+        UserError: If `first` is neither.
+
+    Example:
+        >>> Halves().levels(5), Halves(first=1).levels(5)
+        (tensor([0, 0, 1, 1, 1]), tensor([1, 1, 0, 0, 0]))
+    """
+
+    def __init__(self, first: int = 0) -> None:
+        _check_first(first)
+        self.first = first
+
+    def levels(self, length: int) -> Tensor:
+        right = (torch.arange(length) >= length // 2).long()
+        return _without_gaps(1 - right if self.first else right)
+
+
+class Blocks(Ordering):
+    """Creates an ordering of contiguous blocks, one after the other from left to right.
+
+    Arguments:
+        size: Dimensions of a block; the last may have fewer.
+
+    Raises:
+        UserError: If the size is below 1.
+
+    Example:
+        >>> Blocks(size=2).levels(5)
+        tensor([0, 0, 1, 1, 2])
+    """
+
+    def __init__(self, size: int) -> None:
+        _check_positive(size=size)
+        self.size = size
+
+    def levels(self, length: int) -> Tensor:
+        return torch.arange(length) // self.size
+
+
+class Strided(Ordering):
+    """Creates an ordering of columns: the dimensions as rows of so many columns, column by column.
+
+    Every dimension sees its left neighbours in the row, and the dimensions of one level lie
+    `columns` apart, hence nearly independent in text.
+
+    Arguments:
+        columns: Columns, which are the levels.
+
+    Raises:
+        UserError: If there is less than one column.
+
+    Example:
+        >>> Strided(columns=3).levels(7)
+        tensor([0, 1, 2, 0, 1, 2, 0])
+    """
+
+    def __init__(self, columns: int) -> None:
+        _check_positive(columns=columns)
+        self.columns = columns
+
+    def levels(self, length: int) -> Tensor:
+        return torch.arange(length) % self.columns
+
+
+class CoarseToFine(Ordering):
+    """Creates an ordering that halves the distance between known dimensions with every level.
+
+    Arguments:
+        stride: Distance of the dimensions of level 0, a power of 2.
+
+    Raises:
+        UserError: If the stride is no power of 2.
+
+    Example:
+        >>> CoarseToFine(stride=4).levels(9)
+        tensor([0, 2, 1, 2, 0, 2, 1, 2, 0])
+    """
+
+    def __init__(self, stride: int) -> None:
+        _check_positive(stride=stride)
+        if stride & (stride - 1):
+            raise UserError(f"stride is {stride}: give a power of 2")
+        self.stride = stride
+
+    def levels(self, length: int) -> Tensor:
+        dimensions = torch.arange(length)
+        levels = torch.zeros_like(dimensions)
+        distance, level = self.stride, 0
+        while distance > 1:
+            distance, level = distance // 2, level + 1
+            levels[dimensions % (2 * distance) == distance] = level
+        return _without_gaps(levels)
+
+
+def untransformed(orderings: Sequence[Ordering], length: int) -> Tensor:
+    """Finds the dimensions that no flow of a stack ever transforms.
+
+    Args:
+        orderings: The orderings of the stack; an empty one transforms nothing.
+        length: D.
+
+    Returns:
+        Indices of the dimensions whose level is 0 in every ordering.
+
+    Example:
+        >>> untransformed([Parity(), Natural()], length=4)
+        tensor([0])
+        >>> untransformed([Parity(), Parity(first=1)], length=4)
+        tensor([], dtype=torch.int64)
+    """
+    conditions_only = torch.ones(length, dtype=torch.bool)
+    for ordering in orderings:
+        conditions_only &= ordering.levels(length) == 0
+    return conditions_only.nonzero().squeeze(-1)

@@ -1,0 +1,80 @@
+"""The two representations of a discrete value: indices and one-hot vectors.
+
+Indices are integer tensors (…, D) with values 0..K-1; one-hot vectors are floating tensors
+(…, D, K) that carry the same value where a gradient must pass. Every transform and base accepts
+either and returns the kind that it was given.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["batch_shape", "flatten_batch", "is_one_hot", "to_indices", "to_one_hot"]
+
+
+def is_one_hot(value: Tensor) -> bool:
+    """Says whether a value is held as one-hot vectors (floating) rather than as indices."""
+    return value.is_floating_point()
+
+
+def to_indices(value: Tensor) -> Tensor:
+    """Returns the indices (…, D) of a value held in either representation."""
+    return value.argmax(dim=-1) if is_one_hot(value) else value
+
+
+def to_one_hot(value: Tensor, num_classes: int, dtype: torch.dtype | None = None) -> Tensor:
+    """Returns the one-hot vectors (…, D, K) of a value held in either representation.
+
+    Args:
+        value: Indices (…, D), or one-hot vectors, which are returned as they are.
+        num_classes: K.
+        dtype: Floating type of the vectors; torch's default where it is not given.
+
+    Example:
+        >>> to_one_hot(torch.tensor([2, 0]), num_classes=3)
+        tensor([[0., 0., 1.],
+                [1., 0., 0.]])
+    """
+    if is_one_hot(value):
+        return value
+    return F.one_hot(value, num_classes).to(dtype or torch.get_default_dtype())
+
+
+def batch_shape(value: Tensor) -> torch.Size:
+    """Returns the batch shape of a value (…, D) or (…, D, K)."""
+    return value.shape[:-2] if is_one_hot(value) else value.shape[:-1]
+
+
+def flatten_batch(
+    value: Tensor, context: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, torch.Size]:
+    """Flattens the batch dimensions of a value, and repeats a context to match.
+
+    Args:
+        value: Indices (…, D) or one-hot vectors (…, D, K).
+        context: Vectors (B, C) or sequences (B, S, C), where the last batch dimension of `value`
+            is B; or nothing.
+
+    Returns:
+        The value (N, D) or (N, D, K), the context (N, C) or (N, S, C), and the batch shape.
+
+    Raises:
+        ValueError: If the batches of value and context differ.
+    """
+    shape = batch_shape(value)
+    flat = value.reshape(-1, *value.shape[len(shape) :])
+    if context is None:
+        return flat, None, shape
+    if context.ndim not in (2, 3):
+        raise ValueError(
+            f"the context has shape {tuple(context.shape)}: give vectors (B, C) or sequences "
+            "(B, S, C)"
+        )
+    if not shape or shape[-1] != context.shape[0]:
+        raise ValueError(
+            f"a batch of {tuple(shape)} meets a context of {tuple(context.shape)}: the last batch "
+            "dimension of the values must be the first of the context"
+        )
+    repeats = flat.shape[0] // max(context.shape[0], 1)
+    repeated = context.expand(repeats, *context.shape).reshape(-1, *context.shape[1:])
+    return flat, repeated, shape

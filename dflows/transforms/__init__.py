@@ -1,0 +1,22 @@
+"""Transforms of whole events: conditional ones over an ordering, permutations, compositions."""
+
+from dflows.transforms.composition import Composition
+from dflows.transforms.conditional import (
+    AutoregressiveTransform,
+    BipartiteTransform,
+    ConditionalTransform,
+    Drawn,
+)
+from dflows.transforms.permutation import PermutationTransform
+from dflows.transforms.transform import DiscreteTransform, Inverse
+
+__all__ = [
+    "AutoregressiveTransform",
+    "BipartiteTransform",
+    "Composition",
+    "ConditionalTransform",
+    "DiscreteTransform",
+    "Drawn",
+    "Inverse",
+    "PermutationTransform",
+]

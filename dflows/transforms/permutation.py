@@ -1,0 +1,65 @@
+"""Fixed permutations of the dimensions."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from dflows.errors import UserError
+from dflows.representations import batch_shape
+from dflows.transforms.transform import DiscreteTransform
+
+__all__ = ["PermutationTransform"]
+
+
+class PermutationTransform(DiscreteTransform):
+    """Creates a fixed permutation of the dimensions: y_d = x_{order[d]}.
+
+    An event of fewer dimensions keeps those entries of the order that it has.
+
+    Arguments:
+        order: A permutation of 0..D-1.
+
+    Raises:
+        UserError: If it is none.
+
+    Example:
+        >>> transform = PermutationTransform([2, 0, 1])
+        >>> y = transform(torch.tensor([5, 6, 7]))
+        >>> y, transform.inv(y)
+        (tensor([7, 5, 6]), tensor([5, 6, 7]))
+    """
+
+    order: Tensor
+
+    def __init__(self, order: Sequence[int]) -> None:
+        super().__init__()
+        if sorted(order) != list(range(len(order))):
+            raise UserError(
+                f"order is {list(order)}, no permutation: name each of 0..{len(order) - 1} once"
+            )
+        self.register_buffer("order", torch.tensor(order))
+
+    def extra_repr(self) -> str:
+        return f"order={self.order.tolist()}"
+
+    @property
+    def passes(self) -> int:
+        return 0
+
+    def _apply_order(self, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        shape = batch_shape(value)
+        dim = len(shape)
+        order = self.order[self.order < value.shape[dim]]
+        if len(order) != value.shape[dim]:
+            raise UserError(
+                f"the permutation orders {len(order)} dimensions, and there are {value.shape[dim]}"
+            )
+        order = order.argsort() if inverse else order
+        return value.index_select(dim, order), torch.zeros(shape, device=value.device)
+
+    def call_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._apply_order(x, inverse=False)
+
+    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self._apply_order(y, inverse=True)
