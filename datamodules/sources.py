@@ -89,8 +89,8 @@ class TextSource(ABC):
             ) from None
 
     def blocks(self, stream: str) -> Iterator[str]:
-        """Yields a stream's text in consecutive blocks."""
-        for row in self.dataset(stream):
+        """Yields a stream's text in consecutive blocks, all of it in every worker of a loader."""
+        for row in _all_rows(self.dataset(stream)):
             yield row["text"]
 
     def place(self, stream: str, offset: int) -> str:
@@ -330,7 +330,7 @@ class HubText(TextSource):
         names = dataset.column_names
         if names and self._column in names:
             dataset = dataset.select_columns([self._column])
-        yield from dataset
+        yield from _all_rows(dataset)
 
     def _failure(self, stream: str, error: Exception) -> UserError:
         if isinstance(error, ConnectionError):
@@ -359,6 +359,12 @@ def _rows(source: TextSource, stream: str) -> Iterator[dict[str, str]]:
                 waiting, size = [], 0
     if size:
         yield {"text": "".join(waiting)}
+
+
+def _all_rows(dataset: "IterableDataset") -> Iterator[dict[str, Any]]:
+    """Yields every row; iterated itself, a data set gives each worker of a loader some of them."""
+    for batch in dataset.iter(batch_size=1):
+        yield {name: values[0] for name, values in batch.items()}
 
 
 def _decode(file: BinaryIO | gzip.GzipFile, name: str) -> Iterator[str]:
