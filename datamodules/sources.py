@@ -230,11 +230,13 @@ class LocalText(TextSource):
             for number, text in _read_parquet(path, self._column):
                 yield f"{name}, row {number}", text + self._separator
         elif kind == "gzip":
+            # A local name: when the interpreter ends amid reading, the modules' own are gone.
+            damage = (gzip.BadGzipFile, zlib.error)
             try:
                 with gzip.open(path, "rb") as unpacked:
                     for text in _decode(unpacked, f"{name}, unpacked,"):
                         yield name, text
-            except (gzip.BadGzipFile, zlib.error) as error:
+            except damage as error:
                 raise UserError(
                     f"{name} is no sound gzip file ({_line(error)}): "
                     "pack it again, or set format: text if it is not packed"
