@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dflows.backbones import Backbone
+from dflows.backbones import Backbone, SteppedBackbone
 from dflows.errors import UserError
 from dflows.orderings import Ordering
 from dflows.representations import is_one_hot
@@ -167,22 +167,28 @@ class Conditioner(nn.Module):
         tokens: Tensor = self.context(context.to(self.context.weight.dtype))
         return tokens.unsqueeze(1) if tokens.ndim == 2 else tokens
 
-    def _query(self, levels: Tensor) -> Tensor | None:
-        if not self.embeds:
-            return None
+    def _query(self, levels: Tensor) -> Tensor:
         query = self.query[levels]
         if self.positions is not None:
             query = query + self.positions[: len(levels)]
         return query
 
-    def _run(self, y: Tensor, level: Tensor | None, context: Tensor | None) -> Tensor:
-        """Evaluates the backbone once: features (N, d, width).
+    def features(
+        self, y: Tensor, level: Tensor | None = None, context: Tensor | None = None
+    ) -> Tensor:
+        """Evaluates the backbone once.
 
         Args:
             y: Values (N, d) or (N, d, K).
             level: The level (N,) or (1,) that an example is evaluated for, with the values of this
                 and of higher levels hidden; nothing where the backbone is to keep to the ordering.
             context: Vectors (N, C) or sequences (N, S, C).
+
+        Returns:
+            Features (N, d, width).
+
+        Raises:
+            UserError: If the backbone returns another shape, or a context is missing or too many.
         """
         levels, _ = self.levels(y.shape[1], y.device)
         visible = None if level is None else levels < level.unsqueeze(-1)
@@ -238,7 +244,7 @@ class Conditioner(nn.Module):
         """
         _, members = self.levels(y.shape[1], y.device)
         if self.one_pass:
-            logits = self._logits(self._run(y, None, context))
+            logits = self._logits(self.features(y, None, context))
             if self.first_level:
                 logits = logits.index_fill(1, members[0], 0)
             return logits
@@ -256,7 +262,7 @@ class Conditioner(nn.Module):
         """
         _, members = self.levels(y.shape[1], y.device)
         hide = None if self.one_pass else self._level(level, y.device)
-        return self._logits(self._run(y, hide, context)[:, members[level]])
+        return self._logits(self.features(y, hide, context)[:, members[level]])
 
     def drawn_logits(
         self, y: Tensor, level: Tensor, context: Tensor | None = None
@@ -275,7 +281,7 @@ class Conditioner(nn.Module):
         levels, _ = self.levels(y.shape[1], y.device)
         drawn = levels == level.unsqueeze(-1)
         hide = None if self.one_pass else level
-        return drawn, self._logits(self._run(y, hide, context)[drawn])
+        return drawn, self._logits(self.features(y, hide, context)[drawn])
 
     def by_levels(self, y: Tensor, decide: Decide, context: Tensor | None = None) -> Tensor:
         """Decides the values level by level, in one evaluation each.
@@ -288,11 +294,34 @@ class Conditioner(nn.Module):
         Returns:
             The values, in the representation of `y`.
         """
-        _, members = self.levels(y.shape[1], y.device)
+        levels, members = self.levels(y.shape[1], y.device)
+        evaluate = self._evaluator(y, context)
         for level in range(self.first_level, len(members)):
-            values = decide(members[level], self.level_logits(y, level, context))
-            y = y.index_copy(1, members[level], values)
+            y = y.index_copy(1, members[level], decide(members[level], evaluate(y, level)))
         return y
+
+    def _evaluator(self, y: Tensor, context: Tensor | None) -> Callable[[Tensor, int], Tensor]:
+        """Returns what computes the logits of one level after the other, by cached steps where the
+        backbone offers them and no gradient is asked for."""
+        backbone = self.backbone
+        stepped = isinstance(backbone, SteppedBackbone) and backbone.steps and self.one_pass
+        if not stepped or is_one_hot(y) or torch.is_grad_enabled():
+            return lambda y, level: self.level_logits(y, level, context)
+        levels, members = self.levels(y.shape[1], y.device)
+        query, tokens = self._query(levels), self._context_tokens(context)
+        if tokens is not None:
+            query = torch.cat([query.new_zeros(tokens.shape[1], self.width), query])
+            levels = torch.cat([levels.new_full(tokens.shape[1:2], -1), levels])
+        cache = backbone.begin(query, levels, y.shape[0])
+        first = backbone.advance(cache, 0, tokens)
+
+        def evaluate(y: Tensor, level: int) -> Tensor:
+            if level == 0:
+                return self._logits(first)
+            content = self._content(y[:, members[level - 1]])
+            return self._logits(backbone.advance(cache, level, content))
+
+        return evaluate
 
     def fixed_point(
         self, y: Tensor, decide: Decide, context: Tensor | None = None

@@ -2,6 +2,19 @@
 
 from dflows.backbones.backbone import Backbone, SteppedBackbone
 from dflows.backbones.convolution import DilatedConvolution
+from dflows.backbones.level_convolution import LevelConvolution
+from dflows.backbones.lstm import LSTM
+from dflows.backbones.made import MADE
+from dflows.backbones.table import Table
 from dflows.backbones.transformer import Transformer
 
-__all__ = ["Backbone", "DilatedConvolution", "SteppedBackbone", "Transformer"]
+__all__ = [
+    "LSTM",
+    "MADE",
+    "Backbone",
+    "DilatedConvolution",
+    "LevelConvolution",
+    "SteppedBackbone",
+    "Table",
+    "Transformer",
+]

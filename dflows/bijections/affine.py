@@ -41,7 +41,7 @@ class ModularAffine(Bijection):
         >>> _ = torch.manual_seed(0)
         >>> logits = torch.randn(6, affine.num_logits)[:1].expand(6, -1)
         >>> affine(torch.arange(6), logits)
-        tensor([0, 3, 4, 1, 2, 5])
+        tensor([4, 3, 2, 1, 0, 5])
     """
 
     categorical = True

@@ -1,0 +1,312 @@
+"""Certificates: what a flow must be before training time is spent on it.
+
+A flow's likelihood is exact only if its transforms are bijective, its networks keep to their
+orderings, and its probabilities sum to 1. The checks here show it on the flow's own shapes, in
+seconds. They probe a copy whose parameters are shaken, since at initialisation a flow is the
+identity and hides what its network does.
+"""
+
+import copy
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from dflows.backbones import Backbone
+from dflows.bases import AutoregressiveBase
+from dflows.conditioner import Conditioner
+from dflows.errors import UserError
+from dflows.flow import DiscreteFlow
+from dflows.orderings import Natural, Ordering
+from dflows.transforms import ConditionalTransform
+
+__all__ = [
+    "CertificateError",
+    "check_above_entropy",
+    "check_autoregressive",
+    "check_bijective",
+    "check_causal",
+    "check_flow",
+    "check_normalized",
+]
+
+_ModuleT = TypeVar("_ModuleT", bound=nn.Module)
+
+MOST_PROBES = 128
+MOST_LEVELS = 4
+NEAR_TIES = 1e-3
+
+
+class CertificateError(UserError):
+    """A flow that is not what its likelihood presumes, with where it shows."""
+
+
+@contextmanager
+def _quiet(module: nn.Module) -> Iterator[None]:
+    """Evaluates without gradients or dropout, and leaves mode and random state as they were."""
+    training = [(part, part.training) for part in module.modules()]
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    devices = [device] if device.type == "cuda" else []
+    try:
+        module.eval()
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            torch.manual_seed(0)
+            yield
+    finally:
+        for part, mode in training:
+            part.training = mode
+
+
+def _shaken(module: _ModuleT) -> _ModuleT:
+    module = copy.deepcopy(module)
+    for parameter in module.parameters():
+        parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    return module
+
+
+def _name(conditioner: Conditioner) -> str:
+    return f"backbone {type(conditioner.backbone).__name__} over {conditioner.ordering!r}"
+
+
+def _evaluate(conditioner: Conditioner, y: Tensor, context: Tensor | None) -> Tensor:
+    """Evaluates all levels, of a masked network a few, and says which backbone it was that failed."""
+    levels, members = conditioner.levels(y.shape[1], y.device)
+    try:
+        if conditioner.one_pass:
+            return conditioner.features(y, None, context)
+        features = torch.zeros(*y.shape, conditioner.width, device=y.device)
+        some = slice(conditioner.first_level, conditioner.first_level + MOST_LEVELS)
+        for level in range(len(members))[some]:
+            hide = torch.full((1,), level, device=y.device)
+            part = conditioner.features(y, hide, context)[:, members[level]]
+            features[:, members[level]] = part.to(features.dtype)
+        return features
+    except UserError:
+        raise
+    except Exception as error:
+        raise CertificateError(
+            f"{_name(conditioner)} failed on features "
+            f"({y.shape[0]}, {y.shape[1]}, {conditioner.width}): {error}"
+        ) from error
+
+
+def _first_change(before: Tensor, after: Tensor) -> tuple[int, ...] | None:
+    scale = before.abs().max().clamp(min=1)
+    changed = ((before - after).abs() > 1e-6 * scale).nonzero()
+    return tuple(changed[0].tolist()) if len(changed) else None
+
+
+def check_causal(conditioner: Conditioner, context: Tensor | None = None) -> None:
+    """Shows that a network's output at a dimension depends on lower levels and nothing else.
+
+    Args:
+        conditioner: The network with its ordering.
+        context: One encoded context, (1, C) or (1, S, C).
+
+    Raises:
+        CertificateError: If it depends on a value of its own or a higher level, on another example
+            of the batch, or on chance; with the first place that shows it.
+    """
+    length, device = conditioner.length, conditioner.head.weight.device
+    with _quiet(conditioner):
+        probed = _shaken(conditioner)
+        levels, _ = probed.levels(length, device)
+        y = torch.randint(probed.num_classes, (1, length), device=device)
+        # Values that are masked cannot leak: there is nothing to probe them for.
+        count = min(length, MOST_PROBES) if probed.one_pass else 1
+        probes = torch.linspace(0, length - 1, count).long().to(device)
+        rows = max(len(probes), 2)
+        batch = y.repeat(rows, 1)
+        # One context for all rows: else rows would differ for a good reason.
+        contexts = None if context is None else context[:1].expand(rows, *context.shape[1:])
+        before = _evaluate(probed, batch, contexts)
+        if _first_change(before, _evaluate(probed, batch, contexts)) is not None:
+            raise CertificateError(
+                f"{_name(probed)} gives another result when it is evaluated again: it must be "
+                "deterministic in evaluation mode"
+            )
+        other = batch.clone()
+        other[1:] = (other[1:] + 1) % probed.num_classes
+        if (where := _first_change(before[:1], _evaluate(probed, other, contexts)[:1])) is not None:
+            raise CertificateError(
+                f"{_name(probed)} mixes the examples of a batch, seen at dimension {where[1]}: the "
+                "features are (batch, length, width); a torch Transformer needs batch_first: true, "
+                "and batch normalization cannot be used"
+            )
+        changed = batch.clone()
+        row = torch.arange(len(probes), device=device)
+        changed[row, probes] = (changed[row, probes] + 1) % probed.num_classes
+        after = _evaluate(probed, changed, contexts)
+        forbidden = levels <= levels[probes].unsqueeze(-1)
+        if probed.first_level:
+            forbidden &= levels > 0
+        forbidden = forbidden.unsqueeze(-1)
+        where = _first_change(before[row] * forbidden, after[row] * forbidden)
+        if where is not None:
+            source, target = int(probes[where[0]]), where[1]
+            raise CertificateError(
+                f"{_name(probed)} leaks: the value at dimension {source} (level "
+                f"{int(levels[source])}) changes the output at dimension {target} (level "
+                f"{int(levels[target])}), which may depend on lower levels only"
+            )
+
+
+def check_autoregressive(
+    backbone: Backbone, length: int = 16, ordering: Ordering | None = None
+) -> None:
+    """Shows that a level-causal backbone keeps to an ordering; for tests of one's own.
+
+    Args:
+        backbone: The backbone.
+        length: D.
+        ordering: The ordering; natural by default.
+
+    Raises:
+        CertificateError: If it leaks, mixes examples, or is not deterministic; with the first place
+            that shows it.
+
+    Example:
+        >>> from dflows.backbones import LSTM
+        >>> check_autoregressive(LSTM(width=8), length=6)
+    """
+    conditioner = Conditioner(
+        num_classes=4,
+        length=length,
+        num_outputs=4,
+        ordering=ordering or Natural(),
+        backbone=backbone,
+        execution="causal",
+        conditions_first=True,
+    )
+    check_causal(conditioner)
+
+
+def check_bijective(
+    transform: ConditionalTransform, context: Tensor | None = None, batch_size: int = 4
+) -> None:
+    """Shows ``inv(transform(x)) == x`` and ``transform(inv(y)) == y`` on values of the own shape.
+
+    Two logits within round-off of each other may be told apart differently by evaluations of
+    different shapes. One value in a thousand is allowed for that; what is no bijection misses more.
+
+    Args:
+        transform: The transform.
+        context: One encoded context, (1, C) or (1, S, C).
+        batch_size: Values that are tried.
+
+    Raises:
+        CertificateError: If values do not come back.
+    """
+    length, device = transform.length, transform.conditioner.head.weight.device
+    if transform.passes > 2 * MOST_PROBES:  # an event of fewer dimensions shows the same sooner
+        length = MOST_PROBES
+    with _quiet(transform):
+        probed = _shaken(transform)
+        shape = (batch_size, length)
+        value = torch.randint(transform.bijection.num_classes, shape, device=device)
+        contexts = None if context is None else context[:1].expand(batch_size, *context.shape[1:])
+        for there, back, direction in (
+            (probed, probed.inv, "inv(transform(x)) is not x"),
+            (probed.inv, probed, "transform(inv(y)) is not y"),
+        ):
+            missed = back(there(value, contexts), contexts) != value
+            if missed.sum() > max(NEAR_TIES * missed.numel(), 1):
+                example, dimension = missed.nonzero()[0].tolist()
+                raise CertificateError(
+                    f"a transform over {transform.ordering!r} is no bijection: {direction} for "
+                    f"{int(missed.sum())} of {missed.numel()} values, first at dimension "
+                    f"{dimension} of example {example}"
+                )
+
+
+def check_normalized(
+    flow: DiscreteFlow,
+    context: Tensor | None = None,
+    *,
+    max_states: int = 1_000_000,
+    max_seconds: float = 5.0,
+    tolerance: float = 1e-5,
+) -> float | None:
+    """Shows that the probabilities of all states sum to 1.
+
+    Args:
+        flow: The flow.
+        context: One encoded context, (1, C) or (1, S, C).
+        max_states: The most states K^D to enumerate.
+        max_seconds: Time after which the enumeration is given up.
+        tolerance: How far from 1 the sum may be.
+
+    Returns:
+        The sum, or nothing where there are too many states or too little time.
+
+    Raises:
+        CertificateError: If the sum is not 1.
+    """
+    states = flow.num_classes**flow.length
+    if states > max_states:
+        return None
+    device = next(flow.parameters()).device
+    with _quiet(flow):
+        probed = _shaken(flow)
+        powers = flow.num_classes ** torch.arange(flow.length, device=device)
+        begin, total = time.monotonic(), 0.0
+        for block in torch.arange(states, device=device).split(4096):
+            y = block.unsqueeze(-1) // powers % flow.num_classes
+            contexts = None if context is None else context[:1].expand(len(y), *context.shape[1:])
+            total += probed._log_prob(y, contexts).double().exp().sum().item()
+            if time.monotonic() - begin > max_seconds and block[-1] < states - 1:
+                return None
+    if abs(total - 1) > tolerance:
+        raise CertificateError(
+            f"the probabilities of all {states} states sum to {total:.6f} and not to 1: a base's or "
+            "transform's log_prob is wrong"
+        )
+    return total
+
+
+def check_above_entropy(nll: float, entropy: float, standard_error: float = 0.0) -> None:
+    """Shows that a negative log-likelihood is not below the entropy of the data.
+
+    Args:
+        nll: Mean negative log-likelihood, in nats.
+        entropy: Entropy of the data's distribution, in nats.
+        standard_error: Of the mean; four of them are allowed.
+
+    Raises:
+        CertificateError: If it is below, which no distribution can be.
+
+    Example:
+        >>> check_above_entropy(nll=7.7, entropy=7.6)
+    """
+    if nll < entropy - 4 * standard_error - 1e-6 * max(abs(entropy), 1):
+        raise CertificateError(
+            f"the negative log-likelihood of {nll:.6f} nats is below the entropy of the data, "
+            f"{entropy:.6f}: it is no likelihood"
+        )
+
+
+def check_flow(flow: DiscreteFlow, context: Tensor | None = None) -> None:
+    """Runs all certificates on a flow: causality, bijectivity, normalization where enumerable.
+
+    Args:
+        flow: The flow.
+        context: A batch of contexts as the flow is called with, of which one is used; needed by a
+            conditional flow.
+
+    Raises:
+        CertificateError: If one fails.
+        UserError: If the parts of the flow do not fit each other.
+    """
+    with _quiet(flow):
+        encoded = flow.encode_context(None if context is None else context[:1])
+    conditioners = [transform.conditioner for transform in flow.conditional_transforms]
+    if isinstance(flow.base, AutoregressiveBase):
+        conditioners.append(flow.base.conditioner)
+    for conditioner in conditioners:
+        check_causal(conditioner, encoded)
+    for transform in flow.conditional_transforms:
+        check_bijective(transform, encoded)
+    check_normalized(flow, encoded)
