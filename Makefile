@@ -3,7 +3,7 @@
 PYTHON ?= python3
 CONFIG ?= configs/quickstart.yaml
 # What is given to pytest, for example: make test PYTEST_ARGS="-m slow"
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= --numprocesses 2 --dist loadfile
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt
@@ -38,7 +38,7 @@ fit: .venv/installed
 	$(BIN)/python -m dflows.fit --config $(CONFIG)
 
 test: .venv/installed
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(PYTEST_ARGS)
 
 lint: .venv/installed
 	$(BIN)/ruff format --check
