@@ -1,8 +1,9 @@
 """A Transformer whose attention keeps to an ordering, or looks everywhere."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import log
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,9 +27,9 @@ STEEPEST, SHALLOWEST = 1.0, 0.03
 
 def rotation(positions: Tensor, features: int, dtype: torch.dtype) -> Tensor:
     """Returns the cosines and signed sines (2, D, 1, features) that turn features at positions."""
-    half = features // 2
-    exponents = torch.arange(half, device=positions.device, dtype=torch.float64) / half
-    angles = positions.double().unsqueeze(-1) * torch.exp(-log(10000.0) * exponents)
+    exponents = torch.arange(0, features, 2, device=positions.device) / features
+    precise = torch.promote_types(dtype, torch.float32)
+    angles = positions.to(precise).unsqueeze(-1) * torch.exp(-log(10000.0) * exponents.to(precise))
     cosines = torch.cat([angles.cos(), angles.cos()], dim=-1)
     sines = torch.cat([-angles.sin(), angles.sin()], dim=-1)
     return torch.stack([cosines, sines]).unsqueeze(-2).to(dtype)
@@ -240,10 +241,11 @@ class Transformer(SteppedBackbone):
         self.positions = positions
         self.length = length if positions == "learned" or locality is not None else None
         reach = length if locality == "distance" else None
-        self.blocks = nn.ModuleList(
+        blocks = nn.ModuleList(
             Block(width, heads, feedforward * width, dropout, self.level_causal, reach)
             for _ in range(layers)
         )
+        self.blocks = cast("Sequence[Block]", blocks)
         self.norm = nn.LayerNorm(width)
         scale = 0.02 * (768 / width) ** 0.5
         for name, parameter in self.named_parameters():
@@ -316,41 +318,30 @@ class Transformer(SteppedBackbone):
         check_causal(self, query.unsqueeze(0), query, levels)
         levels = F.pad(levels, (1, 0), value=-2)
         order = levels.argsort(stable=True)
-        turn = self._turn(order, query.dtype)
-        visible = torch.ones(len(order), len(order), dtype=torch.bool, device=levels.device)
-        masks = [
-            None
-            if block.locality is None
-            else self._mask(block.locality, levels, visible)[:, order][:, :, order]
-            for block in self.blocks
-        ]
-        h = torch.cat([self.start.unsqueeze(0), self._placed(query)])[order].unsqueeze(0)
-        cache = Cache(
-            counts=levels.unique(return_counts=True)[1].tolist(),
-            stream=h.expand(batch_size, -1, -1),
-            turn=turn,
-            masks=masks,
-        )
-        h = cache.stream[:, :1]
-        turn = cache.turned(0, 1)
-        for n, block in enumerate(self.blocks):
-            keys, values = block.remember_content(h, torch.zeros_like(h), turn)
+        counts = (levels[1:] + 1).bincount().tolist()
+        everything = torch.ones(len(order), len(order), dtype=torch.bool, device=levels.device)
+        masks: list[Tensor | None] = []
+        for block in self.blocks:
+            mask = None
+            if block.locality is not None:
+                mask = self._mask(block.locality, levels, everything)[:, order][:, :, order]
+            masks.append(mask)
+        h = torch.cat([self.start.unsqueeze(0), self._placed(query)])[order]
+        h = h.expand(batch_size, -1, -1)
+        cache = Cache(counts, stream=h, turn=self._turn(order, query.dtype), masks=masks)
+        start, turn = h[:, :1], cache.turned(0, 1)
+        for n, (block, mask) in enumerate(zip(self.blocks, masks, strict=True)):
+            keys, values = block.remember_content(start, torch.zeros_like(start), turn)
             cache.keep(n, 0, keys, values)
-            mask = None if masks[n] is None else masks[n][:, :1, :1]
-            h = block.attend(h, block.norm(h), keys, values, mask, turn)
-        cache.known = 1
-        if bool((levels == -1).any()):
-            self._stage(cache, None)
-        else:
-            cache.counts.insert(1, 0)
-            cache.stage = 2
+            own = None if mask is None else mask[:, :1, :1]
+            start = block.attend(start, block.norm(start), keys, values, own, turn)
+        self._stage(cache, None)
         return cache
 
     @torch.no_grad()
     def advance(self, cache: "Cache", level: int, content: Tensor | None) -> Tensor:
-        before = cache.counts[cache.stage - 1]
-        shape = [cache.stream.shape[0], before, self.width]
-        check_next_level(level, cache.stage - 2, content, shape)
+        shape = [cache.stream.shape[0], cache.counts[cache.stage - 1], self.width]
+        check_next_level(level, cache.stage - 1, content, shape)
         if cache.stage >= len(cache.counts):
             raise UserError(f"level {level} was asked for, and there are {level} levels")
         normed: Tensor = self.norm(self._stage(cache, content))
@@ -361,19 +352,19 @@ class Transformer(SteppedBackbone):
         begin = cache.known
         end = begin + (0 if content is None else content.shape[1])
         stop = end + cache.counts[cache.stage]
-        h = cache.stream[:, end:stop]
-        for n, block in enumerate(self.blocks):
+        inputs, h = [], cache.stream[:, end:stop]
+        for n, (block, mask) in enumerate(zip(self.blocks, cache.masks, strict=True)):
             if content is not None and end > begin:
-                keep = block.remember_content(cache.inputs[n], content, cache.turned(begin, end))
-                cache.keep(n, begin, *keep)
-            if len(cache.inputs) == n:
-                cache.inputs.append(h)
-            cache.inputs[n] = h
-            keys, values = cache.keys[n][:, :, :end], cache.values[n][:, :, :end]
-            mask = cache.masks[n]
-            if mask is not None:
-                mask = mask[:, end:stop, :end]
-            h = block.attend(h, block.norm(h), keys, values, mask, cache.turned(end, stop))
+                turn = cache.turned(begin, end)
+                keys, values = block.remember_content(cache.inputs[n], content, turn)
+                cache.keep(n, begin, keys, values)
+            inputs.append(h)
+            if stop > end:
+                keys, values = cache.keys[n][:, :, :end], cache.values[n][:, :, :end]
+                seen = None if mask is None else mask[:, end:stop, :end]
+                turn = cache.turned(end, stop)
+                h = block.attend(h, block.norm(h), keys, values, seen, turn)
+        cache.inputs = inputs
         cache.known = end
         cache.stage += 1
         return h
@@ -386,7 +377,7 @@ class Cache:
     Rows are sorted by level, the start token first, so that what a level may see is a slice.
 
     Attributes:
-        counts: Rows of the start token, of the context, and of every level.
+        counts: Rows of the context, and of every level.
         stream: What the streams start from (B, 1 + D, width).
         turn: Cosines and sines of rotary positions, or None.
         masks: Bias of every layer (heads, 1 + D, 1 + D), or None.
@@ -404,8 +395,8 @@ class Cache:
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)
     inputs: list[Tensor] = field(default_factory=list)
-    known: int = 0
-    stage: int = 1
+    known: int = 1
+    stage: int = 0
 
     def keep(self, layer: int, begin: int, keys: Tensor, values: Tensor) -> None:
         """Stores the keys and values (B, heads, n, features) of n rows of one layer."""
