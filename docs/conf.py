@@ -1,6 +1,12 @@
 """The documentation, built by ``make docs``; every warning fails the build."""
 
+import pkgutil
 from importlib import metadata
+from typing import Any
+
+from docutils.nodes import Element
+from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
 
 project = "dflows"
 author = "The dflows authors"
@@ -39,6 +45,7 @@ autodoc_typehints = "signature"
 autodoc_inherit_docstrings = False
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
+napoleon_use_ivar = True
 napoleon_custom_sections = [("Arguments", "params_style")]
 
 # References into this project must resolve; those into other projects are not looked up, and
@@ -48,3 +55,23 @@ nitpick_ignore_regex = [
     ("py:.*", r"(?!(dflows|datamodules|lightning_modules)\.).*"),
     ("py:.*", r".*\._\w+"),
 ]
+
+
+def resolve_reexport(
+    app: Sphinx, env: BuildEnvironment, node: Element, content: Element
+) -> Element | None:
+    """Points a reference by the name that users import to where the object is described."""
+    try:
+        found: Any = pkgutil.resolve_name(node["reftarget"])
+        target = f"{found.__module__}.{found.__qualname__}"
+    except (ImportError, AttributeError, ValueError):
+        return None
+    domain = env.domains.python_domain
+    return domain.resolve_xref(
+        env, node["refdoc"], app.builder, node["reftype"], target, node, content
+    )
+
+
+def setup(app: Sphinx) -> None:
+    """Registers what this file adds to Sphinx."""
+    app.connect("missing-reference", resolve_reexport)
