@@ -73,17 +73,14 @@ def _name(conditioner: Conditioner) -> str:
 
 def _evaluate(conditioner: Conditioner, y: Tensor, context: Tensor | None) -> Tensor:
     """Evaluates all levels, of a masked network a few, and says which backbone it was that failed."""
-    levels, members = conditioner.levels(y.shape[1], y.device)
+    _, members = conditioner.levels(y.shape[1], y.device)
     try:
         if conditioner.one_pass:
             return conditioner.features(y, None, context)
-        features = torch.zeros(*y.shape, conditioner.width, device=y.device)
         some = slice(conditioner.first_level, conditioner.first_level + MOST_LEVELS)
-        for level in range(len(members))[some]:
-            hide = torch.full((1,), level, device=y.device)
-            part = conditioner.features(y, hide, context)[:, members[level]]
-            features[:, members[level]] = part.to(features.dtype)
-        return features
+        hidden = [torch.full((1,), level, device=y.device) for level in range(len(members))[some]]
+        features = [conditioner.features(y, level, context) for level in hidden]
+        return torch.cat(features, dim=1)
     except UserError:
         raise
     except Exception as error:
@@ -115,10 +112,8 @@ def check_causal(conditioner: Conditioner, context: Tensor | None = None) -> Non
         probed = _shaken(conditioner)
         levels, _ = probed.levels(length, device)
         y = torch.randint(probed.num_classes, (1, length), device=device)
-        # Values that are masked cannot leak: there is nothing to probe them for.
-        count = min(length, MOST_PROBES) if probed.one_pass else 1
-        probes = torch.linspace(0, length - 1, count).long().to(device)
-        rows = max(len(probes), 2)
+        probes = torch.linspace(0, length - 1, min(length, MOST_PROBES)).long().to(device)
+        rows = max(len(probes), 2) if probed.one_pass else 2
         batch = y.repeat(rows, 1)
         # One context for all rows: else rows would differ for a good reason.
         contexts = None if context is None else context[:1].expand(rows, *context.shape[1:])
@@ -132,10 +127,12 @@ def check_causal(conditioner: Conditioner, context: Tensor | None = None) -> Non
         other[1:] = (other[1:] + 1) % probed.num_classes
         if (where := _first_change(before[:1], _evaluate(probed, other, contexts)[:1])) is not None:
             raise CertificateError(
-                f"{_name(probed)} mixes the examples of a batch, seen at dimension {where[1]}: the "
+                f"{_name(probed)} mixes the examples of a batch, seen at dimension {where[1] % length}: the "
                 "features are (batch, length, width); a torch Transformer needs batch_first: true, "
                 "and batch normalization cannot be used"
             )
+        if not probed.one_pass:
+            return  # what is masked cannot leak
         changed = batch.clone()
         row = torch.arange(len(probes), device=device)
         changed[row, probes] = (changed[row, probes] + 1) % probed.num_classes
