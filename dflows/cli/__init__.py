@@ -1,0 +1,1 @@
+"""What the commands share: configuration, checkpoints, errors on one line, the summary."""

@@ -1,0 +1,202 @@
+"""Callbacks of every run: progress, checkpoints, the run's folder, the clock."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint, RichProgressBar
+from pytorch_lightning.cli import SaveConfigCallback
+
+from dflows.cli.checkpoints import KEY, describe_run
+from lightning_modules import BaseModule
+
+__all__ = ["BestCheckpoint", "LastCheckpoint", "ProgressBar", "SaveRun", "Stopwatch"]
+
+
+class ProgressBar(RichProgressBar):
+    """Creates a bar over all steps, with the bits per character beside it.
+
+    Arguments:
+        refresh_rate: Batches from one update to the next; 0 shows no bar.
+        leave: Whether finished bars stay.
+    """
+
+    def __init__(self, refresh_rate: int = 10, leave: bool = False) -> None:
+        super().__init__(refresh_rate=refresh_rate, leave=leave)
+
+    @property
+    def total_train_batches(self) -> int | float:
+        """The batches of the whole run, where the run is as long as its steps say."""
+        steps = self.trainer.max_steps
+        if steps > 0 and self.trainer.max_epochs == -1:
+            return steps * self.trainer.accumulate_grad_batches
+        return super().total_train_batches
+
+    def _get_train_description(self, current_epoch: int) -> str:
+        return "Training"
+
+    def get_metrics(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Any:
+        """Returns the metrics without the version of the run."""
+        metrics = super().get_metrics(trainer, pl_module)
+        metrics.pop("v_num", None)
+        return metrics
+
+
+class _Checkpoint(ModelCheckpoint):
+    """Creates checkpoints in the folder of the run, under one name."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(
+            save_top_k=1, auto_insert_metric_name=False, enable_version_counter=False, **kwargs
+        )
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Finds the folder, which the logger's is."""
+        if self.dirpath is None and trainer.log_dir is not None:
+            self.dirpath = str(Path(trainer.log_dir).absolute())
+        super().setup(trainer, pl_module, stage)
+
+    def _ModelCheckpoint__warn_if_dir_not_empty(self, dirpath: str) -> None:  # noqa: N802
+        """Keeps quiet: a resumed run goes on in its folder."""
+
+
+class BestCheckpoint(_Checkpoint):
+    """Creates the checkpoint of the best validation.
+
+    Arguments:
+        monitor: What is compared.
+        mode: Whether the smallest (`min`) or the largest (`max`) is the best.
+        dirpath: Folder; that of the run where it is not given.
+        filename: Name without its ending.
+    """
+
+    def __init__(
+        self,
+        monitor: str = "valid_bpc",
+        mode: str = "min",
+        dirpath: str | None = None,
+        filename: str = "best",
+    ) -> None:
+        super().__init__(monitor=monitor, mode=mode, dirpath=dirpath, filename=filename)
+
+
+class LastCheckpoint(_Checkpoint):
+    """Creates the checkpoint to go on from: after every validation, at the end and on failure.
+
+    Arguments:
+        every_n_train_steps: Steps from one to the next, in place of validations.
+        dirpath: Folder; that of the run where it is not given.
+        filename: Name without its ending.
+        save_on_exception: Whether a run that is interrupted or fails saves where it is.
+    """
+
+    def __init__(
+        self,
+        every_n_train_steps: int | None = None,
+        dirpath: str | None = None,
+        filename: str = "last",
+        save_on_exception: bool = True,
+    ) -> None:
+        super().__init__(
+            every_n_train_steps=every_n_train_steps,
+            dirpath=dirpath,
+            filename=filename,
+            save_on_exception=save_on_exception,
+        )
+
+
+class SaveRun(SaveConfigCallback):
+    """Creates what puts config.yaml and tokenizer.json beside the checkpoints, and into them.
+
+    Nothing is written before all checks have passed and training begins.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "overwrite": True})
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Waits for :meth:`on_train_start`."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Writes config.yaml and tokenizer.json."""
+        super().setup(trainer, pl_module, "fit")
+
+    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Writes tokenizer.json."""
+        if trainer.log_dir is not None:
+            trainer.datamodule.save_vocabulary(trainer.log_dir)  # type: ignore[attr-defined]
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Makes the checkpoint say what it is."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        config = plain_config(self.parser, self.config, data.num_classes, data.length)
+        checkpoint[KEY] = describe_run(config, data.vocabulary.to_json())
+
+
+def plain_config(parser: Any, config: Any, num_classes: int, length: int) -> dict[str, Any]:
+    """Returns a resolved configuration in plain types, with what was linked written out."""
+    import yaml
+
+    plain: dict[str, Any] = yaml.safe_load(parser.dump(config, skip_none=False, format="yaml"))
+    arguments = plain["model"].setdefault("init_args", {})
+    arguments.update({"num_classes": num_classes, "length": length})
+    return plain
+
+
+class Stopwatch(Callback):
+    """Creates a clock of training without its validations, and of evaluation."""
+
+    def __init__(self) -> None:
+        self.train_seconds = 0.0
+        self.train_characters = 0
+        self.train_examples = 0
+        self.test_seconds = 0.0
+        self._since: float | None = None
+
+    def _stop(self) -> float:
+        passed = 0.0 if self._since is None else time.perf_counter() - self._since
+        self._since = None
+        return passed
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Starts."""
+        self._since = time.perf_counter()
+
+    def on_train_batch_end(
+        self,
+        trainer: pl.Trainer,
+        pl_module: pl.LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+    ) -> None:
+        """Counts, and asks for the last validation when the last step is done."""
+        indices = BaseModule.indices_of(batch)
+        self.train_characters += indices.numel() * trainer.world_size
+        self.train_examples += len(indices) * trainer.world_size
+        if 0 < trainer.max_steps <= trainer.global_step:
+            trainer.should_stop = True
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Pauses."""
+        self.train_seconds += self._stop()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Goes on."""
+        if trainer.training or (trainer.validating and trainer.state.fn == "fit"):
+            self._since = time.perf_counter()
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stops."""
+        self.train_seconds += self._stop()
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Starts."""
+        self._since = time.perf_counter()
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stops."""
+        self.test_seconds += self._stop()

@@ -1,0 +1,206 @@
+"""Configurations: shipped ones found by their bare names, and dflows' own defaults."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from importlib.resources import as_file, files
+from importlib.resources.abc import Traversable
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from jsonargparse import Namespace
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.plugins import CheckpointIO
+
+from datamodules.module import StreamDataModule
+from dflows.cli.callbacks import (
+    BestCheckpoint,
+    LastCheckpoint,
+    ProgressBar,
+    SaveRun,
+    Stopwatch,
+    plain_config,
+)
+from dflows.cli.checkpoints import WholeCheckpoints, read_checkpoint
+from dflows.errors import UserError
+from lightning_modules import BaseModule
+
+__all__ = ["FlowCLI", "Parser", "resolved_arguments", "shipped_configs"]
+
+DEFAULTS: dict[str, Any] = {
+    # The training stream has no end: a run is as long as max_steps or max_time say.
+    "max_epochs": -1,
+    "max_steps": -1,
+    "check_val_every_n_epoch": None,
+    "val_check_interval": 1000,
+    "log_every_n_steps": 50,
+    "gradient_clip_val": 1.0,
+    "logger": {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "runs", "name": None}},
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,
+}
+"""The defaults of dflows where they differ from Lightning's; every one is a key to change."""
+
+
+def shipped_configs() -> Traversable:
+    """Returns the folder of shipped configurations, installed or in the checkout."""
+    try:
+        return files("dflows.configs")
+    except ModuleNotFoundError:
+        return Path(__file__).parents[2] / "configs"
+
+
+def _names(folder: Traversable, prefix: str = "") -> Iterator[str]:
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
+        if entry.is_dir():
+            yield from _names(entry, f"{prefix}{entry.name}/")
+        elif entry.name.endswith(".yaml"):
+            yield prefix + entry.name
+
+
+@contextmanager
+def resolved_arguments(arguments: Sequence[str]) -> Iterator[list[str]]:
+    """Replaces the bare names of shipped configurations by the paths of their files.
+
+    Args:
+        arguments: The arguments of a command.
+
+    Yields:
+        The arguments, whose files are there while the context lasts.
+
+    Raises:
+        UserError: If a configuration is neither a file nor shipped.
+    """
+    resolved: list[str] = []
+    with ExitStack() as stack:
+        expected = False
+        for argument in arguments:
+            flag, equals, value = argument.partition("=")
+            if expected:
+                flag, equals, value = "", "", argument
+            elif flag not in ("-c", "--config") or not equals:
+                resolved.append(argument)
+                expected = argument in ("-c", "--config")
+                continue
+            resolved.append(f"{flag}{equals}{_find(value, stack)}")
+            expected = False
+        yield resolved
+
+
+def _find(name: str, stack: ExitStack) -> str:
+    path = Path(name)
+    if path.is_file():
+        return name
+    shipped = shipped_configs()
+    names = list(_names(shipped))
+    bare = name.removeprefix("configs/")
+    if path.exists() or path.is_absolute() or bare not in names:
+        raise UserError(
+            f"no configuration {name}: give a file, or one of the shipped {', '.join(names)}"
+        )
+    return str(stack.enter_context(as_file(shipped.joinpath(bare))))
+
+
+class Parser(LightningArgumentParser):
+    """Creates a parser that raises errors in place of printing its usage and leaving."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "exit_on_error": False})
+
+
+class FlowCLI(LightningCLI):
+    """Creates trainer, model and data from configurations and arguments.
+
+    Arguments:
+        arguments: The arguments of the command. Processes that Lightning starts read `sys.argv`,
+            which must hold them too.
+    """
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self.arguments = list(arguments)
+        program, *given = sys.argv
+        with resolved_arguments(self.arguments) as resolved:
+            # LightningCLI takes arguments from there alone without a warning.
+            sys.argv = [program, *resolved]
+            try:
+                super().__init__(
+                    BaseModule,
+                    StreamDataModule,
+                    save_config_callback=SaveRun,
+                    trainer_defaults=DEFAULTS,
+                    seed_everything_default=0,
+                    parser_class=Parser,
+                    subclass_mode_model=True,
+                    subclass_mode_data=True,
+                    run=False,
+                    auto_configure_optimizers=False,
+                    parser_kwargs={"prog": "python -m dflows.fit"},
+                )
+            finally:
+                sys.argv = [program, *given]
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds what dflows has beside Lightning's keys."""
+        parser.add_argument(
+            "--ckpt_path", type=str | None, default=None, help="Checkpoint to go on from, exactly."
+        )
+        parser.add_argument(
+            "--name",
+            type=str | None,
+            default=None,
+            help="Name of the run and of its record; by default that of the first configuration.",
+        )
+        parser.add_argument(
+            "--record", type=str | None, default=None, help="Folder that gets the record as well."
+        )
+        parser.add_argument(
+            "--budget", type=str, default="", help="What the run was allowed, for the record."
+        )
+        parser.add_lightning_class_args(ProgressBar, "progress_bar")
+        parser.add_lightning_class_args(BestCheckpoint, "best_checkpoint")
+        parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
+        for key in ("num_classes", "length"):
+            parser.link_arguments(f"data.{key}", f"model.init_args.{key}", apply_on="instantiate")
+
+    def before_instantiate_classes(self) -> None:
+        """Settles where the run is kept: in a folder of its own, or in that which it goes on in."""
+        config = self.config
+        if config.name is None:
+            config.name = self._default_name()
+        logger = config.trainer.logger
+        own = isinstance(logger, Namespace) and str(logger.class_path).endswith("TensorBoardLogger")
+        if config.ckpt_path is not None:
+            read_checkpoint(config.ckpt_path)
+            folder = Path(config.ckpt_path).absolute().parent
+            if own:
+                logger.init_args.update(
+                    {
+                        "save_dir": str(folder.parents[1]),
+                        "name": folder.parent.name,
+                        "version": folder.name,
+                    }
+                )
+        elif own and logger.init_args.name is None:
+            logger.init_args.name = config.name
+
+    def _default_name(self) -> str:
+        given = self.config.config or []
+        return Path(str(given[0])).stem if given and given[0] else "dflows"
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Adds what keeps checkpoints whole, and measures."""
+        plugins = self.config_init.trainer.plugins or []
+        plugins = list(plugins) if isinstance(plugins, list) else [plugins]
+        if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+            plugins.append(WholeCheckpoints())
+        trainer = super().instantiate_trainer(plugins=plugins, **kwargs)
+        self.stopwatch = Stopwatch()
+        trainer.callbacks.insert(0, self.stopwatch)  # type: ignore[attr-defined]
+        return trainer
+
+    def resolved_config(self) -> dict[str, Any]:
+        """Returns the resolved configuration in plain types."""
+        return plain_config(
+            self.parser, self.config, self.datamodule.num_classes, self.datamodule.length
+        )

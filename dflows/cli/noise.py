@@ -1,0 +1,35 @@
+"""Keeps off the terminal what tells users nothing."""
+
+import logging
+import warnings
+
+__all__ = ["quiet"]
+
+_WARNINGS = (
+    # Windows come from memory: workers would only slow them down.
+    ".*does not have many workers.*",
+    # What is asked for by `precision` and by metrics of our own is meant.
+    ".*was called before the ``update`` method.*",
+    # TensorBoard's files hold no graph and no hyper-parameters.
+    ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
+    # One checkpoint, of the same name, is all that a run keeps.
+    ".*Checkpoint directory .* exists and is not empty.*",
+)
+
+_ADVICE = ("💡", "TPU available", "HPU available", "GPU available", "Seed set to")
+
+
+class _Advice(logging.Filter):
+    """Creates a filter of Lightning's tips and of what it says of absent accelerators."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        return not message.startswith(_ADVICE)
+
+
+def quiet() -> None:
+    """Silences known warnings and tips of the libraries; what is unknown is shown."""
+    for message in _WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    for name in ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.seed"):
+        logging.getLogger(name).addFilter(_Advice())

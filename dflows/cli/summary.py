@@ -1,0 +1,158 @@
+"""What a finished run is judged by: its figures, one table, a sample and a record."""
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from datamodules.module import StreamDataModule
+from dflows.cli.callbacks import Stopwatch
+from dflows.metrics import GenerationLatency, entropy_in_bits
+from lightning_modules import BaseModule, DiscreteFlowModule
+
+__all__ = ["Figures", "measure_generation", "print_sample", "unigram_bpc"]
+
+
+def unigram_bpc(data: StreamDataModule, split: str) -> float:
+    """Returns the unigram entropy of a split, in bits per character."""
+    return float(entropy_in_bits(data.class_counts(split).unsqueeze(0)))
+
+
+def measure_generation(
+    module: BaseModule, num_samples: int, *, repeats: int = 10, warmup: int = 2
+) -> dict[str, float]:
+    """Times the generation of so many sequences at once, median and 95th percentile."""
+    latency = GenerationLatency().to(module.device)
+    with (
+        torch.random.fork_rng([module.device] if module.device.type == "cuda" else []),
+        torch.no_grad(),
+    ):
+        latency.measure(lambda: module.sample(num_samples), repeats=repeats, warmup=warmup)
+    return {name: float(value) for name, value in latency.compute().items()}
+
+
+@dataclass
+class Figures:
+    """Creates the figures of a run, to be printed as a table and written as a record.
+
+    Arguments:
+        metrics: Values by the names of :data:`dflows.records.METRICS`.
+        rows: Rows of the table: what, value, remark.
+    """
+
+    metrics: dict[str, Any] = field(default_factory=dict)
+    rows: list[tuple[str, str, str]] = field(default_factory=list)
+
+    def add_likelihood(
+        self, module: BaseModule, data: StreamDataModule, split: str, bpc: float, nats: float
+    ) -> None:
+        """Adds the likelihood of a split, and the unigram entropy of the same split."""
+        characters = module.counted["characters"][split]
+        examples = module.counted["examples"][split]
+        unigram = unigram_bpc(data, split)
+        self.metrics.setdefault("characters", {})[split] = characters
+        self.metrics.setdefault("examples", {})[split] = examples
+        self.metrics |= {
+            f"{split}_bpc": bpc,
+            f"{split}_nats": nats,
+            "unigram_bpc" if split == "test" else f"{split}_unigram_bpc": unigram,
+        }
+        remark = f"{characters:,} characters, exact; unigram entropy {unigram:.3f}"
+        self.rows.append((f"{split}, bits per character", f"{bpc:.4f}", remark))
+        entropy = getattr(data, "entropy", None)
+        if entropy is not None:
+            factorized = float(data.factorized_entropy)  # type: ignore[attr-defined]
+            self.metrics |= {"entropy": float(entropy), "factorized_entropy": factorized}
+            remark = f"{examples:,} examples; entropy {entropy:.3f}, factorized {factorized:.3f}"
+            self.rows.append((f"{split}, nats per example", f"{nats:.4f}", remark))
+
+    def add_flows(self, module: BaseModule) -> None:
+        """Adds what the flows are, and what each leaves on the test split."""
+        if not isinstance(module, DiscreteFlowModule):
+            return
+        flow = module.flow
+        self.metrics |= {"passes": flow.passes, "untransformed": flow.untransformed}
+        if module.residual_bpc:
+            self.metrics["residual_bpc"] = module.residual_bpc
+            residuals = ", ".join(f"{bits:.3f}" for bits in module.residual_bpc)
+            self.rows.append(
+                ("entropy after each flow, bits", residuals, "test, from data to base")
+            )
+        of = f"{flow.length} characters at once" if flow.passes else "no network"
+        self.rows.append(("passes to generate", str(flow.passes), of))
+
+    def add_speed(self, stopwatch: Stopwatch, module: BaseModule, steps: int) -> None:
+        """Adds the speed of training and of evaluation."""
+        if stopwatch.train_seconds and stopwatch.train_characters:
+            speed = stopwatch.train_characters / stopwatch.train_seconds
+            self.metrics |= {
+                "steps": steps,
+                "train_seconds": stopwatch.train_seconds,
+                "characters_per_second": speed,
+                "examples_per_second": stopwatch.train_examples / stopwatch.train_seconds,
+            }
+            self.rows.append(
+                ("training, characters a second", f"{speed:,.0f}", f"{steps:,} steps in all")
+            )
+        if stopwatch.test_seconds and "test" in module.counted["characters"]:
+            speed = module.counted["characters"]["test"] / stopwatch.test_seconds
+            self.rows.append(("evaluation, characters a second", f"{speed:,.0f}", "test"))
+
+    def add_generation(self, module: BaseModule, length: int, repeats: int = 10) -> None:
+        """Times generation and adds the latencies."""
+        self.metrics["generation_length"] = length
+        for number in (1, 32):
+            timed = measure_generation(module, number, repeats=repeats)
+            key = f"generation_seconds_{number}"
+            self.metrics |= {key: timed["median"], f"{key}_p95": timed["p95"]}
+            if timed["peak_bytes"]:
+                self.metrics[f"generation_bytes_{number}"] = int(timed["peak_bytes"])
+            what = "1 sequence" if number == 1 else f"{number} sequences"
+            self.rows.append(
+                (
+                    f"generating {what}, seconds",
+                    f"{timed['median']:.4f}",
+                    f"median; 95th percentile {timed['p95']:.4f}; {length} characters each",
+                )
+            )
+
+    def print(self, console: Console, title: str) -> None:
+        """Prints the table."""
+        table = Table(title=title, title_justify="left", show_header=False)
+        table.add_column(style="bold")
+        table.add_column(justify="right")
+        table.add_column(style="dim")
+        for row in self.rows:
+            table.add_row(*row)
+        console.print(table)
+
+
+def stdout_console() -> Console:
+    """Returns a console that does not cut lines where there is no terminal."""
+    columns = os.environ.get("COLUMNS")
+    console = Console()
+    if not console.is_terminal and not columns:
+        console = Console(width=120)
+    return console
+
+
+def print_sample(
+    console: Console, module: BaseModule, data: Any, seed: int, number: int = 4
+) -> str:
+    """Prints independent windows of generated text, and returns them."""
+    generator = torch.Generator(module.device).manual_seed(seed)
+    samples = module.sample(number, generator=generator)
+    text = "\n".join(data.decode(row) for row in samples.cpu())
+    console.rule("sample", align="left", style="dim")
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.rule(style="dim")
+    return text
+
+
+def trainer_device(trainer: pl.Trainer) -> torch.device:
+    """Returns the device of this process's model."""
+    return trainer.strategy.root_device

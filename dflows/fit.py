@@ -1,0 +1,92 @@
+"""Trains a model, tests the best checkpoint, and prints and records what came of it.
+
+    python -m dflows.fit --config configs/quickstart.yaml
+
+Every key of a configuration is an argument as well (``--data.length 128``), and several
+configurations are laid one over the other. ``--print_config`` shows the result, ``--help`` all
+keys. The run goes on from a checkpoint with ``--ckpt_path``.
+"""
+
+import sys
+import time
+from collections.abc import Sequence
+
+import torch
+
+from dflows.cli.callbacks import BestCheckpoint
+from dflows.cli.configs import FlowCLI
+from dflows.cli.errors import run_command
+from dflows.cli.noise import quiet
+from dflows.cli.summary import Figures, print_sample, stdout_console, trainer_device
+from dflows.provenance import describe_device
+from dflows.records import Record, write_record
+
+__all__ = ["fit", "main"]
+
+
+def fit(arguments: Sequence[str]) -> None:
+    """Runs the command.
+
+    Args:
+        arguments: Its arguments; `sys.argv` must hold them too where several processes train.
+
+    Raises:
+        UserError: If something that the user asked for cannot be had.
+    """
+    begin = time.perf_counter()
+    quiet()
+    cli = FlowCLI(arguments)
+    trainer, module, data = cli.trainer, cli.model, cli.datamodule
+    trainer.fit(module, datamodule=data, ckpt_path=cli.config.ckpt_path, weights_only=True)
+    best = next(
+        entry for entry in trainer.checkpoint_callbacks if isinstance(entry, BestCheckpoint)
+    )
+    steps = trainer.global_step
+    validated = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    if best.best_model_path:
+        weights = trainer.strategy.load_checkpoint(best.best_model_path, weights_only=True)
+        module.load_state_dict(weights["state_dict"])
+        if best.best_model_score is not None and best.monitor == "valid_bpc":
+            validated["valid_bpc"] = float(best.best_model_score)
+    (tested,) = trainer.test(module, datamodule=data, verbose=False)
+    if trainer.is_global_zero:
+        figures = Figures()
+        module.to(trainer_device(trainer))
+        console = stdout_console()
+        if "valid_bpc" in validated:
+            nats = validated["valid_nats"]
+            figures.add_likelihood(module, data, "valid", validated["valid_bpc"], nats)
+        figures.add_likelihood(module, data, "test", tested["test_bpc"], tested["test_nats"])
+        figures.add_flows(module)
+        figures.add_speed(cli.stopwatch, module, steps)
+        figures.add_generation(module, data.length)
+        figures.print(console, f"{cli.config.name}, {best.best_model_path or 'not saved'}")
+        print_sample(console, module, data, cli.config.seed_everything or 0)
+        record = Record(
+            name=cli.config.name,
+            kind="fit",
+            config=cli.resolved_config(),
+            seed=int(cli.config.seed_everything or 0),
+            device=describe_device(trainer_device(trainer), trainer.world_size),
+            precision=trainer.precision,
+            seconds=time.perf_counter() - begin,
+            parameters=sum(parameter.numel() for parameter in module.parameters()),
+            metrics=figures.metrics,
+            budget=cli.config.budget,
+        )
+        folders = [trainer.log_dir, cli.config.record]
+        for folder in folders:
+            if folder is not None:
+                console.print(f"record: {write_record(folder, record)}", highlight=False)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    return run_command(lambda: fit(sys.argv[1:] if arguments is None else arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

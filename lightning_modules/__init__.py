@@ -1,0 +1,14 @@
+"""Lightning modules: the base one that users subclass, flows, and language models."""
+
+from lightning_modules.base import BaseModule, Batch, Optimization
+from lightning_modules.flow import DiscreteFlowModule, FlowModule
+from lightning_modules.language_model import LanguageModel
+
+__all__ = [
+    "BaseModule",
+    "Batch",
+    "DiscreteFlowModule",
+    "FlowModule",
+    "LanguageModel",
+    "Optimization",
+]

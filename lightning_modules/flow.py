@@ -1,0 +1,234 @@
+"""Modules that train discrete flows: any one, and one that is made of five choices."""
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Literal
+
+import torch
+from pytorch_lightning.utilities import rank_zero_info
+from torch import Generator, Tensor, nn
+
+from dflows.bases import Base, FactorizedBase
+from dflows.bijections import Bijection, RankPermutation
+from dflows.checks import check_flow
+from dflows.conditioner import Conditioner, Execution
+from dflows.errors import UserError
+from dflows.estimators import Estimator, LocalObjective
+from dflows.flow import DiscreteFlow
+from dflows.metrics import ResidualEntropy
+from dflows.orderings import Ordering
+from dflows.transforms import ConditionalTransform
+from lightning_modules.base import DEFAULT_OPTIMIZATION, BaseModule, Batch, Optimization, compute
+
+__all__ = ["DiscreteFlowModule", "FlowModule"]
+
+
+class DiscreteFlowModule(BaseModule):
+    """Creates a module that trains a discrete flow.
+
+    Before a fit it starts the base from the counts of the training data, once in the life of its
+    parameters, and runs :func:`dflows.checks.check_flow`. Testing logs the residual entropy of
+    every flow as well.
+
+    Arguments:
+        flow: The flow.
+        optimization: Settings of the optimizer.
+        base_refit_every: Where it is not 0, a factorized base is not trained by gradients, but set
+            in closed form every so many steps, from running counts.
+        base_refit_decay: What the counts are multiplied by before each further batch.
+
+    Raises:
+        UserError: If a base that is no factorized one is to be refitted, or a number is out of
+            range.
+    """
+
+    started: Tensor
+    base_counts: Tensor
+
+    def __init__(
+        self,
+        flow: DiscreteFlow,
+        optimization: Optimization = DEFAULT_OPTIMIZATION,
+        base_refit_every: int = 0,
+        base_refit_decay: float = 0.99,
+    ) -> None:
+        super().__init__(optimization)
+        if base_refit_every < 0 or not 0 <= base_refit_decay < 1:
+            raise UserError(
+                f"base_refit_every is {base_refit_every} and base_refit_decay is "
+                f"{base_refit_decay}: give at least 0 steps, and a factor from 0 to below 1"
+            )
+        self.flow = flow
+        self.register_buffer("started", torch.tensor(False))
+        self.base_refit_every = base_refit_every
+        self.base_refit_decay = base_refit_decay
+        if base_refit_every:
+            if not isinstance(flow.base, FactorizedBase):
+                raise UserError(
+                    f"base_refit_every is {base_refit_every}, and a {type(flow.base).__name__} has "
+                    "no closed form: set it to 0, or choose FactorizedBase"
+                )
+            flow.base.requires_grad_(False)
+            counts = torch.zeros_like(flow.base.logits, dtype=torch.float64)
+            self.register_buffer("base_counts", counts)
+        self.residual_entropy = ResidualEntropy(
+            len(flow.transforms), flow.num_classes, self._groups()
+        )
+        self.residual_bpc: list[float] = []
+
+    def _groups(self) -> Tensor | None:
+        """Returns the group (D,) of every dimension: those that the flows treat alike."""
+        orderings = [transform.ordering for transform in self.flow.conditional_transforms]
+        if not orderings:
+            return None
+        levels = torch.stack([ordering.levels(self.flow.length) for ordering in orderings])
+        return levels.unique(dim=1, return_inverse=True)[1]
+
+    def objective(self, batch: Batch) -> Tensor:
+        return self.flow.objective(self.indices_of(batch), self.context_of(batch))
+
+    def log_prob(self, batch: Batch) -> Tensor:
+        return self.flow.log_prob(self.indices_of(batch), self.context_of(batch))
+
+    def sample(
+        self,
+        num_samples: int,
+        *,
+        length: int | None = None,
+        temperature: float = 1.0,
+        generator: Generator | None = None,
+        method: Literal["levels", "fixed_point"] = "levels",
+    ) -> Tensor:
+        return self.flow.sample(
+            (num_samples,),
+            length=length,
+            temperature=temperature,
+            generator=generator,
+            method=method,
+        )
+
+    def base_parameters(self) -> Iterable[nn.Parameter]:
+        return self.flow.base.parameters()
+
+    def prepare(self) -> None:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if not self.started:
+            self.flow.start(data.class_counts())
+            self.started.fill_(True)
+        conditional = any(
+            isinstance(module, Conditioner) and module.context is not None
+            for module in self.flow.modules()
+        )
+        context = self.context_of(next(iter(data.train_dataloader()))) if conditional else None
+        check_flow(self.flow, context)
+        flow = self.flow
+        rank_zero_info(
+            f"{len(flow.transforms)} transforms on {type(flow.base).__name__}, "
+            f"{flow.length} dimensions of {flow.num_classes} classes, {flow.passes} passes, "
+            f"{sum(parameter.numel() for parameter in self.parameters()):,} parameters; "
+            f"no flow transforms {flow.untransformed} of the dimensions"
+        )
+
+    def on_train_batch_end(self, outputs: object, batch: Batch, batch_idx: int) -> None:
+        """Refits the base."""
+        step = self.trainer.global_step
+        base = self.flow.base
+        if not self.base_refit_every or step % self.base_refit_every:
+            return
+        if isinstance(base, FactorizedBase):
+            y, context = self.indices_of(batch), self.context_of(batch)
+            x = self.flow.residuals(y, context)[-1] if len(self.flow.transforms) else y
+            counts = self.trainer.strategy.reduce(base.count(x), reduce_op="sum")
+            self.base_counts = self.base_counts * self.base_refit_decay + counts
+            base.refit(self.base_counts)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Adds a batch to the test metrics, those of every flow included."""
+        y, context = self.indices_of(batch), self.context_of(batch)
+        if not len(self.flow.transforms):
+            self._update("test", batch, self.log_prob(batch))
+            return
+        # The last of the residuals is x, whose likelihood under the base is that of y.
+        residuals = self.flow.residuals(y, context)
+        log_prob = self.flow.base.log_prob(residuals[-1], self.flow.encode_context(context))
+        self.residual_entropy.update(residuals)
+        self._update("test", batch, log_prob.sum(dim=-1))
+
+    def on_test_epoch_end(self) -> None:
+        """Logs the test metrics, which all processes compute together."""
+        super().on_test_epoch_end()
+        if len(self.flow.transforms):
+            self.residual_bpc = compute(self.residual_entropy).reshape(-1).tolist()
+            self.residual_entropy.reset()
+
+
+class FlowModule(DiscreteFlowModule):
+    """Creates a flow from five choices, a key each, and trains it.
+
+    Arguments:
+        num_classes: K; taken from the data where a command builds the module.
+        length: D; likewise.
+        orderings: Which dimensions condition which: one a flow, in the order base → data.
+        backbone: The network: called once a flow without arguments, or once for all.
+        bijection: What is done to one variable: called with K.
+        estimator: How learning passes the discrete choice.
+        base: The distribution of x: called with K, D and the orderings.
+        share_backbone: Whether all flows share one network; embeddings and heads are their own.
+        width: Features of one dimension, where the backbone does not tell its own.
+        execution: How the backbone is run: ``causal``, ``masked``, or ``auto``.
+        positions: Whether a learned embedding of positions is added.
+        context_encoder: Maps what the data are conditioned on to vectors (B, C) or sequences
+            (B, S, C).
+        context_features: C, of a conditional flow.
+        optimization: Settings of the optimizer.
+        base_refit_every: As in :class:`DiscreteFlowModule`.
+        base_refit_decay: Likewise.
+
+    Raises:
+        UserError: If the choices do not fit each other.
+
+    Example:
+        >>> from functools import partial
+        >>> from dflows.backbones import DilatedConvolution
+        >>> from dflows.orderings import Strided
+        >>> module = FlowModule(27, 16, [Strided(4)], partial(DilatedConvolution, width=8))
+        >>> module.flow.passes
+        3
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        length: int,
+        orderings: list[Ordering],
+        backbone: Callable[[], nn.Module],
+        bijection: Callable[[int], Bijection] = RankPermutation,
+        estimator: Callable[[], Estimator] = LocalObjective,
+        base: Callable[[int, int, Sequence[Ordering]], Base] = FactorizedBase,
+        *,
+        share_backbone: bool = False,
+        width: int | None = None,
+        execution: Execution = "auto",
+        positions: bool | None = None,
+        context_encoder: nn.Module | None = None,
+        context_features: int | None = None,
+        optimization: Optimization = DEFAULT_OPTIMIZATION,
+        base_refit_every: int = 0,
+        base_refit_decay: float = 0.99,
+    ) -> None:
+        shared = backbone() if share_backbone else None
+        transforms = [
+            ConditionalTransform(
+                length,
+                bijection(num_classes),
+                ordering,
+                backbone() if shared is None else shared,
+                estimator(),
+                width=width,
+                execution=execution,
+                positions=positions,
+                context_features=context_features,
+            )
+            for ordering in orderings
+        ]
+        flow = DiscreteFlow(base(num_classes, length, orderings), transforms, context_encoder)
+        super().__init__(flow, optimization, base_refit_every, base_refit_decay)
