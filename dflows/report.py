@@ -1,0 +1,177 @@
+"""Makes the README's table and figure from records: ``python -m dflows.report``."""
+
+import argparse
+import os
+import sys
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+from dflows.errors import UserError
+from dflows.records import Record, read_records
+
+__all__ = ["main", "render_table", "update_readme"]
+
+BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
+
+
+def _seconds(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _passes_first(record: Record) -> tuple[int, str]:
+    return record.metrics.get("passes", 0), record.name
+
+
+def render_table(records: Sequence[Record], benchmarks: Sequence[Record] = ()) -> str:
+    """Renders records of text runs as a Markdown table.
+
+    Args:
+        records: Records of `python -m dflows.fit` on one corpus.
+        benchmarks: Records of `benchmarks/throughput.py`.
+
+    Returns:
+        Markdown, with a line for every record.
+
+    Raises:
+        UserError: If a record has no test_bpc, or the records scored different characters.
+    """
+    lacking = [record.name for record in records if "test_bpc" not in record.metrics]
+    if lacking:
+        raise UserError(f"the records of {', '.join(lacking)} have no test_bpc: run them to the end")
+    scored = {record.metrics["characters"]["test"] for record in records}
+    if len(scored) > 1:
+        raise UserError(
+            f"the records scored {sorted(scored)} characters of test: they are of different corpora"
+        )
+    head = (
+        "| config | passes | valid bpc | test bpc | of unigram | trained, s | characters/s "
+        "| 1 sequence, s | 32 sequences, s |"
+    )
+    lines = [head, "| --- |" + " ---: |" * 8]
+    for record in sorted(records, key=_passes_first):
+        metrics = record.metrics
+        lines.append(
+            f"| `{record.name}.yaml` | {metrics['passes']} | {metrics['valid_bpc']:.3f} "
+            f"| {metrics['test_bpc']:.3f} | {metrics['test_bpc'] / metrics['unigram_bpc']:.3f} "
+            f"| {metrics['train_seconds']:.0f} | {metrics['characters_per_second']:,.0f} "
+            f"| {_seconds(metrics.get('generation_seconds_1'))} "
+            f"| {_seconds(metrics.get('generation_seconds_32'))} |"
+        )
+    if records:
+        metrics = records[0].metrics
+        devices = ", ".join(sorted({record.device for record in records}))
+        lines += [
+            "",
+            f"All likelihoods are exact, over all {metrics['characters']['test']:,} characters of "
+            f"the test split, whose unigram entropy is {metrics['unigram_bpc']:.3f} bits and bigram "
+            f"entropy {metrics['bigram_bpc']:.3f}. A sequence has "
+            f"{metrics['generation_length']} characters; times are medians. Measured on: {devices}.",
+        ]
+    speeds = {record.name: record.metrics["characters_per_second"] for record in benchmarks}
+    if {"throughput-lightning", "throughput-plain"} <= speeds.keys():
+        ratio = speeds["throughput-plain"] / speeds["throughput-lightning"]
+        lines += [
+            "",
+            f"A hand-written loop trains the quickstart's network {ratio:.2f} times as fast as "
+            "`dflows.fit`, in one run of `benchmarks/throughput.py`.",
+        ]
+    return "\n".join(lines)
+
+
+def update_readme(text: str, table: str) -> str:
+    """Puts a table between the marks of a README.
+
+    Raises:
+        UserError: If the marks are missing.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise UserError(f"the README has no lines {BEGIN} and {END}: add them where the table goes")
+    return f"{before}{BEGIN}\n{table}\n{END}{after}"
+
+
+def draw_figure(records: Sequence[Record], file: Path) -> None:
+    """Draws test bits per character against passes, as an SVG file."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot as plt
+
+    mpl.rcParams["svg.hashsalt"] = "dflows"
+    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
+    for record in sorted(records, key=_passes_first):
+        metrics = record.metrics
+        axes.scatter(metrics["passes"], metrics["test_bpc"], s=60, zorder=3)
+        axes.annotate(
+            f"{record.name}  {metrics['test_bpc']:.2f}",
+            (metrics["passes"], metrics["test_bpc"]),
+            textcoords="offset points",
+            xytext=(8, 4),
+        )
+    for key, label in (("unigram_bpc", "unigram"), ("bigram_bpc", "bigram")):
+        value = records[0].metrics[key]
+        axes.axhline(value, linestyle="--", linewidth=1, color="grey")
+        axes.annotate(f"{label} entropy  {value:.2f}", (1, value), xytext=(0, 3),
+                      textcoords="offset points", color="grey")  # fmt: skip
+    axes.set_xscale("log", base=2)
+    axes.set_xlim(0.9, 2 * max(record.metrics["passes"] for record in records))
+    axes.set_ylim(0, 1.15 * records[0].metrics["unigram_bpc"])
+    axes.set_xlabel("passes: sequential network evaluations to generate a batch")
+    axes.set_ylabel("exact bits per character, test")
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_name(f".{uuid.uuid4().hex}{file.suffix}")
+    try:
+        figure.savefig(unfinished, metadata={"Date": None})
+        unfinished.replace(file)
+    finally:
+        unfinished.unlink(missing_ok=True)
+        plt.close(figure)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command.
+
+    Args:
+        arguments: The command line; that of the process by default.
+
+    Returns:
+        The exit code.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m dflows.report",
+        description="Make the README's table and figure from the records of finished runs.",
+    )
+    parser.add_argument("--results", type=Path, default=Path("results/text"))
+    parser.add_argument("--benchmarks", type=Path, default=Path("results/benchmarks"))
+    parser.add_argument("--readme", type=Path, default=Path("README.md"))
+    parser.add_argument("--figure", type=Path, default=Path("docs/figures/text.svg"))
+    options = parser.parse_args(arguments)
+    try:
+        records = read_records(options.results)
+        if not records:
+            raise UserError(f"{options.results} holds no records: run python -m dflows.fit first")
+        benchmarks = read_records(options.benchmarks) if options.benchmarks.is_dir() else []
+        if not options.readme.is_file():
+            raise UserError(f"{options.readme} is missing: run this in the project's folder")
+        old = options.readme.read_text(encoding="utf-8")
+        new = update_readme(old, render_table(records, benchmarks))
+        draw_figure(records, options.figure)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    unfinished = options.readme.with_name(f".{uuid.uuid4().hex}.md")
+    try:
+        unfinished.write_text(new, encoding="utf-8")
+        os.replace(unfinished, options.readme)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    print(f"{options.readme} and {options.figure} are made from {len(records)} records")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
