@@ -292,7 +292,7 @@ class DiscreteFlow(nn.Module):
                 positions at once, until nothing changes. The samples are the same.
 
         Returns:
-            Indices (*S, d), or (*S, B, d) with a context.
+            Indices ``(*S, d)``, or ``(*S, B, d)`` with a context.
 
         Raises:
             UserError: If the temperature, length or method cannot be had.
@@ -402,7 +402,7 @@ class FlowDistribution(Distribution):
 
     @torch.no_grad()
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Draws exact samples, indices (*sample_shape, *batch_shape, D)."""
+        """Draws exact samples, indices ``(*sample_shape, *batch_shape, D)``."""
         return self.flow._sample(
             torch.Size(sample_shape),
             self.context,
