@@ -5,8 +5,8 @@ Since a bijection of a finite set changes no volume, p(y) = p_base(x) with x the
 from: the likelihood is exact, and there is no Jacobian.
 """
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal, cast
 
 import torch
 from torch import Generator, Tensor, nn
@@ -14,13 +14,27 @@ from torch.distributions import Distribution, constraints
 
 from dflows.bases import Base
 from dflows.errors import UserError
+from dflows.estimators import Estimator
 from dflows.orderings import untransformed
-from dflows.representations import flatten_batch, to_one_hot
-from dflows.transforms import ConditionalTransform, DiscreteTransform
+from dflows.representations import flatten_batch, is_one_hot, to_one_hot
+from dflows.transforms import Composition, ConditionalTransform, DiscreteTransform, Inverse
 
 __all__ = ["DiscreteFlow", "FlowDistribution", "Method"]
 
 Method = Literal["levels", "fixed_point"]
+
+
+def _taken_apart(transforms: Iterable[DiscreteTransform]) -> Iterator[DiscreteTransform]:
+    for transform in transforms:
+        if isinstance(transform, Composition):
+            yield from _taken_apart(transform.transforms)
+        else:
+            yield transform
+
+
+def _add_at(total: Tensor, rows: Tensor, value: Tensor) -> Tensor:
+    dtype = torch.promote_types(total.dtype, value.dtype)
+    return total.to(dtype).index_add(0, rows, value.to(dtype))
 
 
 class DiscreteFlow(nn.Module):
@@ -30,7 +44,7 @@ class DiscreteFlow(nn.Module):
 
     Arguments:
         base: The distribution of x.
-        transforms: Transforms in the order base → data.
+        transforms: Transforms in the order base → data; compositions are taken apart.
         context_encoder: Maps what the user conditions on to vectors (B, C) or sequences (B, S, C);
             without it the context must have one of these shapes.
 
@@ -73,7 +87,8 @@ class DiscreteFlow(nn.Module):
     ) -> None:
         super().__init__()
         self.base = base
-        self.transforms = nn.ModuleList(transforms)
+        stack = nn.ModuleList(_taken_apart(transforms))
+        self.transforms = cast("Sequence[DiscreteTransform]", stack)
         self.context_encoder = context_encoder
         conditional = self.conditional_transforms
         for transform in conditional:
@@ -94,7 +109,15 @@ class DiscreteFlow(nn.Module):
                 "estimator draw='flow', or none"
             )
         self._draws_flow = draws == {True} and len(conditional) > 1
-        self._through = any(transform.estimator.through for transform in conditional)
+        self._through = any(part.through for part in stack.modules() if isinstance(part, Estimator))
+        for part in stack:
+            if isinstance(part, Inverse) and any(
+                isinstance(inner, Estimator) and not inner.through for inner in part.modules()
+            ):
+                raise UserError(
+                    "an inverse stands in the stack, and its estimator trains from data to base "
+                    "only: give SoftmaxStraightThrough or PosteriorRule to what is inverted"
+                )
 
     @property
     def num_classes(self) -> int:
@@ -110,7 +133,9 @@ class DiscreteFlow(nn.Module):
     def conditional_transforms(self) -> list[ConditionalTransform]:
         """The transforms of the stack that hold a network, base → data."""
         return [
-            transform for transform in self.transforms if isinstance(transform, ConditionalTransform)
+            transform
+            for transform in self.transforms
+            if isinstance(transform, ConditionalTransform)
         ]
 
     @property
@@ -139,7 +164,11 @@ class DiscreteFlow(nn.Module):
         """Returns the distribution of y, given a context (B, …) or none."""
         return FlowDistribution(self, self.encode_context(context))
 
-    def _check(self, y: Tensor) -> None:
+    def _check(self, y: Tensor, wait: bool = False) -> Tensor:
+        """Returns indices as 64-bit integers.
+
+        Values are looked at where that takes no wait for a device, or else if asked to.
+        """
         if y.is_floating_point() or y.dtype == torch.bool:
             raise UserError(
                 f"values of dtype {y.dtype} were given: give indices 0..{self.num_classes - 1} as "
@@ -150,6 +179,13 @@ class DiscreteFlow(nn.Module):
                 f"an event of {y.shape[-1]} dimensions was given, and the flow has {self.length}: "
                 "give 1 to that many"
             )
+        if wait or (y.device.type == "cpu" and not torch.compiler.is_compiling()):
+            outside = (y < 0) | (y >= self.num_classes)
+            if outside.any():
+                raise UserError(
+                    f"a value of {int(y[outside][0])} lies outside 0..{self.num_classes - 1}"
+                )
+        return y.long()
 
     def log_prob(self, y: Tensor, context: Tensor | None = None) -> Tensor:
         """Computes the exact log-probability, in nats.
@@ -166,8 +202,7 @@ class DiscreteFlow(nn.Module):
         Raises:
             UserError: If `y` holds no indices, or more dimensions than the flow.
         """
-        self._check(y)
-        return self._log_prob(y, self.encode_context(context))
+        return self._log_prob(self._check(y), self.encode_context(context))
 
     def _log_prob(self, y: Tensor, context: Tensor | None) -> Tensor:
         flat, context, shape = flatten_batch(y, context)
@@ -191,8 +226,7 @@ class DiscreteFlow(nn.Module):
 
         Arguments, result and errors are those of :meth:`log_prob`.
         """
-        self._check(y)
-        flat, context, shape = flatten_batch(y, self.encode_context(context))
+        flat, context, shape = flatten_batch(self._check(y), self.encode_context(context))
         if self._draws_flow:
             return self._drawn_flow(flat, context).reshape(shape)
         x, total, weight = flat, torch.zeros(flat.shape[0], device=flat.device), None
@@ -205,10 +239,14 @@ class DiscreteFlow(nn.Module):
         return (self.base.objective(x, context, weight) + total).reshape(shape)
 
     def _train(
-        self, transform: nn.Module, y: Tensor, context: Tensor | None, last: bool
+        self, transform: DiscreteTransform, y: Tensor, context: Tensor | None, last: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Trains and inverts one transform; if it is the last, only what the base has to see."""
-        if not (isinstance(transform, ConditionalTransform) and transform.draws_levels):
+        if (
+            not isinstance(transform, ConditionalTransform)
+            or not transform.draws_levels
+            or is_one_hot(y)
+        ):
             x, ladj = transform.inverse_and_ladj(y, context)
             return x, ladj, None
         drawn = transform.draw(y, context)
@@ -237,18 +275,18 @@ class DiscreteFlow(nn.Module):
                 trained, ladj, weight = self._train(
                     transform, y[chosen], None if part is None else part[chosen], last
                 )
-                total = total.index_add(0, rows[chosen], (len(candidates) * ladj).to(total.dtype))
+                total = _add_at(total, rows[chosen], len(candidates) * ladj)
             if number == 0:
                 # Those that are left chose this flow, and only they go on to the base.
                 rows, y = rows[chosen], trained if chosen.any() else y[chosen]
-                break
+                continue
             with torch.no_grad():
                 part = None if part is None else part[~chosen]
                 rows, y = rows[~chosen], transform.inverse(y[~chosen], part)
         if not len(rows):
             return total
         score = self.base.objective(y, None if context is None else context[rows], weight)
-        return total.index_add(0, rows, (len(candidates) * score).to(total.dtype))
+        return _add_at(total, rows, len(candidates) * score)
 
     def residuals(self, y: Tensor, context: Tensor | None = None) -> list[Tensor]:
         """Returns what is left of y after each transform was undone, the data's side first.
@@ -260,8 +298,7 @@ class DiscreteFlow(nn.Module):
         Returns:
             Indices (…, d), one tensor a transform; the last is x.
         """
-        self._check(y)
-        flat, context, shape = flatten_batch(y, self.encode_context(context))
+        flat, context, shape = flatten_batch(self._check(y), self.encode_context(context))
         values = []
         with torch.no_grad():
             for transform in reversed(self.transforms):
@@ -389,12 +426,7 @@ class FlowDistribution(Distribution):
         Raises:
             UserError: If `value` lies outside the support.
         """
-        self.flow._check(value)
-        inside = (value >= 0) & (value < self.flow.num_classes)
-        if not inside.all():
-            raise UserError(
-                f"a value of {int(value[~inside][0])} lies outside 0..{self.flow.num_classes - 1}"
-            )
+        value = self.flow._check(value, wait=True)
         context = self.context
         if context is not None and value.ndim == 1:
             value = value.expand(*self.batch_shape, -1)

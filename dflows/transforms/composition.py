@@ -1,6 +1,7 @@
 """The composition of transforms."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ class Composition(DiscreteTransform):
 
     def __init__(self, transforms: Sequence[DiscreteTransform]) -> None:
         super().__init__()
-        self.transforms = nn.ModuleList(transforms)
+        self.transforms = cast("Sequence[DiscreteTransform]", nn.ModuleList(transforms))
 
     @property
     def passes(self) -> int:
