@@ -82,9 +82,9 @@ class RankPermutation(Bijection):
         chosen = logits.gather(-1, to_indices(y).unsqueeze(-1))
         soft_rank = ((logits - chosen) / self.temperature).sigmoid().sum(dim=-1, keepdim=True)
         # The derivative of a function of the rank, by the difference between its neighbours.
-        above = to_one_hot((rank + 1).clamp(max=self.num_classes - 1), self.num_classes, x.dtype)
-        below = to_one_hot((rank - 1).clamp(min=0), self.num_classes, x.dtype)
-        slope = (above - below) / (above - below).abs().sum(dim=-1, keepdim=True)
+        above, below = (rank + 1).clamp(max=self.num_classes - 1), (rank - 1).clamp(min=0)
+        ends = [to_one_hot(end, self.num_classes, x.dtype) for end in (above, below)]
+        slope = (ends[0] - ends[1]) / (above - below).unsqueeze(-1)
         return x + (soft_rank - soft_rank.detach()).to(x.dtype) * slope, ladj
 
     def local_log_likelihood(self, y: Tensor, logits: Tensor, target: Tensor | None) -> Tensor:
