@@ -137,8 +137,9 @@ class AutoregressiveBase(Base):
 
     @torch.no_grad()
     def start(self, counts: Tensor) -> None:
-        # The head's bias starts at the marginal, and its weights small, so that the first
+        # The head's bias starts at the marginal, and its weights at 0, so that the first
         # likelihoods are those of the marginal.
         total = counts if counts.ndim == 1 else counts.sum(dim=0)
         marginal = (total + 1) / (total + 1).sum()
+        self.conditioner.head.weight.zero_()
         self.conditioner.head.bias.copy_(marginal.log().to(self.conditioner.head.bias))
