@@ -1,6 +1,7 @@
 """Level-causal gated convolutions."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -66,9 +67,10 @@ class LevelConvolution(Backbone):
             narrow = max(width // 4, 1)
             self.narrow = nn.Linear(width, narrow)
             self.widen = nn.Linear(len(self.near) * narrow, width, bias=False)
-        self.layers = nn.ModuleList(
+        layered = nn.ModuleList(
             LevelGatedLayer(width, 1 + len(self.offsets), dropout) for _ in range(layers)
         )
+        self.layers = cast("Sequence[LevelGatedLayer]", layered)
         for layer in self.layers:  # a stack of any depth starts as calm as one layer
             nn.init.normal_(layer.out.weight, std=0.02 / layers**0.5)
             nn.init.zeros_(layer.out.bias)
@@ -81,8 +83,11 @@ class LevelConvolution(Backbone):
 
     def _sights_of(self, levels: Tensor) -> "dict[int, Sight]":
         if levels is not self._levels:
+            # A validation in inference mode may come first, and training uses the same masks.
+            with torch.inference_mode(False):
+                known = levels.clone()
+                self._sights = {offset: Sight(known, offset) for offset in self.offsets + self.near}
             self._levels = levels
-            self._sights = {offset: Sight(levels, offset) for offset in self.offsets + self.near}
         return self._sights
 
     def forward(
@@ -146,8 +151,10 @@ class Sight:
         self.has_equal = bool(self.equal.any())
 
     def __call__(self, known: Tensor, told: Tensor) -> Tensor:
-        """Picks, of the neighbour (B, D, W), what is told at lower levels, and at the same level
-        what is known."""
+        """Picks of the neighbour (B, D, W) what may be seen.
+
+        That is what is told at lower levels, and at the same level what is known.
+        """
         if not self.has_equal:
             return _shift(told, self.offset) * self.lower
         equal = _shift(known, self.offset) * self.equal
