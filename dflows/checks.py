@@ -72,7 +72,7 @@ def _name(conditioner: Conditioner) -> str:
 
 
 def _evaluate(conditioner: Conditioner, y: Tensor, context: Tensor | None) -> Tensor:
-    """Evaluates all levels, of a masked network a few, and says which backbone it was that failed."""
+    """Evaluates all levels, of a masked network a few, and says which backbone failed."""
     _, members = conditioner.levels(y.shape[1], y.device)
     try:
         if conditioner.one_pass:
@@ -118,6 +118,11 @@ def check_causal(conditioner: Conditioner, context: Tensor | None = None) -> Non
         # One context for all rows: else rows would differ for a good reason.
         contexts = None if context is None else context[:1].expand(rows, *context.shape[1:])
         before = _evaluate(probed, batch, contexts)
+        if not before.isfinite().all():
+            raise CertificateError(
+                f"{_name(probed)} returns features that are not finite, first at dimension "
+                f"{int((~before.isfinite()).nonzero()[0, 1]) % length}: its outputs must be numbers"
+            )
         if _first_change(before, _evaluate(probed, batch, contexts)) is not None:
             raise CertificateError(
                 f"{_name(probed)} gives another result when it is evaluated again: it must be "
@@ -127,9 +132,9 @@ def check_causal(conditioner: Conditioner, context: Tensor | None = None) -> Non
         other[1:] = (other[1:] + 1) % probed.num_classes
         if (where := _first_change(before[:1], _evaluate(probed, other, contexts)[:1])) is not None:
             raise CertificateError(
-                f"{_name(probed)} mixes the examples of a batch, seen at dimension {where[1] % length}: the "
-                "features are (batch, length, width); a torch Transformer needs batch_first: true, "
-                "and batch normalization cannot be used"
+                f"{_name(probed)} mixes the examples of a batch, seen at dimension "
+                f"{where[1] % length}: the features are (batch, length, width); a torch "
+                "Transformer needs batch_first: true, and batch normalization cannot be used"
             )
         if not probed.one_pass:
             return  # what is masked cannot leak
@@ -258,8 +263,8 @@ def check_normalized(
                 return None
     if abs(total - 1) > tolerance:
         raise CertificateError(
-            f"the probabilities of all {states} states sum to {total:.6f} and not to 1: a base's or "
-            "transform's log_prob is wrong"
+            f"the probabilities of all {states} states sum to {total:.6f} and not to 1: a base's "
+            "or transform's log_prob is wrong"
         )
     return total
 

@@ -33,6 +33,21 @@ Decide: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 to indices (N, n) or one-hot vectors (N, n, K)."""
 
 
+def _width(backbone: nn.Module, width: int | None) -> int:
+    if isinstance(backbone, Backbone):
+        if width not in (None, backbone.width):
+            raise UserError(
+                f"width is {width} and the backbone's own is {backbone.width}: leave `width` away"
+            )
+        return backbone.width
+    if width is None:
+        raise UserError(
+            f"the width of a {type(backbone).__name__} is not known: give `width`, the last "
+            "dimension of the features that it takes and returns"
+        )
+    return width
+
+
 class Conditioner(nn.Module):
     """Creates a network from values (N, d) to logits (N, d, num_outputs) that keeps to an ordering.
 
@@ -71,18 +86,8 @@ class Conditioner(nn.Module):
     ) -> None:
         super().__init__()
         own = isinstance(backbone, Backbone)
-        if width is None:
-            if not own:
-                raise UserError(
-                    f"the width of a {type(backbone).__name__} is not known: give `width`, the "
-                    "last dimension of the features that it takes and returns"
-                )
-            width = backbone.width
-        elif own and backbone.width != width:
-            raise UserError(
-                f"width is {width} and the backbone's own is {backbone.width}: leave `width` away"
-            )
-        causal = own and backbone.level_causal
+        width = _width(backbone, width)
+        causal = isinstance(backbone, Backbone) and backbone.level_causal
         if execution == "causal" and not causal:
             raise UserError(
                 f"{type(backbone).__name__} is not level-causal, so it would see what it must "
@@ -105,7 +110,7 @@ class Conditioner(nn.Module):
                 f"{ordering!r} gives all {length} dimensions the same level, which leaves a flow "
                 "nothing to do: choose an ordering of two levels or more, or a greater length"
             )
-        self.embeds = not own or backbone.embeds
+        self.embeds = not isinstance(backbone, Backbone) or backbone.embeds
         if self.embeds:
             self.embedding = nn.Parameter(torch.randn(num_classes, width))
             self.query = nn.Parameter(torch.randn(num_levels, width) * 0.1)
@@ -143,7 +148,8 @@ class Conditioner(nn.Module):
             with torch.inference_mode(False):
                 levels = self.ordering.levels(length).to(device)
                 members = [
-                    (levels == level).nonzero().squeeze(-1) for level in range(int(levels.max()) + 1)
+                    (levels == level).nonzero().squeeze(-1)
+                    for level in range(int(levels.max()) + 1)
                 ]
             self._dimensions[key] = levels, members
         return self._dimensions[key]
@@ -252,7 +258,9 @@ class Conditioner(nn.Module):
         shape = (y.shape[0], y.shape[1], self.num_outputs)
         logits = parts[0].new_zeros(shape) if parts else self.head.weight.new_zeros(shape)
         if parts:
-            logits = logits.index_copy(1, torch.cat(members[self.first_level :]), torch.cat(parts, 1))
+            logits = logits.index_copy(
+                1, torch.cat(members[self.first_level :]), torch.cat(parts, 1)
+            )
         return logits
 
     def level_logits(self, y: Tensor, level: int, context: Tensor | None = None) -> Tensor:
@@ -294,18 +302,24 @@ class Conditioner(nn.Module):
         Returns:
             The values, in the representation of `y`.
         """
-        levels, members = self.levels(y.shape[1], y.device)
+        _, members = self.levels(y.shape[1], y.device)
         evaluate = self._evaluator(y, context)
         for level in range(self.first_level, len(members)):
             y = y.index_copy(1, members[level], decide(members[level], evaluate(y, level)))
         return y
 
     def _evaluator(self, y: Tensor, context: Tensor | None) -> Callable[[Tensor, int], Tensor]:
-        """Returns what computes the logits of one level after the other, by cached steps where the
-        backbone offers them and no gradient is asked for."""
+        """Returns what computes the logits of one level after the other.
+
+        It goes by cached steps where the backbone offers them and no gradient is asked for.
+        """
         backbone = self.backbone
-        stepped = isinstance(backbone, SteppedBackbone) and backbone.steps and self.one_pass
-        if not stepped or is_one_hot(y) or torch.is_grad_enabled():
+        if (
+            not isinstance(backbone, SteppedBackbone)
+            or not (backbone.steps and self.one_pass)
+            or is_one_hot(y)
+            or torch.is_grad_enabled()
+        ):
             return lambda y, level: self.level_logits(y, level, context)
         levels, members = self.levels(y.shape[1], y.device)
         query, tokens = self._query(levels), self._context_tokens(context)

@@ -69,7 +69,7 @@ class Estimator(nn.Module, ABC):
 
 
 class _Through(Estimator):
-    """Estimators that hand a gradient from flow to flow, by a rule from logits to one-hot vectors."""
+    """Estimators that hand a gradient on, by a rule from logits to one-hot vectors."""
 
     through = True
 

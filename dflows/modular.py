@@ -141,9 +141,9 @@ class _OneHotAffine(torch.autograd.Function):
         inverse: bool,
     ) -> Tensor:
         num_classes = value.shape[-1]
-        indices = [tensor.argmax(dim=-1) for tensor in (value, loc, scale)]
-        mapped = (_map_inverse if inverse else _map)(*indices, modulus, num_classes)
-        ctx.save_for_backward(*indices)
+        x, mu, sigma = (tensor.argmax(dim=-1) for tensor in (value, loc, scale))
+        mapped = (_map_inverse if inverse else _map)(x, mu, sigma, modulus, num_classes)
+        ctx.save_for_backward(x, mu, sigma)
         ctx.modulus, ctx.inverse, ctx.num_classes = modulus, inverse, num_classes
         ctx.dtypes = [tensor.dtype for tensor in (value, loc, scale)]
         return to_one_hot(mapped, num_classes, value.dtype)
@@ -164,7 +164,9 @@ class _OneHotAffine(torch.autograd.Function):
             grads[1] = grad.gather(-1, entry).to(ctx.dtypes[1])
         if ctx.needs_input_grad[2]:
             unit = _inverses_on(ctx.modulus, grad.device) != 0
-            entry = mapping(value, loc, torch.where(unit, residues, 1), ctx.modulus, ctx.num_classes)
+            entry = mapping(
+                value, loc, torch.where(unit, residues, 1), ctx.modulus, ctx.num_classes
+            )
             grads[2] = grad.gather(-1, entry).masked_fill(~unit, 0).to(ctx.dtypes[2])
         return *grads, None, None
 

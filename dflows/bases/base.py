@@ -44,8 +44,7 @@ class Base(nn.Module, ABC):
     def objective(
         self, x: Tensor, context: Tensor | None = None, weight: Tensor | None = None
     ) -> Tensor:
-        """Computes what training maximises, in nats: an unbiased estimate of the event's
-        log-probability.
+        """Computes what training maximises: an unbiased estimate of the event's log-probability.
 
         Args:
             x: As in :meth:`log_prob`; right where the weight is not 0.

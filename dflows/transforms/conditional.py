@@ -183,7 +183,7 @@ class ConditionalTransform(DiscreteTransform):
 
     @property
     def draws_levels(self) -> bool:
-        """Whether a training step draws one level an example: only where levels cost evaluations."""
+        """Whether a training step draws one level an example, where each costs an evaluation."""
         return self.estimator.draw != "all" and not self.conditioner.one_pass
 
     def draw(self, y: Tensor, context: Tensor | None = None) -> Drawn:

@@ -28,13 +28,14 @@ class DiscreteTransform(nn.Module, ABC):
 
     @abstractmethod
     def call_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Maps base → data, and returns the log-determinants (…) beside: zeros that may carry a
-        gradient (:mod:`dflows.estimators`)."""
+        """Maps base → data, and returns the log-determinants (…) beside.
+
+        They are zeros that may carry a gradient (:mod:`dflows.estimators`).
+        """
 
     @abstractmethod
     def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Maps data → base, and returns the log-determinants (…) beside, as
-        :meth:`call_and_ladj`."""
+        """Maps data → base, and returns the log-determinants (…) beside, likewise."""
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Maps base → data."""
