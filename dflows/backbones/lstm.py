@@ -86,16 +86,22 @@ class LSTM(SteppedBackbone):
     ) -> Tensor:
         if not self.level_causal:
             check_features(self, content)
-            features: Tensor = self.linear(self.lstm(content)[0])
+            features: Tensor = self.linear(self._read(content))
             return features
         query, levels = check_causal(self, content, query, levels)
         order = self._order(levels)
         if order is not None:
             content, query = content[:, order], query[order]
         before = torch.cat([self.start.expand(len(content), 1, -1), content[:, :-1]], dim=1)
-        features = self.linear(self.lstm(before + query)[0])
+        features = self.linear(self._read(before + query))
         # The order is its own inverse: it leaves the dimensions, or turns round a part of them.
         return features if order is None else features[:, order]
+
+    def _read(self, inputs: Tensor) -> Tensor:
+        # Processors without bfloat16 instructions have no LSTM for autocast to call.
+        with torch.autocast("cpu", enabled=False):
+            outputs: Tensor = self.lstm(inputs.to(self.linear.weight.dtype))[0]
+            return outputs
 
     def _order(self, levels: Tensor) -> Tensor | None:
         """Returns the order in which to read dimensions, or None where they are in order."""

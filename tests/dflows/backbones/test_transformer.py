@@ -1,0 +1,203 @@
+import pytest
+import torch
+from torch import nn
+
+from dflows.backbones import Transformer
+from dflows.backbones.transformer import Locality, rotate, rotation
+from dflows.errors import UserError
+from dflows.orderings import CoarseToFine, Natural, Reversed, Strided
+
+WIDTH, HEADS = 8, 2
+
+
+def example(levels, batch=2):
+    content = torch.randn(batch, len(levels), WIDTH, dtype=torch.float64)
+    return content, torch.randn(len(levels), WIDTH, dtype=torch.float64), levels
+
+
+def plain(backbone, content, query, levels):
+    """The causal network of one example written with loops over dimensions and heads."""
+    size = WIDTH // HEADS
+    turn = None
+    if backbone.positions == "rotary":
+        turn = rotation(torch.arange(len(levels) + 1), size, content.dtype)
+    query = query + backbone.position[: len(query)] if backbone.positions == "learned" else query
+    rows = [backbone.start, *query]
+    told = [torch.zeros_like(backbone.start), *content]
+    known = [-2, *levels.tolist()]
+    for block in backbone.blocks:
+        memory = [block.content_norm(h + block.content(y)) for h, y in zip(rows, told, strict=True)]
+        updated = []
+        for d, h in enumerate(rows):
+            seen = [e for e in range(len(rows)) if known[e] < known[d] or d == e == 0]
+            asked = block.query(block.norm(h)).view(HEADS, size)
+            parts = []
+            for head in range(HEADS):
+                scores, values = [], []
+                for e in seen:
+                    both = block.key_value(memory[e]).view(2, HEADS, size)[:, head]
+                    key, ask = both[0], asked[head]
+                    if turn is not None:
+                        key = rotate(key.view(1, 1, 1, -1), turn[:, e : e + 1]).flatten()
+                        ask = rotate(ask.view(1, 1, 1, -1), turn[:, d : d + 1]).flatten()
+                    score = key @ ask / size**0.5
+                    if block.locality is not None and d > 0 and e > 0 and known[e] >= 0:
+                        score = score + block.locality.bias[head, block.locality.length - 1 + e - d]
+                    scores.append(score)
+                    values.append(both[1])
+                parts.append(torch.stack(scores).softmax(0) @ torch.stack(values))
+            h = h + block.merge(torch.cat(parts))
+            hidden = nn.functional.gelu(block.expand(block.feedforward_norm(h)))
+            updated.append(h + block.contract(hidden))
+        rows = updated
+    return backbone.norm(torch.stack(rows[1:]))
+
+
+@pytest.mark.parametrize("positions", ["rotary", "learned", "none"])
+@pytest.mark.parametrize("locality", [None, "distance"])
+@pytest.mark.parametrize(
+    "levels", [[0], [0, 1, 2, 3], [3, 1, 0, 2], [0, 1, 0, 1, 2], [-1, -1, 0, 1, 1]]
+)
+def test_causal_equals_loops(positions, locality, levels):
+    backbone = Transformer(
+        WIDTH, 2, HEADS, positions=positions, length=6, locality=locality
+    ).double()
+    content, query, levels = example(torch.tensor(levels))
+    features = backbone(content, query, levels)
+    for n in range(2):
+        torch.testing.assert_close(features[n], plain(backbone, content[n], query, levels))
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_full_equals_the_encoder_of_pytorch(length):
+    backbone = Transformer(WIDTH, 2, HEADS, attention="full", positions="none").double()
+    layer = nn.TransformerEncoderLayer(
+        WIDTH, HEADS, 4 * WIDTH, 0.0, "gelu", batch_first=True, norm_first=True
+    )
+    encoder = nn.TransformerEncoder(layer, 2, backbone.norm, enable_nested_tensor=False).double()
+    with torch.no_grad():
+        for block, other in zip(backbone.blocks, encoder.layers, strict=True):
+            for parameter in block.parameters():
+                parameter.add_(0.1 * torch.randn_like(parameter))
+            attention = other.self_attn
+            attention.in_proj_weight.copy_(torch.cat([block.query.weight, block.key_value.weight]))
+            attention.in_proj_bias.copy_(torch.cat([block.query.bias, block.key_value.bias]))
+            attention.out_proj.load_state_dict(block.merge.state_dict())
+            other.linear1.load_state_dict(block.expand.state_dict())
+            other.linear2.load_state_dict(block.contract.state_dict())
+            other.norm1.load_state_dict(block.norm.state_dict())
+            other.norm2.load_state_dict(block.feedforward_norm.state_dict())
+    features = torch.randn(3, length, WIDTH, dtype=torch.float64)
+    torch.testing.assert_close(backbone(features), encoder(features))
+
+
+def test_full_sees_everything():
+    backbone = Transformer(WIDTH, 1, HEADS, attention="full").double()
+    features = torch.randn(1, 6, WIDTH, dtype=torch.float64, requires_grad=True)
+    (backbone(features)[0, 3] @ torch.randn(WIDTH).double()).backward()
+    assert (features.grad[0].abs().amax(dim=-1) > 0).all()
+
+
+def test_rotated_products_depend_on_the_distance_only():
+    turn = rotation(torch.arange(20), 6, torch.float64)
+    a, b = torch.randn(2, 1, 1, 1, 6, dtype=torch.float64)
+    turned = rotate(a.expand(1, 20, 1, 6), turn), rotate(b.expand(1, 20, 1, 6), turn)
+    products = torch.einsum("bqhf,bkhf->qk", *turned)
+    for offset in range(-19, 20):
+        diagonal = products.diagonal(offset)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal))
+    torch.testing.assert_close(products[0, 0], (a * b).sum())
+    assert products[0].std() > 0
+
+
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+def test_positions_tell_dimensions_apart(positions):
+    levels = torch.tensor([0, 0, 1])
+    content = torch.randn(1, 3, WIDTH)
+    query = torch.randn(1, WIDTH).expand(3, WIDTH)
+    backbone = Transformer(WIDTH, 2, HEADS, positions=positions, length=3)
+    known = backbone(content, query, levels)[:, 2]
+    assert not torch.allclose(backbone(content[:, [1, 0, 2]], query, levels)[:, 2], known)
+    backbone = Transformer(WIDTH, 2, HEADS, positions="none")
+    known = backbone(content, query, levels)[:, 2]
+    torch.testing.assert_close(backbone(content[:, [1, 0, 2]], query, levels)[:, 2], known)
+
+
+def test_locality_starts_at_minus_slope_times_distance():
+    bias = Locality(heads=4, length=6)(length=5)
+    assert bias.shape == (4, 5, 5)
+    slopes = 0.03 ** torch.linspace(0, 1, 4)
+    for query in range(5):
+        for key in range(5):
+            torch.testing.assert_close(bias[:, query, key], -slopes * abs(query - key))
+
+
+def test_locality_has_entries_of_their_own_for_left_and_right():
+    locality = Locality(heads=1, length=4)
+    with torch.no_grad():
+        locality.bias.copy_(torch.arange(7.0))
+    assert locality(length=3)[0].tolist() == [[3, 4, 5], [2, 3, 4], [1, 2, 3]]
+
+
+@pytest.mark.parametrize("attention", ["causal", "full"])
+@pytest.mark.parametrize("locality", [None, "distance"])
+def test_64_layers_start_with_features_and_gradients_of_order_one(attention, locality):
+    backbone = Transformer(32, 64, 4, attention=attention, locality=locality, length=12)
+    content, query = torch.randn(2, 12, 32, requires_grad=True), torch.randn(12, 32)
+    features = backbone(content, query, Natural().levels(12))
+    (features * torch.randn_like(features)).sum().backward()
+    assert 0.5 < features.std() < 2
+    assert 1e-2 < content.grad.std() < 20
+    first, last = backbone.blocks[0].expand.weight.grad, backbone.blocks[-1].expand.weight.grad
+    assert 0.05 < first.norm() / last.norm() < 20
+
+
+@pytest.mark.parametrize("ordering", [Natural(), Reversed(), Strided(3), CoarseToFine(4)])
+def test_one_network_serves_every_ordering_by_steps_too(ordering):
+    backbone = Transformer(WIDTH, 2, HEADS, locality="distance", length=20).double()
+    content, query, levels = example(ordering.levels(11))
+    whole = backbone(content, query, levels)
+    cache = backbone.begin(query, levels, 2)
+    for level in range(int(levels.max()) + 1):
+        before = content[:, levels == level - 1] if level else None
+        features = backbone.advance(cache, level, before)
+        torch.testing.assert_close(features, whole[:, levels == level], rtol=0, atol=1e-10)
+
+
+def test_context_is_visible_to_all_and_sees_nothing():
+    backbone = Transformer(WIDTH, 2, HEADS).double()
+    content, query, levels = example(torch.tensor([-1, -1, 0, 1]))
+    content.requires_grad_()
+    features = backbone(content, query, levels)
+    (grad,) = torch.autograd.grad(features[:, 2].square().sum(), content, retain_graph=True)
+    assert (grad.abs().amax(dim=(0, 2)) > 0).tolist() == [True, True, False, False]
+    (grad,) = torch.autograd.grad(features[:, :2].square().sum(), content)
+    assert not grad.any()
+
+
+def test_dropout_reaches_attention_and_updates():
+    backbone = Transformer(WIDTH, 1, HEADS, dropout=0.5, feedforward=1)
+    assert backbone.blocks[0].attention_dropout == 0.5
+    content, query, levels = example(torch.arange(4))
+    content, query = content.float(), query.float()
+    assert not torch.equal(backbone(content, query, levels), backbone(content, query, levels))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"heads": 3}, "width=8 does not divide into heads=3"),
+        ({"heads": 8}, "a head has 1"),
+        ({"attention": "both"}, "attention is 'both'"),
+        ({"positions": "sinus"}, "positions is 'sinus'"),
+        ({"locality": "window"}, "locality is 'window'"),
+        ({"positions": "learned"}, "give `length`"),
+        ({"locality": "distance"}, "give `length`"),
+        ({"length": 0}, "length is 0"),
+        ({"feedforward": 0}, "feedforward is 0"),
+        ({"dropout": 1}, "dropout is 1"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, message):
+    with pytest.raises(UserError, match=message):
+        Transformer(WIDTH, **arguments)
