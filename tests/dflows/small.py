@@ -1,0 +1,165 @@
+"""Small random networks and flows, and all states of small events, for the tests of this folder."""
+
+from itertools import product
+
+import torch
+from torch import nn
+
+from dflows import DiscreteFlow, FactorizedBase
+from dflows.backbones import DilatedConvolution, LevelConvolution, Transformer
+from dflows.bijections import ModularAffine, ModularShift, RankPermutation
+from dflows.estimators import LocalObjective, PosteriorRule, SoftmaxStraightThrough
+from dflows.orderings import (
+    Blocks,
+    CoarseToFine,
+    Halves,
+    Natural,
+    Parity,
+    Permutation,
+    Reversed,
+    Strided,
+)
+from dflows.transforms import ConditionalTransform
+
+WIDTH = 8
+
+BIJECTIONS = {
+    "shift": ModularShift,
+    "affine": ModularAffine,
+    "affine-prime": lambda num_classes: ModularAffine(num_classes, prime=True),
+    "rank": RankPermutation,
+}
+
+ORDERINGS = {
+    "natural": Natural(),
+    "reversed": Reversed(),
+    "permutation": Permutation([2, 0, 4, 1, 3]),
+    "parity": Parity(),
+    "odd-first": Parity(first=1),
+    "halves": Halves(),
+    "right-half-first": Halves(first=1),
+    "blocks": Blocks(size=2),
+    "strided": Strided(columns=3),
+    "coarse-to-fine": CoarseToFine(stride=4),
+}
+
+BOTH_PARITIES = (Parity(), Parity(first=1))
+
+ESTIMATORS = {
+    "straight-through": SoftmaxStraightThrough,
+    "posterior": PosteriorRule,
+    "local": LocalObjective,
+    "one-level": lambda: LocalObjective("level"),
+    "one-flow": lambda: LocalObjective("flow"),
+}
+
+BACKBONES = {
+    "causal": lambda: Transformer(WIDTH, layers=1, heads=2),
+    "causal-convolution": lambda: LevelConvolution(WIDTH, layers=1),
+    "masked": lambda: DilatedConvolution(WIDTH, layers=1),
+}
+
+
+def shaken(module, seed=0, scale=0.5):
+    """The module with random parameters: at initialisation a flow is the identity."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            parameter.add_(noise.to(parameter), alpha=scale)
+    return module
+
+
+def states(num_classes, length):
+    """All events, (K^D, D)."""
+    return torch.tensor(list(product(range(num_classes), repeat=length)))
+
+
+def make_transform(
+    num_classes,
+    length,
+    ordering,
+    bijection="affine",
+    estimator="local",
+    backbone="masked",
+    **options,
+):
+    return ConditionalTransform(
+        length,
+        BIJECTIONS[bijection](num_classes),
+        ordering,
+        BACKBONES[backbone](),
+        ESTIMATORS[estimator](),
+        **options,
+    )
+
+
+def make_flow(
+    num_classes=3,
+    length=4,
+    orderings=BOTH_PARITIES,
+    bijection="affine",
+    estimator="local",
+    backbone="masked",
+    *,
+    base=None,
+    sharing="positions",
+    encoder=None,
+    **options,
+):
+    """A random flow, a transform for every ordering."""
+    transforms = [
+        make_transform(num_classes, length, ordering, bijection, estimator, backbone, **options)
+        for ordering in orderings
+    ]
+    if base is None:
+        base = FactorizedBase(num_classes, length, orderings, sharing)
+    return shaken(DiscreteFlow(base, transforms, encoder))
+
+
+def gradients(module: nn.Module):
+    """The gradients of all parameters by name, taken away from the module."""
+    taken = {
+        name: parameter.grad.clone()
+        for name, parameter in module.named_parameters()
+        if parameter.grad is not None
+    }
+    module.zero_grad(set_to_none=True)
+    return taken
+
+
+def assert_gradients_close(one, other, **tolerances):
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(
+            one[name], other[name], **tolerances, msg=lambda m, n=name: n + m
+        )
+
+
+def expectation(monkeypatch, function):
+    """The mean of a function over all that `torch.randint` may draw in it, one value a call."""
+    path, total = [], None
+    while True:
+        calls, weight = 0, 1.0
+
+        def draw(*arguments, device=None):
+            nonlocal calls, weight
+            *ends, shape = arguments
+            low, high = (0, *ends) if len(ends) == 1 else ends
+            if calls == len(path):
+                path.append([0, high - low])
+            value = low + path[calls][0]
+            weight /= high - low
+            calls += 1
+            return torch.full(shape, value, device=device)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "randint", draw)
+            result = function()
+        result = {name: weight * value for name, value in result.items()}
+        total = result if total is None else {name: total[name] + result[name] for name in result}
+        while path and path[-1][0] == path[-1][1] - 1:
+            path.pop()
+        if not path:
+            return total
+        path[-1][0] += 1
