@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from dflows.bijections.bijection import INITIAL_MARGIN, Bijection, Choose
+from dflows.errors import UserError
 from dflows.representations import to_indices, to_one_hot
 
 __all__ = ["RankPermutation"]
@@ -24,7 +25,7 @@ class RankPermutation(Bijection):
             an estimator passes a gradient through the flow. The local objective does not use it.
 
     Raises:
-        UserError: If K is below 2.
+        UserError: If K is below 2, or the temperature is not positive.
 
     References:
         | SoftSort: A Continuous Relaxation for the argsort Operator (Prillo and Eisenschlos, 2020)
@@ -45,7 +46,7 @@ class RankPermutation(Bijection):
     def __init__(self, num_classes: int, temperature: float = 1.0) -> None:
         super().__init__(num_classes, num_logits=num_classes)
         if temperature <= 0:
-            raise ValueError(f"temperature is {temperature}: give a positive number")
+            raise UserError(f"temperature is {temperature}: give a positive number")
         self.temperature = temperature
 
     def initial_logits(self) -> Tensor:
