@@ -107,11 +107,13 @@ def make_flow(
     encoder=None,
     **options,
 ):
-    """A random flow, a transform for every ordering."""
-    transforms = [
-        make_transform(num_classes, length, ordering, bijection, estimator, backbone, **options)
-        for ordering in orderings
-    ]
+    """A random flow, a transform for every ordering; equal calls give equal flows."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        transforms = [
+            make_transform(num_classes, length, ordering, bijection, estimator, backbone, **options)
+            for ordering in orderings
+        ]
     if base is None:
         base = FactorizedBase(num_classes, length, orderings, sharing)
     return shaken(DiscreteFlow(base, transforms, encoder))

@@ -1,0 +1,260 @@
+import pytest
+import torch
+from torch import nn
+
+from dflows import DiscreteFlow, FactorizedBase
+from dflows.backbones import DilatedConvolution
+from dflows.bijections import ModularAffine, ModularShift, RankPermutation
+from dflows.errors import UserError
+from dflows.estimators import LocalObjective, PosteriorRule, SoftmaxStraightThrough
+from dflows.modular import affine_inverse, units
+from dflows.orderings import Natural, Parity, Strided
+from dflows.transforms import ConditionalTransform
+from tests.dflows.small import (
+    ESTIMATORS,
+    assert_gradients_close,
+    expectation,
+    gradients,
+    make_flow,
+    states,
+)
+
+
+class TestStraightThrough:
+    @pytest.mark.parametrize("temperature", [0.1, 1.0, 3.0])
+    def test_the_gradient_is_that_of_a_softmax(self, temperature):
+        logits = torch.randn(6, 3, 5, dtype=torch.float64, requires_grad=True)
+        weight = torch.randn(6, 3, 5, dtype=torch.float64)
+        hard, ladj = SoftmaxStraightThrough(temperature).choose(logits, torch.zeros(6))
+        p = (logits / temperature).softmax(-1)
+        expected = p * (weight - (p * weight).sum(-1, keepdim=True)) / temperature
+        (grad,) = torch.autograd.grad((hard * weight).sum(), logits)
+        torch.testing.assert_close(grad, expected)
+        assert torch.equal(hard, nn.functional.one_hot(logits.argmax(-1), 5).double())
+        assert (ladj == 0).all()
+
+    def test_the_expected_log_likelihood_is_what_it_ascends(self):
+        # Of one flow next to the base: the gradient of the mean of log p over the choices.
+        flow = make_flow(orderings=[Parity()], bijection="shift", estimator="straight-through")
+        flow.transforms[0].estimator.temperature = 1.0
+        y = torch.randint(3, (7, 4))
+        flow.log_prob(y).sum().backward()
+        actual = gradients(flow.transforms[0])
+        _mixture(flow, y, of_logs=True).backward()
+        assert_gradients_close(actual, gradients(flow.transforms[0]))
+
+    @pytest.mark.parametrize("temperature", [0, -1.0])
+    def test_a_temperature_that_is_not_positive_is_refused(self, temperature):
+        with pytest.raises(UserError, match="positive"):
+            SoftmaxStraightThrough(temperature)
+
+
+def _mixture(flow, y, of_logs=False):
+    """The log-likelihood of the mixture over the choices of one flow next to the base, summed.
+
+    Locations are mixed at the chosen scale, and scales at the chosen location. With `of_logs` it is
+    the mean log-likelihood instead.
+    """
+    (transform,) = flow.transforms
+    num_classes = flow.num_classes
+    logits = transform.conditioner(y)
+    total = logits.new_zeros(())
+    levels = transform.ordering.levels(y.shape[1])
+    for d in (levels > 0).nonzero().squeeze(-1).tolist():
+        base = flow.base.log_prob(
+            torch.arange(num_classes).unsqueeze(-1).expand(-1, y.shape[1])
+        ).detach()[:, d]
+        theta, choices = logits[:, d], y[:, d, None]
+        if isinstance(transform.bijection, ModularShift):
+            parts = [(theta, (choices - torch.arange(num_classes)) % num_classes)]
+        else:
+            modulus = transform.bijection.modulus
+            locs, unit = torch.arange(modulus), units(modulus)
+            of_loc, of_scale = theta[:, :modulus], theta[:, modulus:][:, unit]
+            loc, scale = of_loc.argmax(-1, True), unit[of_scale.argmax(-1, True)]
+            options = {"num_classes": num_classes, "modulus": modulus}
+            parts = [
+                (of_loc, affine_inverse(choices, locs, scale, **options)),
+                (of_scale, affine_inverse(choices, loc, unit, **options)),
+            ]
+        for chosen, x in parts:
+            if of_logs:
+                total = total + (chosen.softmax(-1) * base[x]).sum()
+            else:
+                total = total + (chosen.log_softmax(-1) + base[x]).logsumexp(-1).sum()
+    return total
+
+
+class TestPosteriorRule:
+    def test_the_gradient_is_the_posterior_less_the_prior(self):
+        logits = torch.randn(6, 3, 5, dtype=torch.float64, requires_grad=True)
+        log_likelihood = torch.randn(6, 3, 5, dtype=torch.float64)
+        c = torch.randn(6, dtype=torch.float64)
+        c[2] = 0
+        hard, ladj = PosteriorRule().choose(logits, torch.zeros(6, dtype=torch.float64))
+        log_prob = (hard * log_likelihood).sum((-1, -2)) + ladj
+        (grad,) = torch.autograd.grad((c * log_prob).sum(), logits)
+        difference = (logits + log_likelihood).softmax(-1) - logits.softmax(-1)
+        torch.testing.assert_close(grad, c[:, None, None] * difference)
+
+    @pytest.mark.parametrize("ordering", [Parity(), Natural(), Strided(columns=3)], ids=str)
+    @pytest.mark.parametrize("bijection", ["shift", "affine", "affine-prime"])
+    @pytest.mark.parametrize("backbone", ["causal", "masked"])
+    @pytest.mark.parametrize("num_classes", [3, 4])
+    def test_next_to_the_base_it_is_the_true_gradient_of_the_mixture(
+        self, ordering, bijection, backbone, num_classes
+    ):
+        flow = make_flow(num_classes, 4, [ordering], bijection, "posterior", backbone)
+        y = torch.randint(num_classes, (7, 4))
+        flow.log_prob(y).sum().backward()
+        actual = gradients(flow.transforms[0])
+        _mixture(flow, y).backward()
+        assert_gradients_close(actual, gradients(flow.transforms[0]), rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("bijection", ["shift", "affine"])
+    def test_means_accumulation_and_loss_scaling_scale_it_and_nothing_else(self, bijection):
+        flow = make_flow(5, 4, bijection=bijection, estimator="posterior").double()
+        y = torch.randint(5, (8, 4))
+        (-flow.objective(y).sum()).backward()
+        plain = gradients(flow)
+        for factor, losses in (
+            (1 / 8, [-flow.objective(y).mean()]),  # a batch mean
+            (1 / 8, [-flow.objective(part).mean() / 4 for part in y.split(2)]),  # accumulation
+            (1024.0, [-1024 * flow.objective(y).sum()]),  # loss scaling
+            (-0.3, [0.3 * flow.objective(y).sum()]),  # descent in place of ascent
+        ):
+            for loss in losses:
+                loss.backward()
+            scaled = {name: grad / factor for name, grad in gradients(flow).items()}
+            assert_gradients_close(scaled, plain, rtol=1e-5, atol=1e-7)
+
+    def test_weights_of_examples_weigh_their_gradients(self):
+        flow = make_flow(5, 4, estimator="posterior").double()
+        y, weight = torch.randint(5, (3, 4)), torch.tensor([0.5, 0.0, 3.0])
+        (flow.objective(y) * weight).sum().backward()
+        actual = gradients(flow)
+        for row, factor in zip(y, weight, strict=True):
+            if factor:
+                (factor * flow.objective(row)).backward()
+        assert_gradients_close(actual, gradients(flow), rtol=1e-6, atol=1e-8)
+
+    def test_what_does_not_choose_by_a_softmax_is_refused(self):
+        with pytest.raises(UserError, match="RankPermutation.*LocalObjective"):
+            ConditionalTransform(
+                4, RankPermutation(3), Parity(), DilatedConvolution(8), PosteriorRule()
+            )
+
+
+def _local_loss(flow, y):
+    """The sum of the flows' own likelihoods and the base's, with no gradient between them."""
+    total = torch.zeros(len(y))
+    for transform in reversed(flow.transforms):
+        dimensions = (transform.ordering.levels(y.shape[1]) > 0).nonzero().squeeze(-1)
+        target = None if transform.target is None else transform.target.log_softmax(-1)
+        logits = transform.conditioner(y)[:, dimensions]
+        local = transform.bijection.local_log_likelihood(y[:, dimensions], logits, target)
+        total = total + local.sum(-1)
+        with torch.no_grad():
+            y = transform.inv(y)
+    return total + flow.base.log_prob(y).sum(-1)
+
+
+STACK = [Strided(columns=3), Natural(), Parity(first=1)]
+
+
+class TestLocalObjective:
+    @pytest.mark.parametrize("bijection", ["shift", "affine", "affine-prime", "rank"])
+    @pytest.mark.parametrize("backbone", ["causal", "masked"])
+    def test_the_gradient_is_that_of_the_plain_local_loss(self, bijection, backbone):
+        flow = make_flow(4, 5, STACK, bijection, "local", backbone)
+        y = torch.randint(4, (6, 5))
+        for method in (flow.objective, flow.log_prob):
+            (-method(y).mean()).backward()
+            actual = gradients(flow)
+            (-_local_loss(flow, y).mean()).backward()
+            assert_gradients_close(actual, gradients(flow), rtol=1e-4, atol=1e-6)
+
+    @pytest.mark.parametrize("estimator", ["one-level", "one-flow"])
+    @pytest.mark.parametrize("bijection", ["affine", "rank"])
+    @pytest.mark.parametrize("stack", [STACK[:1], STACK[:2], STACK[2:]], ids=str)
+    def test_drawn_levels_and_flows_are_unbiased(self, monkeypatch, estimator, bijection, stack):
+        drawn = make_flow(3, 4, stack, bijection, estimator)
+        whole = make_flow(3, 4, stack, bijection, "local")
+        y = torch.randint(3, (5, 4))
+
+        def value_and_gradients(flow):
+            objective = flow.objective(y)
+            objective.sum().backward()
+            zeros = {n: torch.zeros_like(p) for n, p in flow.named_parameters()}
+            return {"value": objective.detach()} | zeros | gradients(flow)
+
+        mean = expectation(monkeypatch, lambda: value_and_gradients(drawn))
+        expected = value_and_gradients(whole)
+        assert_gradients_close(mean, expected, rtol=1e-4, atol=1e-5)
+
+    def test_a_level_causal_flow_needs_no_drawn_levels(self):
+        drawn = make_flow(3, 4, STACK[:2], estimator="one-level", backbone="causal")
+        y = torch.randint(3, (5, 4))
+        assert torch.equal(drawn.objective(y), drawn.log_prob(y))
+        assert not drawn.transforms[0].draws_levels
+
+    def test_what_it_draws_is_one_of_three(self):
+        assert "draw='level'" in repr(LocalObjective("level"))
+        with pytest.raises(UserError, match="'all', 'level' or 'flow'"):
+            LocalObjective("levels")
+
+    def test_a_stack_draws_flows_for_all_or_none(self):
+        estimators = [LocalObjective("flow"), LocalObjective("level")]
+        transforms = [
+            ConditionalTransform(4, RankPermutation(3), Parity(), DilatedConvolution(8), estimator)
+            for estimator in estimators
+        ]
+        with pytest.raises(UserError, match="or none"):
+            DiscreteFlow(FactorizedBase(3, 4), transforms)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("bijection", [ModularShift, ModularAffine, RankPermutation])
+class TestEach:
+    def test_log_determinants_are_zero_and_values_plain(self, name, bijection):
+        estimator, bijection = ESTIMATORS[name](), bijection(4)
+        logits = torch.randn(6, 3, bijection.num_logits, requires_grad=True)
+        y = torch.randint(4, (6, 3))
+        one_hot = nn.functional.one_hot(y, 4).float()
+        target = torch.randn(4).log_softmax(-1)
+        x, ladj = estimator.inverse(bijection, one_hot, logits, torch.zeros(6), target)
+        assert torch.equal(x.argmax(-1), bijection.inverse(y, logits))
+        assert torch.equal(x, x.round())
+        assert torch.equal(ladj, torch.zeros(6))
+        back, ladj = estimator.forward_map(bijection, x, logits, torch.zeros(6))
+        assert torch.equal(back, one_hot)
+        assert torch.equal(ladj, torch.zeros(6))
+
+    def test_logits_learn(self, name, bijection):
+        if name == "posterior" and bijection is RankPermutation:
+            pytest.skip("refused by check()")
+        estimator, bijection = ESTIMATORS[name](), bijection(4)
+        logits = torch.zeros(1, 1, bijection.num_logits) + bijection.initial_logits()
+        logits = logits.requires_grad_()
+        base = torch.tensor([0.6, 0.2, 0.15, 0.05]).log()
+        y = torch.tensor([[2]])
+        value = y if not estimator.through else nn.functional.one_hot(y, 4).float()
+        optimizer = torch.optim.SGD([logits], lr=0.3)
+        for _ in range(60):
+            x, ladj = estimator.inverse(bijection, value, logits, torch.zeros(1), base)
+            score = base[x] if not estimator.through else (x * base).sum(-1)
+            loss = -(score.sum() + ladj.sum())
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        assert bijection.inverse(y, logits).item() == 0  # the value has moved to the base's peak
+
+
+def test_the_rule_is_exact_over_all_states_of_a_base_of_positions():
+    # The same by enumeration: one location for all of a dimension, no network in between.
+    flow = make_flow(3, 2, [Parity()], "shift", "posterior")
+    y = states(3, 2)
+    flow.log_prob(y).sum().backward()
+    actual = gradients(flow.transforms[0])
+    _mixture(flow, y).backward()
+    assert_gradients_close(actual, gradients(flow.transforms[0]), rtol=1e-4, atol=1e-5)
