@@ -74,7 +74,7 @@ class LevelConvolution(Backbone):
         for layer in self.layers:  # a stack of any depth starts as calm as one layer
             nn.init.normal_(layer.out.weight, std=0.02 / layers**0.5)
             nn.init.zeros_(layer.out.bias)
-        self.norm = nn.RMSNorm(width)
+        self.norm = nn.LayerNorm(width)
         self._levels: Tensor | None = None
         self._sights: dict[int, Sight] = {}
 
@@ -117,8 +117,8 @@ class LevelGatedLayer(nn.Module):
 
     def __init__(self, width: int, inputs: int, dropout: float) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(width)
-        self.content_norm = nn.RMSNorm(width)
+        self.norm = nn.LayerNorm(width)
+        self.content_norm = nn.LayerNorm(width)
         self.mix = nn.Linear(inputs * width, 2 * width)
         self.out = nn.Linear(width, width)
         self.dropout = nn.Dropout(dropout)
