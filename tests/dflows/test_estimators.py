@@ -139,7 +139,7 @@ class TestPosteriorRule:
         assert_gradients_close(actual, gradients(flow), rtol=1e-6, atol=1e-8)
 
     def test_what_does_not_choose_by_a_softmax_is_refused(self):
-        with pytest.raises(UserError, match="RankPermutation.*LocalObjective"):
+        with pytest.raises(UserError, match=r"RankPermutation.*LocalObjective"):
             ConditionalTransform(
                 4, RankPermutation(3), Parity(), DilatedConvolution(8), PosteriorRule()
             )

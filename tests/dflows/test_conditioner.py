@@ -1,0 +1,316 @@
+import pytest
+import torch
+from torch import nn
+
+from dflows.backbones import (
+    LSTM,
+    MADE,
+    Backbone,
+    DilatedConvolution,
+    LevelConvolution,
+    Table,
+    Transformer,
+)
+from dflows.conditioner import Conditioner
+from dflows.errors import UserError
+from dflows.orderings import Blocks, Natural, Parity, Reversed, Strided
+from dflows.representations import to_one_hot
+from tests.dflows.small import ORDERINGS, WIDTH, shaken
+
+LENGTH, CLASSES = 5, 3
+NATURAL = Natural()
+
+CAUSAL = {
+    "transformer": lambda _: Transformer(WIDTH, layers=2, heads=2),
+    "convolution": lambda _: LevelConvolution(WIDTH, layers=2, distances=(1, 2), window=1),
+    "made": lambda _: MADE(WIDTH, length=LENGTH + 3, hidden=32),
+    "lstm": lambda _: LSTM(WIDTH),
+    "table": lambda ordering: Table(WIDTH, CLASSES, LENGTH, ordering),
+}
+CASES = [
+    pytest.param(name, ordering, id=f"{name}-{key}")
+    for name in CAUSAL
+    for key, ordering in ORDERINGS.items()
+    if name != "lstm" or key in ("natural", "reversed")
+]
+
+
+def make(backbone, ordering=NATURAL, execution="auto", **options):
+    """A random conditioner; equal calls give equal ones but for the execution."""
+    torch.manual_seed(0)
+    if isinstance(backbone, str):
+        backbone = CAUSAL[backbone](ordering)
+    conditioner = Conditioner(
+        CLASSES, LENGTH, 4, ordering, backbone, execution=execution, **options
+    )
+    return shaken(conditioner).eval()
+
+
+def values(count=6, length=LENGTH):
+    return torch.randint(CLASSES, (count, length))
+
+
+def needing(conditioner, length=LENGTH):
+    """The dimensions that need the network."""
+    return (conditioner.ordering.levels(length) >= conditioner.first_level).nonzero().squeeze(-1)
+
+
+class TestExecutions:
+    @pytest.mark.parametrize(("name", "ordering"), CASES)
+    @pytest.mark.parametrize("first", [False, True])
+    def test_level_causal_and_masked_give_equal_logits(self, name, ordering, first):
+        causal, masked = (
+            make(name, ordering, execution, conditions_first=first)
+            for execution in ("causal", "masked")
+        )
+        masked.load_state_dict(causal.state_dict())
+        y = values()
+        torch.testing.assert_close(masked(y), causal(y))
+        assert (causal.one_pass, masked.one_pass) == (True, False)
+
+    @pytest.mark.parametrize(("name", "ordering"), CASES)
+    def test_cached_steps_give_the_logits_of_one_pass(self, name, ordering):
+        conditioner, y = make(name, ordering, conditions_first=True), values()
+        stepped, evaluated = [], 0
+
+        def count(*_):
+            nonlocal evaluated
+            evaluated += 1
+
+        conditioner.backbone.register_forward_hook(count)
+
+        def decide(dimensions, logits):
+            stepped.append((dimensions, logits))
+            return y[:, dimensions]
+
+        with torch.no_grad():
+            blank = torch.zeros_like(y)
+            assert torch.equal(conditioner.by_levels(blank, decide), y)
+        if name in ("transformer", "lstm"):
+            assert evaluated == 0  # the cached steps, not the whole network
+        logits = conditioner(y)
+        for dimensions, step in stepped:
+            torch.testing.assert_close(step, logits[:, dimensions])
+
+    @pytest.mark.parametrize("ordering", ORDERINGS.values(), ids=ORDERINGS)
+    @pytest.mark.parametrize("name", ["transformer", "table", "masked"])
+    def test_logits_depend_on_lower_levels_only(self, name, ordering):
+        backbone = DilatedConvolution(WIDTH, layers=2) if name == "masked" else name
+        conditioner = make(backbone, ordering)
+        levels, y = ordering.levels(LENGTH), values()
+        logits = conditioner(y)
+        seen = torch.zeros(LENGTH, LENGTH, dtype=torch.bool)
+        for source in range(LENGTH):
+            changed = y.clone()
+            changed[:, source] = (changed[:, source] + 1) % CLASSES
+            seen[source] = (conditioner(changed) - logits).abs().amax((0, 2)) > 1e-6
+        allowed = (levels.unsqueeze(-1) < levels) & (levels > 0)
+        assert not (seen & ~allowed).any()
+        if name == "table":
+            assert torch.equal(seen, allowed)
+        assert (logits[:, levels == 0] == 0).all()
+
+    @pytest.mark.parametrize("name", ["transformer", "made", "masked"])
+    def test_logits_of_one_level_and_of_drawn_levels_are_those_of_all(self, name):
+        backbone = DilatedConvolution(WIDTH, layers=2) if name == "masked" else name
+        conditioner, y = make(backbone, Strided(columns=3)), values()
+        logits = conditioner(y)
+        levels, members = conditioner.levels(LENGTH, y.device)
+        for level in (1, 2):
+            part = conditioner.level_logits(y, level)
+            torch.testing.assert_close(part, logits[:, members[level]])
+        level = torch.tensor([1, 2, 2, 1, 2, 1])
+        drawn, part = conditioner.drawn_logits(y, level)
+        assert torch.equal(drawn, levels == level.unsqueeze(-1))
+        torch.testing.assert_close(part, logits[drawn])
+
+    @pytest.mark.parametrize("name", ["transformer", "table", "masked"])
+    def test_values_of_the_level_itself_and_above_do_not_matter_to_it(self, name):
+        backbone = DilatedConvolution(WIDTH, layers=2) if name == "masked" else name
+        conditioner, y = make(backbone, Natural()), values()
+        for level in range(1, LENGTH):
+            other = y.clone()
+            other[:, level:] = values()[:, level:]
+            torch.testing.assert_close(
+                conditioner.level_logits(other, level), conditioner.level_logits(y, level)
+            )
+
+    @pytest.mark.parametrize("name", ["transformer", "masked"])
+    @pytest.mark.parametrize("ordering", [Natural(), Strided(columns=3)], ids=str)
+    def test_the_fixed_point_is_what_the_levels_give(self, name, ordering):
+        backbone = DilatedConvolution(WIDTH, layers=2) if name == "masked" else name
+        conditioner, y = make(backbone, ordering, conditions_first=True), values()
+
+        def decide(dimensions, logits):
+            return logits[..., :CLASSES].argmax(-1)
+
+        with torch.no_grad():
+            decided = conditioner.by_levels(y, decide)
+            found, iterations = conditioner.fixed_point(y, decide)
+        assert torch.equal(found, decided)
+        assert 1 <= iterations <= conditioner.passes + 1
+        again, iterations = conditioner.fixed_point(found, decide)
+        assert torch.equal(again, found)
+        assert iterations == 1
+
+
+class TestValues:
+    @pytest.mark.parametrize("name", ["transformer", "table", "masked"])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_indices_and_one_hot_vectors_give_equal_logits(self, name, dtype):
+        backbone = DilatedConvolution(WIDTH, layers=2) if name == "masked" else name
+        conditioner, y = make(backbone, Strided(columns=3)).to(dtype), values()
+        one_hot = to_one_hot(y, CLASSES, dtype).requires_grad_()
+        logits = conditioner(one_hot)
+        assert logits.dtype == dtype
+        torch.testing.assert_close(logits, conditioner(y))
+        logits.square().sum().backward()
+        conditioning = (Strided(columns=3).levels(LENGTH) < 2).nonzero().squeeze(-1)
+        assert (one_hot.grad[:, conditioning] != 0).any(-1).all()
+
+    @pytest.mark.parametrize("name", ["transformer", "convolution", "made", "lstm", "masked"])
+    @pytest.mark.parametrize("length", range(1, LENGTH + 1))
+    def test_fewer_dimensions_are_an_event_of_their_own(self, name, length):
+        backbone = DilatedConvolution(WIDTH, layers=2) if name == "masked" else name
+        conditioner = make(backbone, Natural())
+        logits = conditioner(values(length=length))
+        assert logits.shape == (6, length, 4)
+        assert logits.isfinite().all()
+        assert torch.equal(needing(conditioner, length), torch.arange(1, length))
+
+    def test_in_natural_order_a_shorter_event_is_the_beginning_of_a_longer(self):
+        conditioner, y = make("transformer"), values()
+        torch.testing.assert_close(conditioner(y[:, :3]), conditioner(y)[:, :3])
+
+    @pytest.mark.parametrize("name", ["transformer", "lstm", "masked"])
+    def test_logits_keep_full_precision_under_autocast(self, name):
+        backbone = DilatedConvolution(WIDTH, layers=2) if name == "masked" else name
+        conditioner, y = make(backbone), values()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = conditioner(y)
+        assert logits.dtype == torch.float32
+        torch.testing.assert_close(logits, conditioner(y), rtol=0.1, atol=0.3)
+        one_hot = to_one_hot(y, CLASSES)
+        with torch.autocast("cpu", torch.bfloat16):
+            torch.testing.assert_close(conditioner(one_hot), logits, rtol=0.1, atol=0.3)
+
+
+class TestContext:
+    @pytest.mark.parametrize("shape", [(6, 4), (6, 2, 4)])
+    @pytest.mark.parametrize("name", ["transformer", "convolution", "made", "lstm", "masked"])
+    def test_every_dimension_sees_it(self, name, shape):
+        backbone = DilatedConvolution(WIDTH, layers=3) if name == "masked" else name
+        if name == "convolution":
+            backbone = LevelConvolution(WIDTH, layers=2, distances=(1, 2, 4, 6))
+        conditioner = make(backbone, Natural(), context_features=4)
+        y, context = values(), torch.randn(shape)
+        logits = conditioner(y, context)
+        other = conditioner(y, context + torch.randn(shape))
+        assert ((logits - other).abs().amax((0, 2)) > 1e-6).tolist() == [False, *[True] * 4]
+        alone = conditioner(y[2:3], context[2:3])
+        torch.testing.assert_close(alone, logits[2:3])
+
+    @pytest.mark.parametrize("shape", [(6, 4), (6, 2, 4)])
+    @pytest.mark.parametrize("name", ["transformer", "made", "lstm"])
+    def test_executions_and_steps_agree_with_a_context(self, name, shape):
+        causal, masked = (
+            make(name, Natural(), execution, context_features=4, conditions_first=True)
+            for execution in ("causal", "masked")
+        )
+        y, context = values(), torch.randn(shape)
+        logits = causal(y, context)
+        torch.testing.assert_close(masked(y, context), logits)
+        stepped = []
+
+        def decide(dimensions, part):
+            stepped.append(part)
+            return y[:, dimensions]
+
+        with torch.no_grad():
+            causal.by_levels(torch.zeros_like(y), decide, context)
+        torch.testing.assert_close(torch.cat(stepped, 1), logits)
+
+    def test_it_is_given_if_and_only_if_the_flow_takes_one(self):
+        y, context = values(), torch.randn(6, 4)
+        with pytest.raises(UserError, match="no context was given"):
+            make("transformer", context_features=4)(y)
+        with pytest.raises(UserError, match="takes none: set `context_features`"):
+            make("transformer")(y, context)
+        with pytest.raises(UserError, match="none for a context"):
+            make("table", context_features=4)
+
+
+class Reshaping(nn.Module):
+    """A user's network that returns another shape than it is given."""
+
+    def forward(self, features):
+        return features[..., :-1]
+
+
+class TestConstruction:
+    def test_a_network_of_the_users_needs_a_width_and_gets_positions(self):
+        layer = nn.TransformerEncoderLayer(WIDTH, 2, 16, batch_first=True)
+        encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        conditioner = make(encoder, Strided(columns=3), width=WIDTH)
+        assert conditioner.positions.shape == (LENGTH, WIDTH)
+        assert not conditioner.one_pass
+        assert conditioner(values()).shape == (6, LENGTH, 4)
+        assert make(encoder, width=WIDTH, positions=False).positions is None
+        assert make("transformer").positions is None
+        assert make("transformer", positions=True).positions is not None
+        with pytest.raises(UserError, match="width of a TransformerEncoder is not known"):
+            make(encoder)
+
+    def test_what_does_not_fit_is_refused(self):
+        with pytest.raises(UserError, match="width is 9 and the backbone's own is 8"):
+            make("transformer", width=9)
+        with pytest.raises(UserError, match=r"not level-causal.*'masked'"):
+            make(DilatedConvolution(WIDTH), execution="causal")
+        with pytest.raises(UserError, match="same level"):
+            make("transformer", Strided(columns=1))
+        with pytest.raises(UserError, match=r"returned features \(6, 5, 7\).*\(6, 5, 8\)"):
+            make(Reshaping(), width=WIDTH)(values())
+
+    def test_a_base_may_have_a_single_level(self):
+        conditioner = make("transformer", Strided(columns=1), conditions_first=True)
+        assert conditioner.passes == 1
+        assert conditioner(values()).std(0).max() < 1e-6  # nothing is seen
+
+    @pytest.mark.parametrize(
+        ("ordering", "passes"), [(Natural(), 4), (Reversed(), 4), (Parity(), 1), (Blocks(2), 2)]
+    )
+    def test_passes_are_the_levels_that_need_the_network(self, ordering, passes):
+        assert make("transformer", ordering).passes == passes
+        assert make("transformer", ordering, conditions_first=True).passes == passes + 1
+
+    def test_it_shows_how_it_runs(self):
+        shown = repr(make("transformer", Strided(columns=3)))
+        assert "ordering=Strided(columns=3), execution='causal', length=5" in shown
+
+    @pytest.mark.parametrize("name", ["transformer", "convolution", "lstm", "table", "masked"])
+    def test_training_works_after_a_validation_in_inference_mode(self, name):
+        # Lightning validates in inference mode, and before the first step.
+        backbone = DilatedConvolution(WIDTH, layers=2) if name == "masked" else name
+        conditioner, y = make(backbone, Reversed()), values()
+        with torch.inference_mode():
+            conditioner(y)
+        conditioner(y).sum().backward()
+
+    def test_what_a_backbone_is_handed(self):
+        handed = []
+
+        class Spy(Backbone):
+            def __init__(self):
+                super().__init__(WIDTH, level_causal=True)
+
+            def forward(self, content, query=None, levels=None):
+                handed.append((content, query, levels))
+                return content * 0 + query
+
+        conditioner = make(Spy(), Parity(), context_features=4)
+        y, context = values(), torch.randn(6, 2, 4)
+        conditioner(y, context)
+        content, query, levels = handed[-1]
+        assert levels.tolist() == [-1, -1, 0, 1, 0, 1, 0]
+        assert (query[:2] == 0).all()
+        assert torch.equal(content[:, 2:], conditioner.embedding[y])
