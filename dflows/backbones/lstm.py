@@ -109,7 +109,9 @@ class LSTM(SteppedBackbone):
             known, version, order = self._followed
             if known is levels and version == levels._version:
                 return order
-        order = reading_order(levels)
+        # A validation in inference mode may come first, and training uses the same order.
+        with torch.inference_mode(False):
+            order = reading_order(levels)
         self._followed = None if levels.is_inference() else (levels, levels._version, order)
         return order
 
