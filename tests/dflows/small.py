@@ -56,7 +56,7 @@ ESTIMATORS = {
 BACKBONES = {
     "causal": lambda: Transformer(WIDTH, layers=1, heads=2),
     "causal-convolution": lambda: LevelConvolution(WIDTH, layers=1),
-    "masked": lambda: DilatedConvolution(WIDTH, layers=1),
+    "masked": lambda: DilatedConvolution(WIDTH, layers=2),
 }
 
 
@@ -64,9 +64,10 @@ def shaken(module, seed=0, scale=0.5):
     """The module with random parameters: at initialisation a flow is the identity."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in module.parameters():
+        for name, parameter in module.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            parameter.add_(noise.to(parameter), alpha=scale)
+            # Heads start at 0, and the maps should depend on what they are given.
+            parameter.add_(noise.to(parameter), alpha=4 * scale if "head.w" in name else scale)
     return module
 
 
