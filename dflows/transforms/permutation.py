@@ -34,7 +34,7 @@ class PermutationTransform(DiscreteTransform):
 
     def __init__(self, order: Sequence[int]) -> None:
         super().__init__()
-        if sorted(order) != list(range(len(order))):
+        if not order or sorted(order) != list(range(len(order))):
             raise UserError(
                 f"order is {list(order)}, no permutation: name each of 0..{len(order) - 1} once"
             )
