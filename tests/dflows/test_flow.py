@@ -1,0 +1,600 @@
+import copy
+import pickle
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from torch.distributions import Distribution
+
+from dflows import (
+    AutoregressiveBase,
+    DiscreteFlow,
+    FactorizedBase,
+    PermutationTransform,
+)
+from dflows.bijections import RankPermutation
+from dflows.errors import UserError
+from dflows.estimators import LocalObjective, PosteriorRule, SoftmaxStraightThrough
+from dflows.orderings import Natural, Parity, Reversed, Strided
+from dflows.transforms import BipartiteTransform, Composition, ConditionalTransform
+from tests.dflows.small import (
+    BACKBONES,
+    BIJECTIONS,
+    BOTH_PARITIES,
+    ESTIMATORS,
+    ORDERINGS,
+    WIDTH,
+    assert_gradients_close,
+    expectation,
+    gradients,
+    make_flow,
+    make_transform,
+    shaken,
+    states,
+)
+
+ONE = torch.tensor(1.0)
+
+
+def autoregressive_base(num_classes, length, backbone="causal", ordering=None, **options):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        network = BACKBONES[backbone]()
+        return AutoregressiveBase(
+            num_classes, length, backbone=network, ordering=ordering, **options
+        )
+
+
+class TestLogProb:
+    @pytest.mark.parametrize("bijection", BIJECTIONS)
+    @pytest.mark.parametrize("ordering", ORDERINGS.values(), ids=ORDERINGS)
+    @pytest.mark.parametrize("backbone", ["causal", "masked"])
+    def test_probabilities_of_all_states_sum_to_1(self, bijection, ordering, backbone):
+        flow = make_flow(3, 4, [ordering, Parity(first=1)], bijection, backbone=backbone)
+        y = states(3, 4)
+        torch.testing.assert_close(flow.log_prob(y).exp().sum(), ONE)
+        for length in (1, 3):
+            shorter = flow.log_prob(states(3, length))
+            assert shorter.shape == (3**length,)
+            torch.testing.assert_close(shorter.exp().sum(), ONE)
+
+    @pytest.mark.parametrize(("num_classes", "length"), [(2, 7), (5, 3), (6, 2), (10, 3)])
+    @pytest.mark.parametrize("bijection", ["affine", "affine-prime", "rank"])
+    def test_for_other_sizes_too(self, num_classes, length, bijection):
+        flow = make_flow(num_classes, length, [Natural(), *BOTH_PARITIES], bijection)
+        torch.testing.assert_close(
+            flow.log_prob(states(num_classes, length)).double().exp().sum(),
+            ONE.double(),
+            rtol=1e-5,
+            atol=0,
+        )
+
+    @given(
+        num_classes=st.integers(2, 7),
+        length=st.integers(2, 4),
+        orderings=st.lists(
+            st.sampled_from([o for n, o in ORDERINGS.items() if n != "permutation"]), max_size=3
+        ),
+        bijection=st.sampled_from(sorted(BIJECTIONS)),
+        backbone=st.sampled_from(["causal", "masked"]),
+        base=st.sampled_from(["factorized", "autoregressive"]),
+    )
+    def test_any_stack_is_normalized(
+        self, num_classes, length, orderings, bijection, backbone, base
+    ):
+        orderings = [o for o in orderings if int(o.levels(length).max())]
+        standing = None if base == "factorized" else autoregressive_base(num_classes, length)
+        flow = make_flow(
+            num_classes, length, orderings, bijection, backbone=backbone, base=standing
+        )
+        if num_classes**length > 1500:
+            return
+        y = states(num_classes, length)
+        torch.testing.assert_close(flow.log_prob(y).exp().sum(), ONE, rtol=1e-4, atol=0)
+        assert len(flow.residuals(y)[-1].unique(dim=0) if orderings else y) == len(y)
+
+    @pytest.mark.parametrize("estimator", ESTIMATORS)
+    @pytest.mark.parametrize("bijection", ["affine-prime", "rank"])
+    def test_its_value_is_the_same_with_and_without_a_gradient(self, estimator, bijection):
+        if (estimator, bijection) == ("posterior", "rank"):
+            pytest.skip("refused")
+        flow = make_flow(4, 5, [Strided(columns=3), Reversed()], bijection, estimator)
+        y = torch.randint(4, (2, 3, 5))
+        with torch.no_grad():
+            expected = flow.log_prob(y)
+        assert not expected.requires_grad
+        actual = flow.log_prob(y)  # on one-hot vectors, where a gradient crosses flows
+        assert actual.requires_grad
+        torch.testing.assert_close(actual, expected)
+        x = flow.residuals(y)[-1]
+        torch.testing.assert_close(
+            flow.base.log_prob(x.reshape(6, 5)).sum(-1).reshape(2, 3), actual
+        )
+
+    @pytest.mark.parametrize("shape", [(), (1,), (2, 3), (2, 1, 2), (0,)])
+    def test_batch_dimensions_are_kept(self, shape):
+        flow = make_flow(4, 5, [Natural(), Parity(first=1)])
+        y = torch.randint(4, (*shape, 5))
+        log_prob = flow.log_prob(y)
+        assert log_prob.shape == flow.objective(y).shape == shape
+        for row, value in zip(y.reshape(-1, 5), log_prob.flatten(), strict=True):
+            torch.testing.assert_close(flow.log_prob(row), value)
+
+    @pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.int32])
+    def test_any_integers_will_do(self, dtype):
+        flow, y = make_flow(bijection="rank"), torch.randint(3, (5, 4))
+        assert torch.equal(flow.log_prob(y.to(dtype)), flow.log_prob(y))
+        assert torch.equal(flow.objective(y.to(dtype)), flow.objective(y))
+
+    @pytest.mark.parametrize("estimator", ["straight-through", "posterior", "local", "one-flow"])
+    def test_float64_is_kept(self, estimator):
+        flow = make_flow(estimator=estimator).double()
+        y = torch.randint(3, (5, 4))
+        assert flow.log_prob(y).dtype == flow.objective(y).dtype == torch.float64
+
+    @pytest.mark.parametrize("estimator", ESTIMATORS)
+    @pytest.mark.parametrize("backbone", ["causal", "masked"])
+    def test_autocast_gives_a_likelihood_and_gradients(self, estimator, backbone):
+        flow = make_flow(5, 4, estimator=estimator, backbone=backbone)
+        y = torch.randint(5, (30, 4))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = -flow.objective(y).mean()
+            loss.backward()
+            every = states(5, 4)
+            with torch.no_grad():
+                torch.testing.assert_close(flow.log_prob(every).exp().sum(), ONE)
+        assert loss.dtype == torch.float32
+        assert all(p.grad is None or p.grad.isfinite().all() for p in flow.parameters())
+
+    @pytest.mark.parametrize(
+        ("y", "message"),
+        [
+            (torch.zeros(2, 4), "dtype torch.float32"),
+            (torch.zeros(2, 4, dtype=torch.bool), "dtype torch.bool"),
+            (torch.zeros(2, 5, dtype=torch.long), "5 dimensions.*the flow has 4"),
+            (torch.zeros(2, 0, dtype=torch.long), "0 dimensions"),
+            (torch.tensor([[0, 1, 3, 0]]), "value of 3 lies outside 0..2"),
+            (torch.tensor([[0, 1, -1, 0]]), "value of -1 lies outside 0..2"),
+        ],
+    )
+    def test_what_is_no_event_is_refused(self, y, message):
+        for flow in (make_flow(), make_flow(orderings=[])):
+            for method in (flow.log_prob, flow.objective, flow.residuals, flow().log_prob):
+                with pytest.raises(UserError, match=message):
+                    method(y)
+
+
+class TestObjective:
+    @pytest.mark.parametrize("base", ["factorized", "autoregressive"])
+    @pytest.mark.parametrize("estimator", ["one-level", "one-flow"])
+    @pytest.mark.parametrize("where", ["none", "front", "middle", "back"])
+    def test_draws_are_unbiased_in_value_and_gradient(self, monkeypatch, base, estimator, where):
+        y = torch.randint(3, (4, 4))
+        permutation = PermutationTransform([2, 0, 3, 1])
+        results = []
+        for draws in (True, False):
+            name = estimator if draws else "local"
+            standing = None
+            if base == "autoregressive":
+                draw = "level" if draws else "all"
+                standing = autoregressive_base(3, 4, "masked", Parity(), draw=draw)
+            plain = make_flow(
+                3, 4, [Strided(columns=3), Parity(first=1)], "affine", name, base=standing
+            )
+            stack = list(plain.transforms)
+            if where != "none":
+                stack.insert({"front": 0, "middle": 1, "back": 2}[where], permutation)
+            flow = shaken(DiscreteFlow(plain.base, stack))
+
+            def run(flow=flow):
+                objective = flow.objective(y)
+                objective.sum().backward()
+                zeros = {n: torch.zeros_like(p) for n, p in flow.named_parameters()}
+                return {"value": objective.detach()} | zeros | gradients(flow)
+
+            results.append(expectation(monkeypatch, run))
+        assert_gradients_close(*results, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(results[0]["value"], flow.log_prob(y))
+
+    @pytest.mark.parametrize("estimator", ["one-level", "one-flow"])
+    def test_examples_draw_for_themselves(self, estimator):
+        flow = make_flow(3, 4, [Strided(columns=3), Natural()], "rank", estimator)
+        y = torch.randint(3, (3, 1, 4)).expand(3, 20_000, 4)
+        with torch.no_grad():
+            drawn, exact = flow.objective(y), flow.log_prob(y)[:, 0]
+        error = drawn.std(1) / drawn.shape[1] ** 0.5
+        assert ((drawn.mean(1) - exact).abs() < 4 * error).all()
+        assert (drawn.std(1) > 0).all()
+
+    @pytest.mark.parametrize("estimator", ESTIMATORS)
+    @pytest.mark.parametrize("bijection", BIJECTIONS)
+    @pytest.mark.parametrize("base", ["factorized", "autoregressive"])
+    def test_every_parameter_of_a_stack_receives_a_gradient(self, estimator, bijection, base):
+        if (estimator, bijection) == ("posterior", "rank"):
+            pytest.skip("refused")
+        flow = make_flow(
+            5,
+            6,
+            [*BOTH_PARITIES, Natural()],
+            bijection,
+            estimator,
+            base=autoregressive_base(5, 6) if base == "autoregressive" else None,
+        )
+        (-flow.objective(torch.randint(5, (64, 6))).mean()).backward()
+        for name, parameter in flow.named_parameters():
+            assert parameter.grad is not None, name
+            assert parameter.grad.isfinite().all(), name
+            assert parameter.grad.any(), name
+
+    def test_estimators_of_a_stack_may_differ(self):
+        estimators = [SoftmaxStraightThrough(), LocalObjective("level"), PosteriorRule()]
+        flow = make_flow(4, 5, [Natural(), *BOTH_PARITIES])
+        for transform, estimator in zip(flow.transforms, estimators, strict=True):
+            transform.estimator = estimator
+        flow = shaken(DiscreteFlow(flow.base, list(flow.transforms)))
+        y = torch.randint(4, (20, 5))
+        objective = flow.objective(y)
+        torch.testing.assert_close(objective, flow.log_prob(y))
+        objective.sum().backward()
+        unused = {n for n, p in flow.named_parameters() if p.grad is None and "target" not in n}
+        assert not unused
+
+    def test_the_gradient_of_log_prob_is_that_of_the_objective(self):
+        flow, y = make_flow(estimator="posterior"), torch.randint(3, (6, 4))
+        flow.log_prob(y).sum().backward()
+        one = gradients(flow)
+        flow.objective(y).sum().backward()
+        assert_gradients_close(one, gradients(flow))
+
+    @pytest.mark.parametrize("estimator", ["local", "one-level"])
+    def test_training_learns_a_dependence(self, estimator):
+        # The second character repeats the first: a flow with a factorized base can say so.
+        torch.manual_seed(0)
+        orderings = [Parity()]
+        flow = DiscreteFlow(
+            FactorizedBase(4, 2, orderings),
+            [make_transform(4, 2, Parity(), "rank", estimator)],
+        )
+        y = torch.arange(4).unsqueeze(-1).expand(-1, 2)
+        optimizer = torch.optim.Adam(flow.parameters(), 0.05)
+        for _ in range(60):
+            optimizer.zero_grad()
+            (-flow.objective(y).mean()).backward()
+            optimizer.step()
+        with torch.no_grad():
+            assert -flow.log_prob(y).mean() < torch.tensor(4.0).log() + 0.15
+        assert (flow.residuals(y)[-1][:, 1] == 0).all()
+
+
+class TestStack:
+    @pytest.mark.parametrize("estimator", ["straight-through", "posterior", "local", "one-flow"])
+    def test_compositions_are_taken_apart(self, estimator):
+        one, two = (make_flow(4, 5, estimator=estimator) for _ in range(2))
+        nested = Composition([two.transforms[0], Composition([two.transforms[1]])])
+        nested = DiscreteFlow(two.base, [nested])
+        y = torch.randint(4, (6, 5))
+        torch.testing.assert_close(nested.log_prob(y), one.log_prob(y))
+        assert nested.passes == one.passes == 2
+        assert nested.untransformed == one.untransformed == 0
+        assert len(nested.transforms) == 2
+        one.log_prob(y).sum().backward()
+        nested.log_prob(y).sum().backward()
+        assert_gradients_close(gradients(nested), gradients(one))
+
+    @pytest.mark.parametrize("estimator", ["straight-through", "posterior"])
+    def test_an_inverse_may_stand_in_it(self, estimator):
+        transform = make_transform(3, 4, Natural(), "affine", estimator, "causal")
+        flow = shaken(DiscreteFlow(FactorizedBase(3, 4), [transform.inv]))
+        y = states(3, 4)
+        torch.testing.assert_close(flow.log_prob(y).exp().sum(), ONE)
+        flow.log_prob(y).sum().backward()
+        assert all(parameter.grad is not None for parameter in flow.parameters())
+        assert flow.passes == 1
+        samples = flow.sample((50,), generator=torch.Generator().manual_seed(0))
+        again = flow.sample((50,), generator=torch.Generator().manual_seed(0), method="fixed_point")
+        assert torch.equal(samples, again)
+
+    def test_an_inverse_that_would_not_be_trained_is_refused(self):
+        with pytest.raises(UserError, match="from data to base only"):
+            DiscreteFlow(FactorizedBase(3, 4), [make_transform(3, 4, Natural()).inv])
+
+    def test_a_permutation_is_undone_where_it_stands(self):
+        flow = make_flow(3, 4, [Natural()], "rank")
+        order = [2, 0, 3, 1]
+        permuted = DiscreteFlow(flow.base, [*flow.transforms, PermutationTransform(order)])
+        y = states(3, 4)
+        torch.testing.assert_close(permuted.log_prob(y[:, order]), flow.log_prob(y))
+
+    def test_flows_may_share_a_backbone(self):
+        backbone = BACKBONES["masked"]()
+        flow = shaken(
+            DiscreteFlow(
+                FactorizedBase(3, 4, BOTH_PARITIES),
+                [
+                    ConditionalTransform(4, RankPermutation(3), ordering, backbone)
+                    for ordering in BOTH_PARITIES
+                ],
+            )
+        )
+        torch.testing.assert_close(flow.log_prob(states(3, 4)).exp().sum(), ONE)
+        shared = sum(p.numel() for p in backbone.parameters())
+        separate = make_flow(3, 4, BOTH_PARITIES, "rank", sharing="levels")
+        fewer = sum(p.numel() for p in flow.parameters())
+        assert fewer == sum(p.numel() for p in separate.parameters()) - shared
+
+    def test_a_plain_torch_encoder_is_a_backbone(self):
+        layer = nn.TransformerEncoderLayer(WIDTH, 2, 16, dropout=0.0, batch_first=True)
+        flow = shaken(
+            DiscreteFlow(
+                FactorizedBase(3, 5),
+                [
+                    BipartiteTransform(
+                        5,
+                        RankPermutation(3),
+                        nn.TransformerEncoder(layer, 1, enable_nested_tensor=False),
+                        width=WIDTH,
+                    )
+                ],
+            )
+        )
+        torch.testing.assert_close(flow.log_prob(states(3, 5)).exp().sum(), ONE)
+
+    def test_passes_and_untransformed(self):
+        flow = make_flow(3, 6, [Natural(), Strided(columns=3)])
+        assert (flow.passes, flow.untransformed) == (5 + 2, 1)
+        assert (flow.num_classes, flow.length) == (3, 6)
+        flow = make_flow(3, 6, [Parity()], base=autoregressive_base(3, 6))
+        assert (flow.passes, flow.untransformed) == (6 + 1, 3)
+        assert make_flow(3, 6, []).untransformed == 6
+
+    def test_parts_that_do_not_fit_are_refused(self):
+        with pytest.raises(UserError, match="transform of 4 dimensions stands on a base of 5"):
+            make_flow(3, 4, base=FactorizedBase(3, 5))
+        with pytest.raises(UserError, match="bijection of 3 classes stands on a base of 4"):
+            make_flow(3, 4, base=FactorizedBase(4, 4))
+
+
+def chi_square(samples, probs):
+    """How far frequencies are from probabilities, in deviations of the statistic's own."""
+    counts = samples.bincount(minlength=len(probs)).double()
+    expected = probs.double() * counts.sum()
+    few = expected < 5  # too rare for the test one by one: one cell
+    if few.any():
+        counts = torch.cat([counts[~few], counts[few].sum().unsqueeze(0)])
+        expected = torch.cat([expected[~few], expected[few].sum().unsqueeze(0)])
+    statistic = ((counts - expected) ** 2 / expected.clamp(min=1e-9)).sum()
+    freedom = len(counts) - 1
+    return (statistic - freedom) / (2 * freedom) ** 0.5
+
+
+class TestSample:
+    @pytest.mark.parametrize("bijection", BIJECTIONS)
+    @pytest.mark.parametrize("backbone", ["causal", "masked"])
+    @pytest.mark.parametrize("base", ["factorized", "autoregressive"])
+    def test_frequencies_agree_with_log_prob(self, bijection, backbone, base):
+        standing = autoregressive_base(3, 4) if base == "autoregressive" else None
+        flow = make_flow(
+            3, 4, [Natural(), Parity(first=1)], bijection, backbone=backbone, base=standing
+        )
+        with torch.no_grad():
+            probs = flow.log_prob(states(3, 4)).exp()
+        samples = flow.sample((20_000,), generator=torch.Generator().manual_seed(0))
+        cells = (samples * torch.tensor([27, 9, 3, 1])).sum(-1)
+        assert chi_square(cells, probs) < 4
+        assert chi_square(cells, probs.roll(1)) > 10  # the test can tell
+
+    @pytest.mark.parametrize("bijection", BIJECTIONS)
+    @pytest.mark.parametrize("backbone", BACKBONES)
+    @pytest.mark.parametrize("base", ["factorized", "autoregressive"])
+    @pytest.mark.parametrize("length", [7, 4, 1])
+    def test_levels_and_fixed_points_give_the_same(self, bijection, backbone, base, length):
+        standing = autoregressive_base(5, 7, ordering=Strided(2)) if base != "factorized" else None
+        flow = make_flow(
+            5, 7, [Natural(), Strided(columns=3)], bijection, backbone=backbone, base=standing
+        )
+        one, two = (
+            flow.sample(
+                (3, 10),
+                length=length,
+                temperature=0.7,
+                method=method,
+                generator=torch.Generator().manual_seed(1),
+            )
+            for method in ("levels", "fixed_point")
+        )
+        assert one.shape == (3, 10, length)
+        assert torch.equal(one, two)
+
+    def test_extra_classes_of_a_prime_modulus_are_never_drawn(self):
+        flow = make_flow(4, 5, [Natural()], "affine-prime")
+        assert flow.transforms[0].bijection.modulus == 5
+        assert flow.sample((2000,)).max() == 3
+
+    def test_temperature_is_that_of_the_base(self):
+        flow = make_flow(3, 4, [Natural()], "rank")
+        x = flow.base.sample(40, 4, temperature=0.3, generator=torch.Generator().manual_seed(0))
+        y = flow.sample((40,), temperature=0.3, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(flow.residuals(y)[-1], x)
+
+    def test_residuals_go_from_data_to_base(self):
+        flow = make_flow(3, 4, [Natural(), Parity(first=1)], "rank")
+        y = torch.randint(3, (2, 3, 4))
+        first, last = flow.residuals(y)
+        assert torch.equal(first, flow.transforms[1].inv(y))
+        assert torch.equal(last, flow.transforms[0].inv(first))
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"temperature": 0}, "temperature is 0"),
+            ({"method": "guess"}, "method is 'guess'"),
+            ({"length": 5}, "length is 5: give 1 to 4"),
+            ({"length": 0}, "length is 0"),
+        ],
+    )
+    def test_what_cannot_be_had_is_refused(self, options, message):
+        with pytest.raises(UserError, match=message):
+            make_flow().sample((2,), **options)
+
+
+class TestStart:
+    def test_the_base_starts_from_counts(self):
+        flow = make_flow(3, 5, [Parity()])
+        flow.start(torch.tensor([0, 1, 6]))
+        probs = flow.base.log_prob(states(3, 5)[:3] * 0 + torch.arange(3).unsqueeze(-1)).exp()
+        torch.testing.assert_close(probs[:, 0], torch.tensor([0.1, 0.2, 0.7]))
+        torch.testing.assert_close(probs[:, 1], torch.tensor([0.5, 0.25, 0.25]))
+
+    def test_a_fresh_flow_is_its_base(self):
+        transforms = [make_transform(3, 5, ordering) for ordering in BOTH_PARITIES]
+        flow = DiscreteFlow(FactorizedBase(3, 5, BOTH_PARITIES), transforms)
+        y = torch.randint(3, (20, 5))
+        torch.testing.assert_close(flow.log_prob(y), flow.base.log_prob(y).sum(-1))
+
+
+class Mean(nn.Module):
+    """A user's encoder of a context (B, S, 2): a vector of 3 features."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(2, 3)
+
+    def forward(self, context):
+        return self.linear(context).mean(1)
+
+
+class TestDistribution:
+    def test_it_is_one_of_torchs(self):
+        flow = make_flow(3, 4, [Natural()])
+        distribution = flow()
+        assert isinstance(distribution, Distribution)
+        assert distribution.event_shape == (4,)
+        assert distribution.batch_shape == ()
+        assert distribution.sample().shape == (4,)
+        assert distribution.sample((2, 3)).shape == (2, 3, 4)
+        samples = distribution.sample(torch.Size([50]))
+        assert distribution.support.check(samples).all()
+        assert not distribution.support.check(samples + 3).any()
+        assert distribution.support.event_dim == 1
+        torch.testing.assert_close(distribution.log_prob(samples), flow.log_prob(samples))
+        assert repr(distribution) == (
+            "FlowDistribution(num_classes=3, batch_shape=(), event_shape=(4,))"
+        )
+
+    @pytest.mark.parametrize("shape", [(3, 2), (3, 4, 2)])
+    @pytest.mark.parametrize("backbone", ["causal", "masked"])
+    @pytest.mark.parametrize("estimator", ["local", "one-level", "one-flow", "posterior"])
+    def test_a_context_is_conditioned_on(self, shape, backbone, estimator):
+        flow = make_flow(
+            4,
+            4,
+            [Natural(), Reversed()],
+            estimator=estimator,
+            backbone=backbone,
+            context_features=2,
+        )
+        context = torch.randn(shape)
+        distribution = flow(context)
+        assert distribution.batch_shape == (3,)
+        assert distribution.sample().shape == (3, 4)
+        samples = distribution.sample((2, 5))
+        assert samples.shape == (2, 5, 3, 4)
+        log_prob = distribution.log_prob(samples)
+        assert log_prob.shape == (2, 5, 3)
+        every = states(4, 4)
+        for example in range(3):
+            one = flow(context[example : example + 1])
+            torch.testing.assert_close(
+                one.log_prob(samples[:, :, example : example + 1])[..., 0], log_prob[..., example]
+            )
+            torch.testing.assert_close(one.log_prob(every.unsqueeze(1)).exp().sum(), ONE)
+        torch.testing.assert_close(
+            distribution.log_prob(every[7]), distribution.log_prob(every[7].expand(3, 4))
+        )
+        torch.testing.assert_close(flow.log_prob(samples, context), log_prob)
+        assert flow.objective(samples, context).shape == (2, 5, 3)
+        one, two = (
+            flow.sample((5,), context, method=method, generator=torch.Generator().manual_seed(2))
+            for method in ("levels", "fixed_point")
+        )
+        assert torch.equal(one, two)
+        assert one.shape == (5, 3, 4)
+
+    def test_conditional_draws_are_unbiased(self, monkeypatch):
+        y, context = torch.randint(3, (4, 4)), torch.randn(4, 2)
+        drawn, whole = (
+            make_flow(3, 4, [Strided(columns=3), Parity(first=1)], "rank", name, context_features=2)
+            for name in ("one-flow", "local")
+        )
+        mean = expectation(monkeypatch, lambda: {"value": drawn.objective(y, context).detach()})
+        torch.testing.assert_close(mean["value"], whole.log_prob(y, context).detach())
+
+    def test_frequencies_agree_with_log_prob_given_a_context(self):
+        flow = make_flow(3, 3, [Natural(), Reversed()], context_features=2)
+        context = torch.tensor([[4.0, -4.0], [-4.0, 4.0]])
+        samples = flow.sample((10_000,), context, generator=torch.Generator().manual_seed(0))
+        every = states(3, 3).unsqueeze(1).expand(-1, 2, -1)
+        with torch.no_grad():
+            probs = flow.log_prob(every, context).exp()
+        cells = (samples * torch.tensor([9, 3, 1])).sum(-1)
+        assert chi_square(cells[:, 0], probs[:, 0]) < 4
+        assert chi_square(cells[:, 1], probs[:, 1]) < 4
+        assert chi_square(cells[:, 0], probs[:, 1]) > 10
+
+    def test_an_encoder_of_contexts_is_trained_along(self):
+        flow = make_flow(4, 4, encoder=Mean(), context_features=3)
+        y, context = torch.randint(4, (6, 4)), torch.randn(6, 5, 2)
+        flow.objective(y, context).sum().backward()
+        assert flow.context_encoder.linear.weight.grad.any()
+        torch.testing.assert_close(flow(context).log_prob(y), flow.log_prob(y, context))
+
+    @pytest.mark.parametrize("value", [3, -1])
+    def test_values_outside_the_support_are_refused(self, value):
+        with pytest.raises(UserError, match=f"{value} lies outside 0..2"):
+            make_flow()().log_prob(torch.tensor([0, 1, value, 0]))
+
+    def test_a_context_too_many_or_too_few_is_refused(self):
+        y = torch.randint(3, (2, 4))
+        with pytest.raises(UserError, match="takes none"):
+            make_flow().log_prob(y, torch.randn(2, 2))
+        with pytest.raises(UserError, match="no context was given"):
+            make_flow(context_features=2).log_prob(y)
+
+
+class TestObject:
+    @pytest.mark.parametrize("estimator", ESTIMATORS)
+    def test_state_dict_pickle_and_copies_round_trip(self, estimator):
+        orderings = [Natural(), Strided(columns=3)]
+        flow = make_flow(4, 5, orderings, estimator=estimator, backbone="causal-convolution")
+        other = shaken(
+            make_flow(4, 5, orderings, estimator=estimator, backbone="causal-convolution"), 3
+        )
+        y = torch.randint(4, (20, 5))
+        expected = flow.log_prob(y)
+        assert not torch.allclose(other.log_prob(y), expected)
+        other.load_state_dict(flow.state_dict())
+        for same in (other, copy.deepcopy(flow), pickle.loads(pickle.dumps(flow))):
+            assert torch.equal(same.log_prob(y), expected)
+            drawn = same.sample((5,), generator=torch.Generator().manual_seed(0))
+            assert torch.equal(drawn, flow.sample((5,), generator=torch.Generator().manual_seed(0)))
+
+    def test_state_dict_holds_parameters_and_fixed_choices_alone(self):
+        flow = make_flow(4, 5, [Natural()], backbone="causal")
+        buffers = set(flow.state_dict()) - {name for name, _ in flow.named_parameters()}
+        assert buffers == {"base.groups"}
+        flow.log_prob(torch.randint(4, (2, 5)))
+        assert buffers == set(flow.state_dict()) - {name for name, _ in flow.named_parameters()}
+
+    def test_repr_shows_the_structure(self):
+        shown = repr(make_flow(4, 5, [Strided(columns=3)], "rank"))
+        for part in ("FactorizedBase(num_classes=4", "RankPermutation(", "Strided(columns=3)"):
+            assert part in shown
+
+    def test_training_works_after_a_validation_in_inference_mode(self):
+        flow, y = make_flow(4, 5, backbone="causal-convolution"), torch.randint(4, (6, 5))
+        with torch.inference_mode():
+            flow.log_prob(y)
+            flow.sample((2,))
+        flow.objective(y).sum().backward()
