@@ -11,13 +11,11 @@ import sys
 import time
 from collections.abc import Sequence
 
-import torch
-
 from dflows.cli.callbacks import BestCheckpoint
 from dflows.cli.configs import FlowCLI
 from dflows.cli.errors import run_command
 from dflows.cli.noise import quiet
-from dflows.cli.summary import Figures, print_sample, stdout_console, trainer_device
+from dflows.cli.summary import Figures, end_processes, print_sample, stdout_console, trainer_device
 from dflows.provenance import describe_device
 from dflows.records import Record, write_record
 
@@ -49,14 +47,15 @@ def fit(arguments: Sequence[str]) -> None:
         if best.best_model_score is not None and best.monitor == "valid_bpc":
             validated["valid_bpc"] = float(best.best_model_score)
     (tested,) = trainer.test(module, datamodule=data, verbose=False)
+    folders = [trainer.log_dir, cli.config.record]  # a collective call, as all of the above
+    end_processes()
     if trainer.is_global_zero:
         figures = Figures()
         module.to(trainer_device(trainer))
         console = stdout_console()
         if "valid_bpc" in validated:
-            nats = validated["valid_nats"]
-            figures.add_likelihood(module, data, "valid", validated["valid_bpc"], nats)
-        figures.add_likelihood(module, data, "test", tested["test_bpc"], tested["test_nats"])
+            figures.add_likelihood(module, data, "valid", validated["valid_bpc"])
+        figures.add_likelihood(module, data, "test", tested["test_bpc"])
         figures.add_flows(module)
         figures.add_speed(cli.stopwatch, module, steps)
         figures.add_generation(module, data.length)
@@ -74,13 +73,9 @@ def fit(arguments: Sequence[str]) -> None:
             metrics=figures.metrics,
             budget=cli.config.budget,
         )
-        folders = [trainer.log_dir, cli.config.record]
         for folder in folders:
             if folder is not None:
                 console.print(f"record: {write_record(folder, record)}", highlight=False)
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import yaml
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from pytorch_lightning.cli import SaveConfigCallback
 
@@ -121,11 +122,9 @@ class SaveRun(SaveConfigCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Writes config.yaml and tokenizer.json."""
         super().setup(trainer, pl_module, "fit")
-
-    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Writes tokenizer.json."""
-        if trainer.log_dir is not None:
-            trainer.datamodule.save_vocabulary(trainer.log_dir)  # type: ignore[attr-defined]
+        folder = trainer.log_dir  # which all processes have to ask for
+        if trainer.is_global_zero and folder is not None:
+            trainer.datamodule.save_vocabulary(folder)  # type: ignore[attr-defined]
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -138,8 +137,6 @@ class SaveRun(SaveConfigCallback):
 
 def plain_config(parser: Any, config: Any, num_classes: int, length: int) -> dict[str, Any]:
     """Returns a resolved configuration in plain types, with what was linked written out."""
-    import yaml
-
     plain: dict[str, Any] = yaml.safe_load(parser.dump(config, skip_none=False, format="yaml"))
     arguments = plain["model"].setdefault("init_args", {})
     arguments.update({"num_classes": num_classes, "length": length})

@@ -1,7 +1,7 @@
 """Checkpoints that say what they are: written whole, read without running what is in them."""
 
+import argparse
 import os
-import pickle
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,17 @@ from datamodules.vocabulary import Vocabulary, parse_vocabulary
 from dflows.errors import UserError
 from lightning_modules import BaseModule
 
-__all__ = ["KEY", "Checkpoint", "WholeCheckpoints", "describe_run", "load_model", "read_checkpoint"]
+__all__ = [
+    "KEY",
+    "Checkpoint",
+    "WholeCheckpoints",
+    "add_checkpoint_arguments",
+    "check_trusted",
+    "checkpoint_argument",
+    "describe_run",
+    "load_model",
+    "read_checkpoint",
+]
 
 KEY = "dflows"
 """Where a checkpoint keeps the description of its model and data."""
@@ -96,9 +106,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise UserError(f"no checkpoint {path}: give the path of a file, like best.ckpt") from None
-    except OSError as error:
-        raise UserError(f"cannot read the checkpoint {path}: {error.strerror or error}") from None
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except PermissionError as error:
+        raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from None
+    except Exception as error:  # noqa: BLE001 - what is no checkpoint fails in any way
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
             f"{path} is damaged or no checkpoint of dflows ({reason[0][:120]}): give one that "
@@ -183,3 +193,27 @@ def load_model(checkpoint: Checkpoint, allowed: Sequence[str] = ()) -> BaseModul
             f"the weights in {checkpoint.path} do not fit its model: {reason}"
         ) from None
     return model.eval()
+
+
+def add_checkpoint_arguments(parser: ArgumentParser) -> None:
+    """Adds the arguments of every command that begins with a checkpoint."""
+    parser.add_argument(
+        "--checkpoint", type=str, required=True, help="A checkpoint, or the folder of a run."
+    )
+    parser.add_argument(
+        "--allow",
+        type=str,
+        nargs="*",
+        default=[],
+        help="Packages, beside dflows' own, whose classes a checkpoint may name.",
+    )
+
+
+def checkpoint_argument(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """Returns the checkpoint and the allowed packages that arguments name, before all others."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--checkpoint")
+    parser.add_argument("--allow", nargs="*", default=[])
+    found, rest = parser.parse_known_args(list(arguments))
+    path = None if {"-h", "--help"} & set(rest) else found.checkpoint
+    return path, found.allow

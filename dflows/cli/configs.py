@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
+import yaml
 from jsonargparse import Namespace
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.plugins import CheckpointIO
@@ -91,6 +92,7 @@ def resolved_arguments(arguments: Sequence[str]) -> Iterator[list[str]]:
 def _find(name: str, stack: ExitStack) -> str:
     path = Path(name)
     if path.is_file():
+        _check_readable(path)
         return name
     shipped = shipped_configs()
     names = list(_names(shipped))
@@ -100,6 +102,29 @@ def _find(name: str, stack: ExitStack) -> str:
             f"no configuration {name}: give a file, or one of the shipped {', '.join(names)}"
         )
     return str(stack.enter_context(as_file(shipped.joinpath(bare))))
+
+
+def _check_readable(path: Path) -> None:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8: save it as text") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no keys: a configuration is a mapping of keys to values")
+
+
+def _num_classes(data: StreamDataModule) -> int:
+    return data.num_classes
+
+
+def _length(data: StreamDataModule) -> int:
+    # Counting refuses a window that is longer than the text, before a network is made for it.
+    data.class_counts()
+    return data.length
 
 
 class Parser(LightningArgumentParser):
@@ -160,8 +185,8 @@ class FlowCLI(LightningCLI):
         parser.add_lightning_class_args(ProgressBar, "progress_bar")
         parser.add_lightning_class_args(BestCheckpoint, "best_checkpoint")
         parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
-        for key in ("num_classes", "length"):
-            parser.link_arguments(f"data.{key}", f"model.init_args.{key}", apply_on="instantiate")
+        for key, read in (("num_classes", _num_classes), ("length", _length)):
+            parser.link_arguments("data", f"model.init_args.{key}", read, apply_on="instantiate")
 
     def before_instantiate_classes(self) -> None:
         """Settles where the run is kept: in a folder of its own, or in that which it goes on in."""

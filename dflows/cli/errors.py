@@ -1,11 +1,13 @@
-"""Errors as users see them: one line, the key or file in it, and an exit code."""
+"""Errors as users see them: one line with the key or file in it, and an exit code."""
 
 import argparse
+import inspect
 import os
+import re
 import signal
 import sys
-from collections.abc import Callable
-from types import FrameType
+from collections.abc import Callable, Iterator
+from importlib import import_module
 
 from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
 
@@ -19,52 +21,103 @@ DEBUG = "DFLOWS_DEBUG"
 USAGE, FAILURE = 2, 1
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 
+_KEY = re.compile(r'Parser key "([^"]+)"')
+_CLASS = re.compile(r"Problem with given class_path '([^']+)'")
+_UNKNOWN = re.compile(r"not accept|unrecognized argument")
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _joined(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _keys_of(class_path: str) -> str:
+    """Returns the keys of a class, or nothing where it cannot be had."""
+    module, _, name = class_path.rpartition(".")
+    try:
+        parameters = inspect.signature(getattr(import_module(module), name)).parameters
+    except (ImportError, AttributeError, ValueError, TypeError):
+        return ""
+    return ", ".join(parameters)
+
 
 def one_line(error: BaseException) -> str:
-    """Returns the part of an error's message that says what to change, on one line."""
-    message = error.message if isinstance(error, argparse.ArgumentError) else str(error)
-    lines = [line.strip(" -") for line in str(message).splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    if isinstance(error, argparse.ArgumentError):
-        return lines[-1]
-    return " ".join(lines)
+    """Returns what an error says to whoever can mend it, on one line.
 
-
-def _raise_interrupt(_number: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
+    jsonargparse raises a chain of errors, one for every level of a configuration that it came
+    through: their keys are the place, and the last of them is what is wrong.
+    """
+    chain = list(_chain(error))
+    for cause in chain:
+        if isinstance(cause, UserError):
+            return _joined(cause)
+    if not isinstance(error, argparse.ArgumentError):
+        return _joined(error)
+    keys: list[str] = []
+    class_path = ""
+    for cause in chain:
+        text = str(cause)
+        if (found := _KEY.match(text)) and found[1] not in keys[-1:]:
+            keys.append(found[1])
+        if found := _CLASS.match(text):
+            class_path = found[1]
+    message = _joined(chain[-1])
+    where = ".".join(keys)
+    if class_path and class_path not in message:
+        where = f"{where} ({class_path})"
+    if _UNKNOWN.search(message):
+        known = _keys_of(class_path) if class_path else ""
+        message += f": its keys are {known}" if known else ": --help lists all keys"
+    return f"{where}: {message}" if where else message
 
 
 def run_command(main: Callable[[], None]) -> int:
-    """Runs a command and shows what users did wrong as one line on the standard error.
+    """Runs a command and shows what went wrong as one line on the standard error.
 
     Args:
         main: The command.
 
     Returns:
-        The exit code: 0; 2 for arguments and configurations that cannot be read; 1 for other
-        mistakes; 130 and 143 for interruptions.
+        The exit code: 0; 2 for arguments and configurations that cannot be read; 1 for everything
+        else that failed; 130 and 143 for interruptions.
     """
     if os.environ.get(DEBUG) == "1":
         main()
         return 0
-    # A process started in the background ignores interrupts until it is told otherwise.
-    signal.signal(signal.SIGINT, _raise_interrupt)
     try:
         main()
     except argparse.ArgumentError as error:
-        return _fail(one_line(error), USAGE)
-    except (UserError, MisconfigurationException) as error:
-        return _fail(one_line(error), FAILURE)
+        of_user = any(isinstance(cause, UserError) for cause in _chain(error))
+        return _fail(one_line(error), FAILURE if of_user else USAGE)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
     except SIGTERMException:
         return _fail("terminated", TERMINATED)
     except SystemExit as stop:
-        return stop.code if isinstance(stop.code, int) else int(bool(stop.code))
+        return _exit_code(stop)
+    except Exception as error:  # noqa: BLE001 - the last resort: the message, and how to see more
+        known = any(isinstance(cause, UserError) for cause in _chain(error))
+        if known or isinstance(error, MisconfigurationException):
+            return _fail(one_line(error), FAILURE)
+        message = f"{type(error).__name__}: {one_line(error)} (set {DEBUG}=1 to see where)"
+        return _fail(message, FAILURE)
     return 0
 
 
+def _exit_code(stop: SystemExit) -> int:
+    # Lightning leaves by SystemExit when it is interrupted.
+    if any(isinstance(cause, KeyboardInterrupt) for cause in _chain(stop)):
+        return _fail("interrupted: --ckpt_path with the last.ckpt of the run goes on", INTERRUPTED)
+    return stop.code if isinstance(stop.code, int) else int(bool(stop.code))
+
+
 def _fail(message: str, code: int) -> int:
-    print(f"error: {message}", file=sys.stderr)
+    rank = os.environ.get("LOCAL_RANK", "0")
+    place = "" if rank == "0" else f" in process {rank}"
+    print(f"error{place}: {message}", file=sys.stderr, flush=True)
     return code

@@ -1,5 +1,6 @@
 """What a finished run is judged by: its figures, one table, a sample and a record."""
 
+import math
 import os
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,7 +15,15 @@ from dflows.cli.callbacks import Stopwatch
 from dflows.metrics import GenerationLatency, entropy_in_bits
 from lightning_modules import BaseModule, DiscreteFlowModule
 
-__all__ = ["Figures", "measure_generation", "print_sample", "unigram_bpc"]
+__all__ = [
+    "Figures",
+    "end_processes",
+    "measure_generation",
+    "print_sample",
+    "stdout_console",
+    "trainer_device",
+    "unigram_bpc",
+]
 
 
 def unigram_bpc(data: StreamDataModule, split: str) -> float:
@@ -48,11 +57,12 @@ class Figures:
     rows: list[tuple[str, str, str]] = field(default_factory=list)
 
     def add_likelihood(
-        self, module: BaseModule, data: StreamDataModule, split: str, bpc: float, nats: float
+        self, module: BaseModule, data: StreamDataModule, split: str, bpc: float
     ) -> None:
         """Adds the likelihood of a split, and the unigram entropy of the same split."""
         characters = module.counted["characters"][split]
         examples = module.counted["examples"][split]
+        nats = bpc * math.log(2) * characters / examples
         unigram = unigram_bpc(data, split)
         self.metrics.setdefault("characters", {})[split] = characters
         self.metrics.setdefault("examples", {})[split] = examples
@@ -156,3 +166,10 @@ def print_sample(
 def trainer_device(trainer: pl.Trainer) -> torch.device:
     """Returns the device of this process's model."""
     return trainer.strategy.root_device
+
+
+def end_processes() -> None:
+    """Ends the group of processes, so that what follows on the first disturbs none and is alone."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,141 @@
+"""Scores a split with a checkpoint, every character once.
+
+    python -m dflows.evaluate --checkpoint runs/quickstart/version_0/best.ckpt
+
+The checkpoint alone says what the model and the data are; every key of the data is an argument,
+so that other text can be scored with the same vocabulary (``--data.source ...``).
+"""
+
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pytorch_lightning as pl
+import yaml
+from jsonargparse import ActionConfigFile
+
+from datamodules.module import StreamDataModule
+from dflows.cli.callbacks import ProgressBar, Stopwatch
+from dflows.cli.checkpoints import (
+    Checkpoint,
+    add_checkpoint_arguments,
+    checkpoint_argument,
+    load_model,
+    read_checkpoint,
+)
+from dflows.cli.configs import Parser, resolved_arguments
+from dflows.cli.errors import run_command
+from dflows.cli.noise import quiet
+from dflows.cli.summary import Figures, end_processes, stdout_console, trainer_device
+from dflows.errors import UserError
+from dflows.provenance import describe_device
+from dflows.records import Record, write_record
+
+__all__ = ["evaluate", "main"]
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="python -m dflows.evaluate")
+    parser.add_argument(
+        "-c", "--config", action=ActionConfigFile, help="Configuration of the data."
+    )
+    add_checkpoint_arguments(parser)
+    parser.add_argument("--split", type=Literal["test", "valid"], default="test")
+    parser.add_argument("--name", type=str | None, default=None, help="Name of the record.")
+    parser.add_argument(
+        "--record", type=str | None, default=None, help="Folder that gets a record of the figures."
+    )
+    parser.add_lightning_class_args(pl.Trainer, "trainer")
+    parser.set_defaults(
+        {
+            "trainer.logger": False,
+            "trainer.enable_checkpointing": False,
+            "trainer.enable_model_summary": False,
+            "trainer.use_distributed_sampler": False,
+        }
+    )
+    parser.add_lightning_class_args(StreamDataModule, "data", subclass_mode=True)
+    return parser
+
+
+def _config_of(checkpoint: Checkpoint, folder: Path) -> Path:
+    """Writes the configuration that the arguments are laid over."""
+    data: dict[str, Any] = dict(checkpoint.config["data"])
+    if "vocabulary" in data.get("init_args", {}):
+        vocabulary = checkpoint.vocabulary.save(folder)
+        data["init_args"] = {**data["init_args"], "vocabulary": str(vocabulary)}
+    precision = checkpoint.config.get("trainer", {}).get("precision")
+    file = folder / "checkpoint.yaml"
+    text = yaml.safe_dump({"data": data, "trainer": {"precision": precision}})
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+def evaluate(arguments: Sequence[str]) -> None:
+    """Runs the command.
+
+    Args:
+        arguments: Its arguments; `sys.argv` must hold them too where several processes evaluate.
+
+    Raises:
+        UserError: If something that the user asked for cannot be had.
+    """
+    begin = time.perf_counter()
+    quiet()
+    parser = _parser()
+    path, allowed = checkpoint_argument(arguments)
+    if path is None:
+        if not {"-h", "--help"} & set(arguments):
+            raise UserError("no checkpoint is given: add --checkpoint PATH")
+        parser.print_help()
+        return
+    checkpoint = read_checkpoint(path)
+    module = load_model(checkpoint, allowed)
+    with tempfile.TemporaryDirectory() as folder, resolved_arguments(arguments) as resolved:
+        given = ["--config", str(_config_of(checkpoint, Path(folder))), *resolved]
+        config = parser.parse_args(given)
+        made = parser.instantiate_classes(config)
+        data, split = made.data, config.split
+        if data.num_classes != checkpoint.vocabulary.num_classes:
+            raise UserError(
+                f"the data have {data.num_classes} classes, and the checkpoint "
+                f"{checkpoint.vocabulary.num_classes}: leave data.vocabulary to the checkpoint"
+            )
+        stopwatch = Stopwatch()
+        callbacks = made.trainer.pop("callbacks") or []
+        callbacks = [*callbacks] if isinstance(callbacks, list) else [callbacks]
+        trainer = pl.Trainer(**made.trainer, callbacks=[*callbacks, ProgressBar(), stopwatch])
+        run = trainer.test if split == "test" else trainer.validate
+        (result,) = run(module, datamodule=data, verbose=False)
+        end_processes()
+        if trainer.is_global_zero:
+            figures = Figures()
+            figures.add_likelihood(module, data, split, result[f"{split}_bpc"])
+            figures.add_flows(module)
+            figures.add_speed(stopwatch, module, steps=0)
+            figures.print(stdout_console(), str(checkpoint.path))
+            if config.record is not None:
+                record = Record(
+                    name=config.name or f"{checkpoint.config.get('name') or 'dflows'}-{split}",
+                    kind="evaluate",
+                    config={**checkpoint.config, "data": config.data.as_dict()},
+                    seed=int(checkpoint.config.get("seed_everything") or 0),
+                    device=describe_device(trainer_device(trainer), trainer.world_size),
+                    precision=trainer.precision,
+                    seconds=time.perf_counter() - begin,
+                    parameters=sum(parameter.numel() for parameter in module.parameters()),
+                    metrics=figures.metrics,
+                )
+                stdout_console().print(f"record: {write_record(config.record, record)}")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    return run_command(lambda: evaluate(sys.argv[1:] if arguments is None else arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
