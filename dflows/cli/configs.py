@@ -199,13 +199,9 @@ class FlowCLI(LightningCLI):
             read_checkpoint(config.ckpt_path)
             folder = Path(config.ckpt_path).absolute().parent
             if own:
-                logger.init_args.update(
-                    {
-                        "save_dir": str(folder.parents[1]),
-                        "name": folder.parent.name,
-                        "version": folder.name,
-                    }
-                )
+                logger.init_args.save_dir = str(folder.parents[1])
+                logger.init_args.name = folder.parent.name
+                logger.init_args.version = folder.name
         elif own and logger.init_args.name is None:
             logger.init_args.name = config.name
 
