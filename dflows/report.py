@@ -1,7 +1,6 @@
 """Makes the README's table and figure from records: ``python -m dflows.report``."""
 
 import argparse
-import os
 import sys
 import uuid
 from collections.abc import Sequence
@@ -23,6 +22,17 @@ def _passes_first(record: Record) -> tuple[int, str]:
     return record.metrics.get("passes", 0), record.name
 
 
+def _footnote(records: Sequence[Record]) -> str:
+    metrics = records[0].metrics
+    devices = ", ".join(sorted({record.device for record in records}))
+    return (
+        f"All likelihoods are exact, over all {metrics['characters']['test']:,} characters of the "
+        f"test split, whose unigram entropy is {metrics['unigram_bpc']:.3f} bits and bigram entropy "
+        f"{metrics['bigram_bpc']:.3f}. A sequence has {metrics['generation_length']} characters; "
+        f"times are medians. Measured on: {devices}."
+    )
+
+
 def render_table(records: Sequence[Record], benchmarks: Sequence[Record] = ()) -> str:
     """Renders records of text runs as a Markdown table.
 
@@ -38,7 +48,9 @@ def render_table(records: Sequence[Record], benchmarks: Sequence[Record] = ()) -
     """
     lacking = [record.name for record in records if "test_bpc" not in record.metrics]
     if lacking:
-        raise UserError(f"the records of {', '.join(lacking)} have no test_bpc: run them to the end")
+        raise UserError(
+            f"the records of {', '.join(lacking)} have no test_bpc: run them to the end"
+        )
     scored = {record.metrics["characters"]["test"] for record in records}
     if len(scored) > 1:
         raise UserError(
@@ -59,23 +71,15 @@ def render_table(records: Sequence[Record], benchmarks: Sequence[Record] = ()) -
             f"| {_seconds(metrics.get('generation_seconds_32'))} |"
         )
     if records:
-        metrics = records[0].metrics
-        devices = ", ".join(sorted({record.device for record in records}))
-        lines += [
-            "",
-            f"All likelihoods are exact, over all {metrics['characters']['test']:,} characters of "
-            f"the test split, whose unigram entropy is {metrics['unigram_bpc']:.3f} bits and bigram "
-            f"entropy {metrics['bigram_bpc']:.3f}. A sequence has "
-            f"{metrics['generation_length']} characters; times are medians. Measured on: {devices}.",
-        ]
+        lines += ["", _footnote(records)]
     speeds = {record.name: record.metrics["characters_per_second"] for record in benchmarks}
     if {"throughput-lightning", "throughput-plain"} <= speeds.keys():
         ratio = speeds["throughput-plain"] / speeds["throughput-lightning"]
-        lines += [
-            "",
+        note = (
             f"A hand-written loop trains the quickstart's network {ratio:.2f} times as fast as "
-            "`dflows.fit`, in one run of `benchmarks/throughput.py`.",
-        ]
+            "`dflows.fit`, in one run of `benchmarks/throughput.py`."
+        )
+        lines += ["", note]
     return "\n".join(lines)
 
 
@@ -113,8 +117,13 @@ def draw_figure(records: Sequence[Record], file: Path) -> None:
     for key, label in (("unigram_bpc", "unigram"), ("bigram_bpc", "bigram")):
         value = records[0].metrics[key]
         axes.axhline(value, linestyle="--", linewidth=1, color="grey")
-        axes.annotate(f"{label} entropy  {value:.2f}", (1, value), xytext=(0, 3),
-                      textcoords="offset points", color="grey")  # fmt: skip
+        axes.annotate(
+            f"{label} entropy  {value:.2f}",
+            (1, value),
+            xytext=(0, 3),
+            textcoords="offset points",
+            color="grey",
+        )
     axes.set_xscale("log", base=2)
     axes.set_xlim(0.9, 2 * max(record.metrics["passes"] for record in records))
     axes.set_ylim(0, 1.15 * records[0].metrics["unigram_bpc"])
@@ -151,26 +160,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--figure", type=Path, default=Path("docs/figures/text.svg"))
     options = parser.parse_args(arguments)
     try:
-        records = read_records(options.results)
-        if not records:
-            raise UserError(f"{options.results} holds no records: run python -m dflows.fit first")
-        benchmarks = read_records(options.benchmarks) if options.benchmarks.is_dir() else []
-        if not options.readme.is_file():
-            raise UserError(f"{options.readme} is missing: run this in the project's folder")
-        old = options.readme.read_text(encoding="utf-8")
-        new = update_readme(old, render_table(records, benchmarks))
-        draw_figure(records, options.figure)
+        count = _report(options.results, options.benchmarks, options.readme, options.figure)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    unfinished = options.readme.with_name(f".{uuid.uuid4().hex}.md")
+    print(f"{options.readme} and {options.figure} are made from {count} records")
+    return 0
+
+
+def _report(results: Path, benchmarks: Path, readme: Path, figure: Path) -> int:
+    """Makes table and figure, and returns the number of records that went in."""
+    records = read_records(results)
+    if not records:
+        raise UserError(f"{results} holds no records: run python -m dflows.fit first")
+    if not readme.is_file():
+        raise UserError(f"{readme} is missing: run this in the project's folder")
+    speeds = read_records(benchmarks) if benchmarks.is_dir() else []
+    old = readme.read_text(encoding="utf-8")
+    new = update_readme(old, render_table(records, speeds))
+    draw_figure(records, figure)
+    unfinished = readme.with_name(f".{uuid.uuid4().hex}.md")
     try:
         unfinished.write_text(new, encoding="utf-8")
-        os.replace(unfinished, options.readme)
+        unfinished.replace(readme)
     finally:
         unfinished.unlink(missing_ok=True)
-    print(f"{options.readme} and {options.figure} are made from {len(records)} records")
-    return 0
+    return len(records)
 
 
 if __name__ == "__main__":
