@@ -120,13 +120,21 @@ class DiscreteFlowModule(BaseModule):
         )
         context = self.context_of(next(iter(data.train_dataloader()))) if conditional else None
         check_flow(self.flow, context)
+        rank_zero_info(self.describe())
+
+    def describe(self) -> str:
+        """Returns what the model is, in a line."""
         flow = self.flow
-        rank_zero_info(
-            f"{len(flow.transforms)} transforms on {type(flow.base).__name__}, "
-            f"{flow.length} dimensions of {flow.num_classes} classes, {flow.passes} passes, "
-            f"{sum(parameter.numel() for parameter in self.parameters()):,} parameters; "
-            f"no flow transforms {flow.untransformed} of the dimensions"
-        )
+        parts = [
+            f"{type(flow.base).__name__} over {flow.length} dimensions of {flow.num_classes} classes",
+            f"{flow.passes} passes to generate",
+            f"{sum(parameter.numel() for parameter in self.parameters()):,} parameters",
+        ]
+        if number := len(flow.transforms):
+            transforms = f"{number} transform{'s' if number > 1 else ''}"
+            parts[0] = f"{transforms} on {parts[0]}"
+            parts.insert(1, f"{flow.untransformed} dimensions are never transformed")
+        return ", ".join(parts)
 
     def on_train_batch_end(self, outputs: object, batch: Batch, batch_idx: int) -> None:
         """Refits the base."""
