@@ -126,7 +126,7 @@ class DiscreteFlowModule(BaseModule):
         """Returns what the model is, in a line."""
         flow = self.flow
         parts = [
-            f"{type(flow.base).__name__} over {flow.length} dimensions of {flow.num_classes} classes",
+            f"{type(flow.base).__name__}, {flow.length} dimensions of {flow.num_classes} classes",
             f"{flow.passes} passes to generate",
             f"{sum(parameter.numel() for parameter in self.parameters()):,} parameters",
         ]

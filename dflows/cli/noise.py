@@ -1,6 +1,7 @@
 """Keeps off the terminal what tells users nothing."""
 
 import logging
+import os
 import warnings
 
 __all__ = ["quiet"]
@@ -29,6 +30,8 @@ class _Advice(logging.Filter):
 
 def quiet() -> None:
     """Silences known warnings and tips of the libraries; what is unknown is shown."""
+    # What is deprecated there is LightningCLI's to change.
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message=message)
     for name in ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.seed"):

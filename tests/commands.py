@@ -1,0 +1,102 @@
+"""Running dflows' commands in tests, in this process or in one of their own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from dflows import evaluate, fit, generate
+
+ROOT = Path(__file__).parents[1]
+MAINS = {"fit": fit.main, "evaluate": evaluate.main, "generate": generate.main}
+
+# Combining accents, all kinds of line ends, a character beyond the first plane, a null.
+ODD = "Ça va?\r\nCa\u0327 va!\u2028ß\t𝒳\0 naïve “oui”\r"
+
+
+def write_text(folder, size=3000):
+    """Writes a text of odd characters, and returns its path."""
+    path = folder / "odd.txt"
+    text = "".join(ODD[: 1 + (7 * n) % len(ODD)] for n in range(size))[:size]
+    path.write_bytes(text.encode("utf-8"))
+    return path
+
+
+def small_config(folder, text, **trainer):
+    """Writes the configuration of a run of seconds, and returns its path."""
+    config = {
+        "seed_everything": 1,
+        "model": {
+            "class_path": "lightning_modules.FlowModule",
+            "init_args": {
+                "orderings": [
+                    {"class_path": "dflows.orderings.Strided", "init_args": {"columns": 3}},
+                    {"class_path": "dflows.orderings.Parity", "init_args": {"first": 1}},
+                ],
+                "backbone": {
+                    "class_path": "dflows.backbones.DilatedConvolution",
+                    "init_args": {"width": 8, "layers": 1},
+                },
+                "optimization": {"learning_rate": 0.01, "schedule": "linear"},
+            },
+        },
+        "data": {
+            "class_path": "datamodules.TextDataModule",
+            "init_args": {
+                "source": {
+                    "class_path": "datamodules.LocalText",
+                    "init_args": {"path": str(text), "fractions": [0.8, 0.1, 0.1]},
+                },
+                "length": 16,
+                "batch_size": 8,
+                "eval_batch_size": 4,
+            },
+        },
+        "trainer": {
+            "accelerator": "cpu",
+            "max_steps": 6,
+            "val_check_interval": 3,
+            "logger": {
+                "class_path": "TensorBoardLogger",
+                "init_args": {"save_dir": str(folder / "runs")},
+            },
+            **trainer,
+        },
+        "progress_bar": {"refresh_rate": 0},
+    }
+    path = folder / "small.yaml"
+    path.write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
+    return path
+
+
+def run_here(command, *arguments):
+    """Runs a command in this process, and returns its exit code."""
+    return MAINS[command](list(map(str, arguments)))
+
+
+def command_line(command, *arguments):
+    return [sys.executable, "-m", f"dflows.{command}", *map(str, arguments)]
+
+
+def environment(**more):
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return {**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
+
+
+def run_apart(command, *arguments, cwd, timeout=120, **more):
+    """Runs a command in a process of its own, from another folder."""
+    return subprocess.run(
+        command_line(command, *arguments),
+        cwd=cwd,
+        env=environment(**more),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=timeout,
+    )
+
+
+def everything_in(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in Path(folder).rglob("*"))

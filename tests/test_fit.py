@@ -1,0 +1,131 @@
+"""``python -m dflows.fit``: a run leaves what it promises, and the command line works."""
+
+import json
+import re
+
+import pytest
+import torch
+import yaml
+
+from dflows.records import read_record
+from tests.commands import ODD, ROOT, run_apart, run_here, small_config, write_text
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run in a process of its own, on odd text, from a folder that is not the checkout."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    config = small_config(folder, write_text(folder))
+    done = run_apart("fit", "--config", config, "--record", "records", cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, done
+
+
+def test_the_run_has_checkpoints_configuration_vocabulary_and_record(finished):
+    folder, _ = finished
+    run = folder / "runs" / "small" / "version_0"
+    names = {path.name for path in run.iterdir()}
+    assert {"best.ckpt", "last.ckpt", "config.yaml", "tokenizer.json", "small-1.json"} <= names
+    assert not [name for name in names if name.endswith(".tmp")]
+    assert (folder / "records" / "small-1.json").read_bytes() == (run / "small-1.json").read_bytes()
+    resolved = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    assert resolved["model"]["init_args"]["estimator"]["class_path"].endswith("LocalObjective")
+
+
+def test_the_record_holds_the_figures_of_the_table(finished):
+    folder, done = finished
+    record = read_record(folder / "records" / "small-1.json")
+    metrics = record.metrics
+    assert metrics["characters"] == {"valid": 300, "test": 300}
+    assert metrics["passes"] == 3
+    assert metrics["steps"] == 6
+    assert len(metrics["residual_bpc"]) == 2
+    assert record.likelihood == "exact"
+    assert record.config["model"]["init_args"]["length"] == 16
+    for figure in (f"{metrics['test_bpc']:.4f}", f"{metrics['valid_bpc']:.4f}", "300 characters"):
+        assert figure in done.stdout
+    assert f"unigram entropy {metrics['unigram_bpc']:.3f}" in done.stdout
+    assert "generating 32 sequences" in done.stdout
+    assert "sample" in done.stdout
+
+
+def test_only_figures_are_printed_and_nothing_is_complained_of(finished):
+    _, done = finished
+    assert "Warning" not in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.splitlines()) <= 3
+
+
+def test_the_checkpoint_is_read_without_running_code_and_holds_the_vocabulary(finished):
+    folder, _ = finished
+    run = folder / "runs" / "small" / "version_0"
+    content = torch.load(run / "best.ckpt", weights_only=True)
+    assert content["dflows"]["vocabulary"] == (run / "tokenizer.json").read_text(encoding="utf-8")
+    assert set(json.loads(content["dflows"]["vocabulary"])["model"]["vocab"]) == set(ODD)
+
+
+def test_a_run_goes_on_in_its_folder_until_the_new_end(finished):
+    folder, _ = finished
+    last = folder / "runs" / "small" / "version_0" / "last.ckpt"
+    before = torch.load(last, weights_only=True)["global_step"]
+    config = folder / "small.yaml"
+    code = run_here("fit", "--config", config, "--ckpt_path", last, "--trainer.max_steps", 9)
+    assert code == 0
+    assert (before, torch.load(last, weights_only=True)["global_step"]) == (6, 9)
+    assert [path.name for path in last.parents[1].iterdir()] == ["version_0"]
+
+
+def test_configuration_printed_and_read_again_is_the_same(finished, tmp_path, capsys):
+    folder, _ = finished
+    assert run_here("fit", "--config", folder / "small.yaml", "--print_config") == 0
+    printed = capsys.readouterr().out
+    (tmp_path / "small.yaml").write_text(printed, encoding="utf-8")
+    assert run_here("fit", "--config", tmp_path / "small.yaml", "--print_config") == 0
+    assert capsys.readouterr().out == printed
+
+
+def test_help_lists_keys(capsys):
+    assert run_here("fit", "--help") == 0
+    printed = capsys.readouterr().out
+    for key in ("--ckpt_path", "--trainer.max_steps", "--data", "--best_checkpoint.monitor"):
+        assert key in printed
+
+
+def test_settings_are_laid_over_each_other_and_by_dotted_arguments(finished, tmp_path, capsys):
+    folder, _ = finished
+    (tmp_path / "more.yaml").write_text("trainer: {max_steps: 11}\nname: other\n")
+    arguments = ("--config", folder / "small.yaml", "--config", tmp_path / "more.yaml")
+    more = ("--data.init_args.length", 24, "--model.backbone.width", 12, "--print_config")
+    assert run_here("fit", *arguments, *more) == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert config["trainer"]["max_steps"] == 11
+    assert config["name"] == "other"
+    assert config["data"]["init_args"]["length"] == 24
+    assert config["model"]["init_args"]["backbone"]["init_args"] == {
+        **config["model"]["init_args"]["backbone"]["init_args"],
+        "width": 12,
+        "layers": 1,
+    }
+
+
+def test_shipped_configuration_is_found_by_its_bare_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run_here("fit", "--config", "smoke/strided.yaml", "--print_config") == 0
+    shipped = yaml.safe_load(capsys.readouterr().out)
+    assert run_here("fit", "--config", ROOT / "configs/smoke/strided.yaml", "--print_config") == 0
+    assert yaml.safe_load(capsys.readouterr().out) == shipped
+
+
+def test_the_log_holds_the_course_of_the_bits(finished):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder, _ = finished
+    events = EventAccumulator(str(folder / "runs" / "small" / "version_0"))
+    events.Reload()
+    assert [point.step for point in events.Scalars("valid_bpc")][:2] == [2, 5]
+
+
+def test_nothing_names_the_machine(finished):
+    folder, _ = finished
+    text = (folder / "records" / "small-1.json").read_text(encoding="utf-8")
+    assert not re.search(r'"(host|user)', text)
