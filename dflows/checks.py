@@ -35,8 +35,9 @@ __all__ = [
 
 _ModuleT = TypeVar("_ModuleT", bound=nn.Module)
 
-MOST_PROBES = 128
+MOST_VALUES = 8192
 MOST_LEVELS = 4
+MOST_PASSES = 64
 NEAR_TIES = 1e-3
 
 
@@ -64,6 +65,16 @@ def _shaken(module: _ModuleT) -> _ModuleT:
     module = copy.deepcopy(module)
     for parameter in module.parameters():
         parameter.add_(torch.randn_like(parameter), alpha=0.05)
+    return _stirred(module)
+
+
+def _stirred(module: _ModuleT) -> _ModuleT:
+    """Changes features and logits, in place, so that other maps are chosen."""
+    for part in module.modules():
+        if isinstance(part, Conditioner):
+            part.head.weight.add_(torch.randn_like(part.head.weight), alpha=part.width**-0.5)
+            if part.embeds:
+                part.query.add_(torch.randn_like(part.query))
     return module
 
 
@@ -112,7 +123,8 @@ def check_causal(conditioner: Conditioner, context: Tensor | None = None) -> Non
         probed = _shaken(conditioner)
         levels, _ = probed.levels(length, device)
         y = torch.randint(probed.num_classes, (1, length), device=device)
-        probes = torch.linspace(0, length - 1, min(length, MOST_PROBES)).long().to(device)
+        count = min(length, max(MOST_VALUES // length, 8))
+        probes = torch.linspace(0, length - 1, count).long().to(device)
         rows = max(len(probes), 2) if probed.one_pass else 2
         batch = y.repeat(rows, 1)
         # One context for all rows: else rows would differ for a good reason.
@@ -187,7 +199,7 @@ def check_autoregressive(
 
 
 def check_bijective(
-    transform: ConditionalTransform, context: Tensor | None = None, batch_size: int = 4
+    transform: ConditionalTransform, context: Tensor | None = None, num_values: int = 512
 ) -> None:
     """Shows ``inv(transform(x)) == x`` and ``transform(inv(y)) == y`` on values of the own shape.
 
@@ -197,31 +209,35 @@ def check_bijective(
     Args:
         transform: The transform.
         context: One encoded context, (1, C) or (1, S, C).
-        batch_size: Values that are tried.
+        num_values: Values that are tried at least, over all dimensions.
 
     Raises:
         CertificateError: If values do not come back.
     """
     length, device = transform.length, transform.conditioner.head.weight.device
-    if transform.passes > 2 * MOST_PROBES:  # an event of fewer dimensions shows the same sooner
-        length = MOST_PROBES
+    if transform.passes > MOST_PASSES:  # an event of fewer dimensions shows the same sooner
+        length = MOST_PASSES
+    tries = 8 if transform.passes <= MOST_LEVELS else 1  # few levels choose few maps each time
+    batch_size = max(4, num_values // (tries * length))
+    shape = (batch_size, length)
+    contexts = None if context is None else context[:1].expand(batch_size, *context.shape[1:])
     with _quiet(transform):
         probed = _shaken(transform)
-        shape = (batch_size, length)
-        value = torch.randint(transform.bijection.num_classes, shape, device=device)
-        contexts = None if context is None else context[:1].expand(batch_size, *context.shape[1:])
-        for there, back, direction in (
-            (probed, probed.inv, "inv(transform(x)) is not x"),
-            (probed.inv, probed, "transform(inv(y)) is not y"),
-        ):
-            missed = back(there(value, contexts), contexts) != value
-            if missed.sum() > max(NEAR_TIES * missed.numel(), 1):
-                example, dimension = missed.nonzero()[0].tolist()
-                raise CertificateError(
-                    f"a transform over {transform.ordering!r} is no bijection: {direction} for "
-                    f"{int(missed.sum())} of {missed.numel()} values, first at dimension "
-                    f"{dimension} of example {example}"
-                )
+        for _ in range(tries):
+            _stirred(probed)
+            value = torch.randint(transform.bijection.num_classes, shape, device=device)
+            for there, back, direction in (
+                (probed, probed.inv, "inv(transform(x)) is not x"),
+                (probed.inv, probed, "transform(inv(y)) is not y"),
+            ):
+                missed = back(there(value, contexts), contexts) != value
+                if missed.sum() > max(NEAR_TIES * missed.numel(), 1):
+                    example, dimension = missed.nonzero()[0].tolist()
+                    raise CertificateError(
+                        f"a transform over {transform.ordering!r} is no bijection: {direction} for "
+                        f"{int(missed.sum())} of {missed.numel()} values, first at dimension "
+                        f"{dimension} of example {example}"
+                    )
 
 
 def check_normalized(
