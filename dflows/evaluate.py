@@ -97,6 +97,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as folder, resolved_arguments(arguments) as resolved:
         given = ["--config", str(_config_of(checkpoint, Path(folder))), *resolved]
         config = parser.parse_args(given)
+        data_config = yaml.safe_load(parser.dump(config, skip_none=False))["data"]
         made = parser.instantiate_classes(config)
         data, split = made.data, config.split
         if data.num_classes != checkpoint.vocabulary.num_classes:
@@ -121,7 +122,7 @@ def evaluate(arguments: Sequence[str]) -> None:
                 record = Record(
                     name=config.name or f"{checkpoint.config.get('name') or 'dflows'}-{split}",
                     kind="evaluate",
-                    config={**checkpoint.config, "data": config.data.as_dict()},
+                    config={**checkpoint.config, "data": data_config},
                     seed=int(checkpoint.config.get("seed_everything") or 0),
                     device=describe_device(trainer_device(trainer), trainer.world_size),
                     precision=trainer.precision,

@@ -1,6 +1,7 @@
 """Checkpoints that say what they are: written whole, read without running what is in them."""
 
 import argparse
+import copy
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -183,7 +184,8 @@ def load_model(checkpoint: Checkpoint, allowed: Sequence[str] = ()) -> BaseModul
     check_trusted(checkpoint, allowed)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(BaseModule, "model", required=True)
-    parsed = parser.parse_object({"model": checkpoint.config["model"]})
+    # Parsing changes what it is given.
+    parsed = parser.parse_object({"model": copy.deepcopy(checkpoint.config["model"])})
     model: BaseModule = parser.instantiate_classes(parsed).model
     try:
         model.load_state_dict(checkpoint.weights)

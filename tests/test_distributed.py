@@ -1,0 +1,67 @@
+"""Two processes train as one does, and end cleanly where their data are uneven."""
+
+import math
+
+import pytest
+import torch
+
+from dflows.records import read_record
+from tests.commands import run_apart, run_here, small_config, write_text
+
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The same batches in one process and in two."""
+    folders = {}
+    for processes in (1, 2):
+        folder = tmp_path_factory.mktemp(f"processes{processes}")
+        config = small_config(folder, write_text(folder), val_check_interval=2, max_steps=STEPS)
+        arguments = ("--config", config, "--data.batch_size", 8 // processes)
+        # Clipping would hide gradients of a wrong size.
+        arguments += ("--trainer.gradient_clip_val", 0, "--model.base_refit_every", 2)
+        if processes == 1:
+            assert run_here("fit", *arguments) == 0
+        else:
+            more = ("--trainer.devices", processes, "--trainer.strategy", "ddp")
+            done = run_apart("fit", *arguments, *more, cwd=folder)
+            assert done.returncode == 0, done.stdout + done.stderr
+            assert "Warning" not in done.stderr
+            assert done.stdout.count("bits per character") == 2, "one process prints"
+        folders[processes] = folder / "runs" / "small" / "version_0"
+    return folders
+
+
+@pytest.fixture(scope="module")
+def checkpoints(runs):
+    return {n: torch.load(run / "last.ckpt", weights_only=True) for n, run in runs.items()}
+
+
+def test_gradients_and_weights_are_those_of_one_process(checkpoints):
+    one, two = checkpoints[1], checkpoints[2]
+    assert one["global_step"] == two["global_step"] == STEPS
+    (first,), (second,) = one["optimizer_states"], two["optimizer_states"]
+    assert len(first["state"]) > 10
+    for index, state in first["state"].items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            expected, found = state[name], second["state"][index][name]
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-7)
+    for name, weight in one["state_dict"].items():
+        torch.testing.assert_close(two["state_dict"][name], weight, rtol=1e-3, atol=1e-5)
+
+
+def test_the_base_is_refitted_from_the_counts_of_all_processes(checkpoints):
+    one, two = (checkpoints[n]["state_dict"]["base_counts"] for n in (1, 2))
+    assert one.sum() == pytest.approx(8 * 16 * (1 + 0.99))
+    assert torch.equal(one.sum(dim=1), two.sum(dim=1))
+
+
+def test_metrics_are_those_of_one_process(runs):
+    one, two = (read_record(runs[n] / "small-1.json").metrics for n in (1, 2))
+    # 300 characters are 18 windows of 16 in batches of 4, and a rest of 12: 6 batches for two.
+    assert one["characters"] == two["characters"] == {"valid": 300, "test": 300}
+    for name in ("valid_bpc", "test_bpc", "valid_nats", "test_nats"):
+        assert two[name] == pytest.approx(one[name], rel=1e-4)
+        assert math.isfinite(one[name])
+    assert two["residual_bpc"] == pytest.approx(one["residual_bpc"], rel=0.02)

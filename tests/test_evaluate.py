@@ -1,0 +1,88 @@
+"""``python -m dflows.evaluate`` from a checkpoint alone."""
+
+import pytest
+
+from dflows.records import read_record
+from tests.commands import ODD, run_apart, run_here, small_config, write_text
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a finished run."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    text = write_text(folder)
+    config = small_config(folder, text)
+    assert run_here("fit", "--config", config) == 0
+    return folder / "runs" / "small" / "version_0"
+
+
+@pytest.fixture(scope="module")
+def fitted(run):
+    return read_record(run / "small-1.json").metrics
+
+
+@pytest.mark.parametrize("split", ["test", "valid"])
+def test_the_checkpoint_alone_gives_the_figures_of_its_run(
+    run, fitted, split, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    arguments = ("--checkpoint", run / "best.ckpt", "--split", split, "--record", "records")
+    assert run_here("evaluate", *arguments) == 0
+    record = read_record(tmp_path / "records" / f"small-{split}-1.json")
+    assert record.kind == "evaluate"
+    assert record.metrics[f"{split}_bpc"] == pytest.approx(fitted[f"{split}_bpc"], rel=1e-6)
+    assert record.metrics["characters"] == {split: 300}
+    assert f"{record.metrics[f'{split}_bpc']:.4f}" in capsys.readouterr().out
+    if split == "test":
+        assert record.metrics["residual_bpc"] == fitted["residual_bpc"]
+
+
+def test_the_folder_of_a_run_stands_for_its_best_checkpoint(run, fitted, capsys):
+    assert run_here("evaluate", "--checkpoint", run) == 0
+    assert f"{fitted['test_bpc']:.4f}" in capsys.readouterr().out
+
+
+def test_other_text_is_scored_with_the_vocabulary_of_the_checkpoint(run, tmp_path, capsys):
+    other = tmp_path / "other.txt"
+    other.write_bytes((ODD[4:9] * 500).encode("utf-8"))
+    arguments = ("--checkpoint", run, "--data.source.init_args.path", other)
+    assert run_here("evaluate", *arguments) == 0
+    assert "250 characters" in capsys.readouterr().out
+
+
+def test_shorter_windows_and_less_text_may_be_asked_for(run, capsys):
+    more = ("--data.length", 8, "--data.max_eval_characters", 100)
+    assert run_here("evaluate", "--checkpoint", run, *more) == 0
+    assert "100 characters" in capsys.readouterr().out
+
+
+def test_longer_windows_are_refused(run, capsys):
+    assert run_here("evaluate", "--checkpoint", run, "--data.length", 20) == 1
+    assert capsys.readouterr().err == (
+        "error: an event of 20 dimensions was given, and the flow has 16: give 1 to that many\n"
+    )
+
+
+def test_unknown_symbols_are_named(run, tmp_path, capsys):
+    other = tmp_path / "other.txt"
+    other.write_text("#" * 500)
+    code = run_here("evaluate", "--checkpoint", run, "--data.source.init_args.path", other)
+    assert code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "'#' (U+0023) is not among" in line
+
+
+def test_data_of_another_vocabulary_are_refused(run, capsys):
+    assert run_here("evaluate", "--checkpoint", run, "--data.vocabulary", "bytes") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "the data have 256 classes" in line
+
+
+def test_two_processes_count_every_character_once(run, fitted, tmp_path):
+    more = ("--trainer.devices", 2, "--trainer.strategy", "ddp", "--trainer.accelerator", "cpu")
+    done = run_apart("evaluate", "--checkpoint", run, *more, "--record", "records", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    metrics = read_record(tmp_path / "records" / "small-test-1.json").metrics
+    assert metrics["characters"] == {"test": 300}
+    assert metrics["test_bpc"] == pytest.approx(fitted["test_bpc"], rel=1e-6)
+    assert metrics["residual_bpc"] == fitted["residual_bpc"]
