@@ -28,8 +28,8 @@ def _footnote(records: Sequence[Record]) -> str:
     return (
         f"All likelihoods are exact, over all {metrics['characters']['test']:,} characters of the "
         f"test split, whose unigram entropy is {metrics['unigram_bpc']:.3f} bits and whose bigram "
-        f"entropy is {metrics['bigram_bpc']:.3f}. A sequence has {metrics['generation_length']} characters; "
-        f"times are medians. Measured on: {devices}."
+        f"entropy is {metrics['bigram_bpc']:.3f}. A sequence has {metrics['generation_length']} "
+        f"characters; times are medians. Measured on: {devices}."
     )
 
 
