@@ -106,6 +106,11 @@ class LastCheckpoint(_Checkpoint):
             save_on_exception=save_on_exception,
         )
 
+    @property
+    def state_key(self) -> str:
+        """The same for all intervals, so that a resumed run may change its own."""
+        return type(self).__name__
+
 
 class SaveRun(SaveConfigCallback):
     """Creates what puts config.yaml and tokenizer.json beside the checkpoints, and into them.

@@ -1,0 +1,91 @@
+"""A run that is killed and resumed is the uninterrupted one; one that is interrupted says so."""
+
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+
+from tests.commands import (
+    command_line,
+    environment,
+    everything_in,
+    run_here,
+    small_config,
+    write_text,
+)
+
+STEPS = 12
+# A level is drawn an example and step, and weights are dropped: all randomness there is in a step.
+MORE = (
+    *("--model.estimator", "dflows.estimators.LocalObjective", "--model.estimator.draw", "level"),
+    *("--model.backbone.dropout", "0.2", "--model.base_refit_every", "3"),
+    *("--last_checkpoint.every_n_train_steps", "5", "--trainer.limit_test_batches", "1"),
+)
+
+
+def start(folder, config, *arguments):
+    line = command_line("fit", "--config", config, *MORE, *arguments)
+    with (folder / "log.txt").open("w") as log:
+        process = subprocess.Popen(
+            line, cwd=folder, env=environment(), stdout=log, stderr=subprocess.STDOUT
+        )
+    return process, folder / "log.txt"
+
+
+def wait_for(path, process, log):
+    deadline = time.monotonic() + 60
+    while not path.is_file():
+        assert process.poll() is None, log.read_text()
+        assert time.monotonic() < deadline, log.read_text()
+        time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    config = small_config(folder, write_text(folder), max_steps=STEPS, val_check_interval=4)
+    assert (
+        run_here("fit", "--config", config, *MORE, "--last_checkpoint.every_n_train_steps", 1) == 0
+    )
+    return torch.load(folder / "runs" / "small" / "version_0" / "last.ckpt", weights_only=True)
+
+
+def test_killed_and_resumed_is_uninterrupted(tmp_path, uninterrupted):
+    config = small_config(tmp_path, write_text(tmp_path), max_steps=STEPS, val_check_interval=4)
+    # The learning rate falls with max_steps, so a long run cannot stand for a killed short one:
+    # training is slowed down, and killed as soon as there is a checkpoint.
+    process, log = start(tmp_path, config, "--trainer.callbacks", "tests.slow.Slow")
+    last = tmp_path / "runs" / "small" / "version_0" / "last.ckpt"
+    wait_for(last, process, log)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert torch.load(last, weights_only=True)["global_step"] == 5
+    assert not [name for name in everything_in(tmp_path) if name.endswith("small-1.json")]
+
+    more = ("--last_checkpoint.every_n_train_steps", 1)
+    assert run_here("fit", "--config", config, *MORE, *more, "--ckpt_path", last) == 0
+    resumed = torch.load(last, weights_only=True)
+    assert resumed["global_step"] == uninterrupted["global_step"] == STEPS
+    assert torch.equal(resumed["training"]["train_bpc"], uninterrupted["training"]["train_bpc"])
+    for name, weight in uninterrupted["state_dict"].items():
+        assert torch.equal(resumed["state_dict"][name], weight), name
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "said"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+)
+def test_an_interrupted_run_saves_where_it_is_and_says_so(tmp_path, number, code, said):
+    config = small_config(tmp_path, write_text(tmp_path), max_steps=10_000, val_check_interval=4)
+    process, log = start(tmp_path, config)
+    last = tmp_path / "runs" / "small" / "version_0" / "last.ckpt"
+    wait_for(last, process, log)
+    process.send_signal(number)
+    assert process.wait(timeout=60) == code, log.read_text()
+    printed = log.read_text()
+    assert f"error: {said}" in printed
+    assert "Traceback" not in printed
+    assert torch.load(last, weights_only=True)["global_step"] > 0
+    assert not [name for name in everything_in(tmp_path) if name.endswith((".tmp", "small-1.json"))]
