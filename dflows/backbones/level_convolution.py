@@ -76,32 +76,32 @@ class LevelConvolution(Backbone):
             nn.init.zeros_(layer.out.bias)
         self.norm = nn.LayerNorm(width)
         self._levels: Tensor | None = None
-        self._sights: dict[int, Sight] = {}
+        self._sources: tuple[Tensor, Tensor] | None = None
 
     def extra_repr(self) -> str:
         return f"width={self.width}, offsets={self.offsets}, window={len(self.near) // 2}"
 
-    def _sights_of(self, levels: Tensor) -> "dict[int, Sight]":
-        if levels is not self._levels:
-            # A validation in inference mode may come first, and training uses the same masks.
+    def _sources_of(self, levels: Tensor) -> tuple[Tensor, Tensor]:
+        if levels is not self._levels or self._sources is None:
+            # A validation in inference mode may come first, and training uses the same tables.
             with torch.inference_mode(False):
                 known = levels.clone()
-                self._sights = {offset: Sight(known, offset) for offset in self.offsets + self.near}
+                self._sources = _sources(known, self.near), _sources(known, [0, *self.offsets])
             self._levels = levels
-        return self._sights
+        return self._sources
 
     def forward(
         self, content: Tensor, query: Tensor | None = None, levels: Tensor | None = None
     ) -> Tensor:
         query, levels = check_causal(self, content, query, levels)
-        sights = self._sights_of(levels)
+        near, sources = self._sources_of(levels)
         stream = query.to(content.dtype).expand(content.shape)
         if self.near:
             narrow = self.narrow(content)
-            below = [_shift(narrow, offset) * sights[offset].lower for offset in self.near]
-            stream = stream + self.widen(torch.cat(below, dim=-1))
+            # Before the first layer nothing is known of the neighbours of the same level.
+            stream = stream + self.widen(_gather(narrow, torch.zeros_like(narrow), near))
         for layer in self.layers:
-            stream = layer(stream, content, [sights[offset] for offset in self.offsets])
+            stream = layer(stream, content, sources)
         features: Tensor = self.norm(stream)
         return features
 
@@ -123,48 +123,39 @@ class LevelGatedLayer(nn.Module):
         self.out = nn.Linear(width, width)
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, stream: Tensor, content: Tensor, sights: "Sequence[Sight]") -> Tensor:
+    def forward(self, stream: Tensor, content: Tensor, sources: Tensor) -> Tensor:
         """Adds the update to a stream (B, D, width), given the content (B, D, width)."""
-        known = self.norm(stream)
-        told = self.content_norm(stream + content)
-        seen = torch.cat([known, *(sight(known, told) for sight in sights)], dim=-1)
+        seen = _gather(self.content_norm(stream + content), self.norm(stream), sources)
         updated: Tensor = stream + self.out(self.dropout(F.glu(self.mix(seen), dim=-1)))
         return updated
 
 
-class Sight:
-    """Creates what a dimension may see of its neighbour at one offset.
+def _sources(levels: Tensor, offsets: Sequence[int]) -> Tensor:
+    """Tabulates what a dimension may see of its neighbours.
 
-    Arguments:
+    Of D dimensions, the numbers 0..D-1 stand for what is told, with content; D..2D-1 for what is
+    known without it; and 2D for nothing.
+
+    Args:
         levels: Levels (D,).
-        offset: Where the neighbour is.
+        offsets: Where the n neighbours are.
+
+    Returns:
+        Numbers (D, n): told of a neighbour of lower level, known of one of the same level, nothing
+        of one of a higher level or beyond the ends.
     """
-
-    def __init__(self, levels: Tensor, offset: int) -> None:
-        neighbour = torch.arange(len(levels), device=levels.device) + offset
-        inside = (neighbour >= 0) & (neighbour < len(levels))
-        level = levels[neighbour.clamp(0, len(levels) - 1)]
-        self.offset = offset
-        self.lower = (inside & (level < levels)).unsqueeze(-1)
-        self.equal = (inside & (level == levels)).unsqueeze(-1)
-        self.has_lower = bool(self.lower.any())
-        self.has_equal = bool(self.equal.any())
-
-    def __call__(self, known: Tensor, told: Tensor) -> Tensor:
-        """Picks of the neighbour (B, D, W) what may be seen.
-
-        That is what is told at lower levels, and at the same level what is known.
-        """
-        if not self.has_equal:
-            return _shift(told, self.offset) * self.lower
-        equal = _shift(known, self.offset) * self.equal
-        return equal + _shift(told, self.offset) * self.lower if self.has_lower else equal
+    length = len(levels)
+    dimension = torch.arange(length, device=levels.device).unsqueeze(-1)
+    neighbour = dimension + torch.tensor(offsets, dtype=torch.long, device=levels.device)
+    inside = (neighbour >= 0) & (neighbour < length)
+    neighbour = neighbour.clamp(0, length - 1)
+    level, own = levels[neighbour], levels.unsqueeze(-1)
+    source = torch.where(level < own, neighbour, neighbour + length)
+    return torch.where(inside & (level <= own), source, 2 * length)
 
 
-def _shift(value: Tensor, offset: int) -> Tensor:
-    """Returns the neighbour (B, D, W) at an offset, zeros beyond the ends."""
-    if abs(offset) >= value.shape[1]:
-        return torch.zeros_like(value)
-    if offset > 0:
-        return F.pad(value[:, offset:], (0, 0, 0, offset))
-    return F.pad(value[:, :offset], (0, 0, -offset, 0))
+def _gather(told: Tensor, known: Tensor, sources: Tensor) -> Tensor:
+    """Sets what the n neighbours show side by side, (B, D, n·W), in one look-up."""
+    batch, length, width = told.shape
+    rows = torch.cat([told, known, told.new_zeros(batch, 1, width)], dim=1)
+    return rows.index_select(1, sources.flatten()).reshape(batch, length, -1)
