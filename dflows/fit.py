@@ -35,7 +35,11 @@ def fit(arguments: Sequence[str]) -> None:
     quiet()
     cli = FlowCLI(arguments)
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
-    trainer.fit(module, datamodule=data, ckpt_path=cli.config.ckpt_path, weights_only=True)
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=cli.config.ckpt_path, weights_only=True)
+    except BaseException:
+        cli.forget_unused_folder()
+        raise
     best = next(
         entry for entry in trainer.checkpoint_callbacks if isinstance(entry, BestCheckpoint)
     )

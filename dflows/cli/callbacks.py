@@ -106,6 +106,13 @@ class LastCheckpoint(_Checkpoint):
             save_on_exception=save_on_exception,
         )
 
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Saves where the run is, if it has got anywhere."""
+        if trainer.global_step:
+            super().on_exception(trainer, pl_module, exception)
+
     @property
     def state_key(self) -> str:
         """The same for all intervals, so that a resumed run may change its own."""

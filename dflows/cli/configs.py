@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.resources import as_file, files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -12,6 +12,7 @@ import pytorch_lightning as pl
 import yaml
 from jsonargparse import Namespace
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
+from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins import CheckpointIO
 
 from datamodules.module import StreamDataModule
@@ -219,6 +220,24 @@ class FlowCLI(LightningCLI):
         self.stopwatch = Stopwatch()
         trainer.callbacks.insert(0, self.stopwatch)  # type: ignore[attr-defined]
         return trainer
+
+    def forget_unused_folder(self) -> None:
+        """Removes the folder of a run that failed before its first step.
+
+        Lightning's loggers open their files before anything is checked.
+        """
+        logger = self.trainer.logger
+        if not self.trainer.is_global_zero or not isinstance(logger, TensorBoardLogger):
+            return
+        folder = Path(logger.log_dir)
+        files = list(folder.iterdir()) if folder.is_dir() else []
+        if any(file.is_dir() or not file.name.startswith("events.out.") for file in files):
+            return
+        for file in files:
+            file.unlink()
+        with suppress(OSError):  # as far as they are empty
+            for empty in (folder, *folder.parents[:2]):
+                empty.rmdir()
 
     def resolved_config(self) -> dict[str, Any]:
         """Returns the resolved configuration in plain types."""

@@ -1,0 +1,252 @@
+"""What users do wrong: one line that names the key or file, an exit code, nothing half-written."""
+
+import argparse
+
+import pytest
+import torch
+
+from dflows.cli.errors import DEBUG, one_line, run_command
+from dflows.errors import UserError
+from tests.commands import everything_in, run_apart, run_here, small_config, write_text
+
+
+@pytest.fixture
+def config(tmp_path):
+    return small_config(tmp_path, write_text(tmp_path))
+
+
+@pytest.fixture
+def refused(tmp_path, config, capfd, monkeypatch):
+    """Runs what must fail, and returns its one line."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments, code=1, command="fit"):
+        before = everything_in(tmp_path)
+        given = ("--config", config, *arguments) if command == "fit" else arguments
+        assert run_here(command, *given) == code
+        printed = capfd.readouterr()
+        lines = [line for line in printed.err.splitlines() if line]
+        assert len(lines) == 1, printed.err
+        assert lines[0].startswith("error: ")
+        assert "usage" not in printed.out + printed.err
+        assert everything_in(tmp_path) == before
+        return lines[0].removeprefix("error: ")
+
+    return run
+
+
+def path_of(text):
+    return ("--data.source.init_args.path", text)
+
+
+class TestText:
+    def test_missing_file(self, refused):
+        line = refused(*path_of("nowhere.txt"))
+        assert line == "cannot read nowhere.txt: No such file or directory"
+
+    def test_empty_file(self, refused, tmp_path):
+        (tmp_path / "empty.txt").touch()
+        assert "empty.txt is empty" in refused(*path_of("empty.txt"))
+
+    def test_invalid_utf8(self, refused, tmp_path):
+        (tmp_path / "bad.txt").write_bytes(b"abc\xff" * 100)
+        assert refused(*path_of("bad.txt")).startswith("bad.txt is not UTF-8 at byte 3")
+
+    def test_window_longer_than_the_text(self, refused):
+        line = refused("--data.length", 100_000_000)
+        assert "a window of length 100000000 is longer than the 2400 characters" in line
+        assert "set length to 2400 or less" in line
+
+    def test_one_symbol(self, refused, tmp_path):
+        (tmp_path / "one.txt").write_text("a" * 500)
+        assert "a vocabulary needs at least 2" in refused(*path_of("one.txt"))
+
+    def test_symbol_unknown_to_training(self, refused, tmp_path):
+        (tmp_path / "late.txt").write_text("ab" * 500 + "é" * 100)
+        line = refused(*path_of("late.txt"))
+        assert "late.txt, line 1, column 1001, in the split test: 'é' (U+00E9) is not among" in line
+        assert "unknown: true" in line
+
+    def test_unreachable_hub(self, refused):
+        line = refused(
+            "--data.source", "datamodules.HubText", "--data.source.init_args.path", "afmck/text8"
+        )
+        assert line.startswith("the Hugging Face hub cannot be reached for afmck/text8")
+
+
+class TestKeys:
+    def test_missing_configuration(self, refused):
+        line = refused("--config", "nowhere.yaml")
+        assert line.startswith("no configuration nowhere.yaml: give a file, or one of the shipped")
+        assert "quickstart.yaml" in line
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ("model: [1", "bad.yaml is not YAML: while parsing a flow sequence"),
+            ("just words", "bad.yaml holds no keys"),
+            ("trainer: {max_stepz: 3}", "Group 'trainer' does not accept option 'max_stepz'"),
+            ("modle: {a: 3}", "Option 'modle.a' is not accepted"),
+            (
+                "model: {init_args: {lrr: 3}}",
+                "model (lightning_modules.FlowModule): Option 'lrr' is not accepted: its keys are",
+            ),
+            (
+                "model: {init_args: {backbone: {init_args: {width: five}}}}",
+                "model.backbone.width (lightning_modules.FlowModule): Expected a <class 'int'>",
+            ),
+        ],
+    )
+    def test_bad_configuration(self, refused, tmp_path, content, message):
+        (tmp_path / "bad.yaml").write_text(content)
+        code = 1 if message.startswith("bad.yaml") else 2
+        assert refused("--config", "bad.yaml", code=code).startswith(message)
+
+    def test_configuration_of_bytes(self, refused, tmp_path):
+        (tmp_path / "bad.yaml").write_bytes(b"\xff\xfe")
+        assert refused("--config", "bad.yaml") == "bad.yaml is not UTF-8: save it as text"
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("--model.lrr", 3), "Option 'lrr' is not accepted"),
+            (("--trainer.max_stepz", 3), "unrecognized arguments: --trainer.max_stepz 3"),
+            (("--trainer.max_steps", "many"), "trainer.max_steps: Expected a <class 'int'>"),
+            (("--model.backbone", "dflows.backbones.Nope"), "has no attribute 'Nope'"),
+            (("--model.backbone", "torch.nn.Linear"), "in_features, out_features"),
+        ],
+    )
+    def test_bad_argument(self, refused, arguments, message):
+        assert message in refused(*arguments, code=2)
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("--data.length", 0), "length must be at least 1, not 0"),
+            (("--model.backbone.width", 0), "width is 0: give at least 1"),
+            (("--model.optimization.learning_rate", -1), "optimization.learning_rate is -1"),
+            (("--model.execution", "causal"), "is not level-causal"),
+            (("--trainer.accelerator", "abacus"), "invalid accelerator name"),
+            (("--model.base_refit_decay", 2), "base_refit_decay is 2"),
+            (("--trainer.max_steps", -1), "the training has no end"),
+        ],
+    )
+    def test_bad_value(self, refused, arguments, message):
+        assert message in refused(*arguments)
+
+
+class TestBackbones:
+    """Custom backbones that cannot be used."""
+
+    @pytest.fixture
+    def with_backbone(self, refused):
+        def run(name):
+            more = ("--model.width", 8, "--model.backbone.init_args.width", 8)
+            return refused("--model.backbone", f"tests.dflows.cli.bad_backbones.{name}", *more)
+
+        return run
+
+    def test_wrong_shape(self, with_backbone):
+        assert "(batch, length, width)" in with_backbone("Shortening")
+
+    def test_mixed_examples(self, with_backbone):
+        assert "mixes the examples of a batch" in with_backbone("Mixing")
+
+    def test_causal_leak(self, refused):
+        line = refused("--model.backbone", "tests.dflows.cli.bad_backbones.Leaking")
+        assert "leaks: the value at dimension" in line
+
+    def test_failing(self, with_backbone):
+        assert "failed on features" in with_backbone("Failing")
+
+
+class TestCheckpoints:
+    @pytest.mark.parametrize("command", ["evaluate", "generate", "fit"])
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (None, "no checkpoint some.ckpt"),
+            (b"", "some.ckpt is damaged or no checkpoint of dflows"),
+            (b"not a checkpoint at all", "some.ckpt is damaged or no checkpoint of dflows"),
+            ({"state_dict": {}}, "some.ckpt is a checkpoint of something else"),
+            ([1, 2], "some.ckpt is a checkpoint of something else"),
+            ({"state_dict": {}, "dflows": {"format": 7}}, "some.ckpt has the format 7"),
+        ],
+    )
+    def test_foreign_or_damaged(self, refused, tmp_path, command, content, message):
+        path = tmp_path / "some.ckpt"
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        elif content is not None:
+            torch.save(content, path)
+        key = "--ckpt_path" if command == "fit" else "--checkpoint"
+        assert refused(key, path.name, command=command).startswith(message)
+
+    def test_folder_without_one(self, refused):
+        line = refused("--checkpoint", ".", command="generate")
+        assert "holds no best.ckpt and no last.ckpt" in line
+
+    def test_code_in_a_pickle_is_not_run(self, refused, tmp_path):
+        class Touch:
+            def __reduce__(self):
+                return open, (str(tmp_path / "touched"), "w")
+
+        torch.save({"state_dict": {}, "dflows": Touch()}, tmp_path / "some.ckpt")
+        refused("--checkpoint", "some.ckpt", command="generate")
+
+    def test_none_given(self, refused):
+        assert refused(command="evaluate") == "no checkpoint is given: add --checkpoint PATH"
+
+
+def test_a_process_of_its_own_fails_alike(tmp_path, config):
+    done = run_apart("fit", "--config", config, "--model.lrr", 3, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert "Option 'lrr' is not accepted" in done.stderr
+
+
+class TestRunCommand:
+    @staticmethod
+    def failing(error):
+        def main():
+            raise error
+
+        return main
+
+    @pytest.mark.parametrize(
+        ("error", "code", "line"),
+        [
+            (UserError("width is 0:\n  give more"), 1, "width is 0: give more"),
+            (argparse.ArgumentError(None, "no such key"), 2, "no such key"),
+            (KeyboardInterrupt(), 130, "interrupted"),
+            (ZeroDivisionError("division"), 1, f"ZeroDivisionError: division (set {DEBUG}=1"),
+            (ValueError(), 1, "ValueError: ValueError"),
+        ],
+    )
+    def test_errors_become_lines_and_codes(self, error, code, line, capsys):
+        assert run_command(self.failing(error)) == code
+        assert capsys.readouterr().err.startswith(f"error: {line}")
+
+    @pytest.mark.parametrize(("given", "code"), [(None, 0), (0, 0), (3, 3), ("words", 1)])
+    def test_exits_keep_their_codes(self, given, code):
+        assert run_command(self.failing(SystemExit(given))) == code
+
+    def test_other_processes_are_named(self, monkeypatch, capsys):
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        run_command(self.failing(UserError("no")))
+        assert capsys.readouterr().err == "error in process 1: no\n"
+
+    def test_tracebacks_can_be_had(self, monkeypatch):
+        monkeypatch.setenv(DEBUG, "1")
+        with pytest.raises(UserError):
+            run_command(self.failing(UserError("no")))
+
+    def test_the_user_s_mistake_is_found_beneath_other_errors(self):
+        try:
+            try:
+                raise UserError("width is 0")
+            except UserError as error:
+                raise ValueError("does not validate") from error
+        except ValueError as error:
+            assert one_line(error) == "width is 0"
