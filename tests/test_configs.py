@@ -1,0 +1,99 @@
+"""Every configuration that is shipped fits the signatures that it names, and runs where it can."""
+
+import pytest
+import yaml
+
+from dflows.cli.configs import FlowCLI, shipped_configs
+from dflows.cli.noise import quiet
+from tests.commands import ROOT, run_here, write_text
+
+CONFIGS = ROOT / "configs"
+ALL = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
+# Laid over an experiment, and none by themselves.
+OVERLAYS = [name for name in ALL if name.startswith("data/") or name == "smoke/ddp.yaml"]
+EXPERIMENTS = [name for name in ALL if name not in OVERLAYS]
+
+
+@pytest.fixture
+def small(tmp_path):
+    """Arguments that put a small text in the place of any other, and all files in one folder."""
+    text = write_text(tmp_path, size=5000)
+    return (
+        *("--data.source", "datamodules.LocalText"),
+        *("--data.source.init_args.path", text),
+        *("--data.vocabulary", "corpus", "--data.max_eval_characters", 300),
+        *("--trainer.logger.save_dir", tmp_path / "runs"),
+    )
+
+
+def build(*arguments):
+    quiet()
+    return FlowCLI([str(argument) for argument in arguments])
+
+
+def keys(value, prefix=""):
+    """Every key that has a plain value, as it is written."""
+    for key, entry in value.items():
+        if isinstance(entry, dict) and entry:
+            yield from keys(entry, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def test_all_of_them_are_shipped():
+    assert {"quickstart.yaml", "paper.yaml", "autoregressive.yaml", "smoke/strided.yaml"} <= set(
+        ALL
+    )
+    assert {name.partition("/")[0] for name in ALL if "/" in name} == {"data", "smoke"}
+    assert shipped_configs().joinpath("quickstart.yaml").is_file()
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_an_experiment_fits_the_signatures(name, small):
+    cli = build("--config", CONFIGS / name, *small)
+    flow = cli.model.flow
+    assert (flow.num_classes, flow.length) == (cli.datamodule.num_classes, cli.datamodule.length)
+    assert cli.trainer.max_steps > 0 or cli.trainer.max_time is not None
+    cli.datamodule.setup("fit")
+    batch = next(iter(cli.datamodule.train_dataloader()))
+    loss = -cli.model.objective(batch[:2]).mean()
+    loss.backward()
+    assert loss.isfinite()
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_an_overlay_fits_an_experiment(name, capsys):
+    experiment = CONFIGS / "quickstart.yaml"
+    before = ("--config", experiment, "--print_config")
+    assert run_here("fit", *before) == 0
+    plain = yaml.safe_load(capsys.readouterr().out)
+    assert (
+        run_here("fit", "--config", experiment, "--config", CONFIGS / name, "--print_config") == 0
+    )
+    laid_over = yaml.safe_load(capsys.readouterr().out)
+    assert laid_over != plain
+    assert laid_over["model"] == plain["model"]
+    given = yaml.safe_load((CONFIGS / name).read_text(encoding="utf-8"))
+    for key in keys(given):
+        value, expected = laid_over, given
+        for part in key.split("."):
+            value, expected = value[part], expected[part]
+        assert value == expected, key
+    assert laid_over["data"]["init_args"]["length"] == plain["data"]["init_args"]["length"]
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_configuration_says_what_it_is(name):
+    lines = (CONFIGS / name).read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("# ")
+    assert max(map(len, lines)) <= 100
+
+
+@pytest.mark.parametrize("name", [name for name in EXPERIMENTS if name.startswith("smoke/")])
+def test_a_smoke_experiment_runs(name, small, capsys):
+    short = ("--trainer.max_steps", 4, "--trainer.val_check_interval", 2)
+    bar = ("--progress_bar.refresh_rate", 0)
+    assert run_here("fit", "--config", CONFIGS / name, *small, *short, *bar) == 0
+    printed = capsys.readouterr().out
+    assert "test, bits per character" in printed
+    assert "250 characters, exact" in printed
