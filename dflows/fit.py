@@ -16,6 +16,7 @@ from dflows.cli.configs import FlowCLI
 from dflows.cli.errors import run_command
 from dflows.cli.noise import quiet
 from dflows.cli.summary import Figures, end_processes, print_sample, stdout_console, trainer_device
+from dflows.errors import UserError
 from dflows.provenance import describe_device
 from dflows.records import Record, write_record
 
@@ -33,6 +34,8 @@ def fit(arguments: Sequence[str]) -> None:
     """
     begin = time.perf_counter()
     quiet()
+    if not arguments:
+        raise UserError("nothing is given to fit: add --config quickstart.yaml, or another")
     cli = FlowCLI(arguments)
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
     try:

@@ -9,7 +9,8 @@ import sys
 from collections.abc import Callable, Iterator
 from importlib import import_module
 
-from pytorch_lightning.utilities.exceptions import MisconfigurationException, SIGTERMException
+from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from dflows.errors import UserError
 

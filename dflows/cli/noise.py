@@ -25,7 +25,7 @@ class _Advice(logging.Filter):
 
     def filter(self, record: logging.LogRecord) -> bool:
         message = record.getMessage()
-        return not message.startswith(_ADVICE)
+        return not any(advice in message for advice in _ADVICE)
 
 
 def quiet() -> None:

@@ -198,6 +198,13 @@ class TestCheckpoints:
         assert refused(command="evaluate") == "no checkpoint is given: add --checkpoint PATH"
 
 
+def test_nothing_given(capsys):
+    assert run_here("fit") == 1
+    assert capsys.readouterr().err == (
+        "error: nothing is given to fit: add --config quickstart.yaml, or another\n"
+    )
+
+
 def test_a_process_of_its_own_fails_alike(tmp_path, config):
     done = run_apart("fit", "--config", config, "--model.lrr", 3, cwd=tmp_path)
     assert done.returncode == 2
@@ -243,10 +250,6 @@ class TestRunCommand:
             run_command(self.failing(UserError("no")))
 
     def test_the_user_s_mistake_is_found_beneath_other_errors(self):
-        try:
-            try:
-                raise UserError("width is 0")
-            except UserError as error:
-                raise ValueError("does not validate") from error
-        except ValueError as error:
-            assert one_line(error) == "width is 0"
+        error = ValueError("does not validate")
+        error.__cause__ = UserError("width is 0")
+        assert one_line(error) == "width is 0"

@@ -1,0 +1,208 @@
+"""The flow module: five choices, the start of the base, checks, refits and residuals."""
+
+from functools import partial
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from datamodules import FullRankDataModule
+from dflows.backbones import LSTM, DilatedConvolution, Transformer
+from dflows.bases import AutoregressiveBase, FactorizedBase
+from dflows.bijections import ModularAffine, ModularShift, RankPermutation
+from dflows.checks import CertificateError
+from dflows.cli.noise import quiet
+from dflows.errors import UserError
+from dflows.estimators import LocalObjective, PosteriorRule, SoftmaxStraightThrough
+from dflows.orderings import Natural, Parity, Strided
+from lightning_modules import FlowModule, LanguageModel, Optimization
+
+K, D = 4, 6
+CONVOLUTION = partial(DilatedConvolution, width=8, layers=1)
+
+
+def trainer(folder, steps=4, **options):
+    quiet()
+    return pl.Trainer(
+        accelerator="cpu",
+        max_steps=steps,
+        max_epochs=-1,
+        val_check_interval=2,
+        check_val_every_n_epoch=None,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        **options,
+    )
+
+
+@pytest.fixture(scope="module")
+def data():
+    return FullRankDataModule(length=D, num_classes=K, batch_size=16, eval_examples=64)
+
+
+CHOICES = {
+    "bijection": [ModularShift, partial(ModularAffine, prime=True), RankPermutation],
+    "orderings": [[Parity(), Parity(first=1)], [Natural()], [Strided(3), Parity()]],
+    "backbone": [CONVOLUTION, partial(LSTM, width=8), partial(Transformer, width=8, heads=2)],
+    "estimator": [
+        LocalObjective,
+        partial(LocalObjective, draw="level"),
+        partial(LocalObjective, draw="flow"),
+        SoftmaxStraightThrough,
+    ],
+    "base": [
+        FactorizedBase,
+        partial(FactorizedBase, sharing="positions"),
+        partial(AutoregressiveBase, ordering=Strided(2), backbone=CONVOLUTION()),
+    ],
+    "share_backbone": [False, True],
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "choice"), [(key, choice) for key, choices in CHOICES.items() for choice in choices]
+)
+def test_every_choice_is_a_key_and_trains(key, choice, data, tmp_path):
+    arguments = {"orderings": [Parity(), Parity(first=1)], "backbone": CONVOLUTION, key: choice}
+    if key == "backbone" and choice.func is LSTM:
+        arguments["orderings"] = [Natural()]
+    if key == "orderings" and isinstance(choice[0], Natural):
+        arguments["backbone"] = partial(LSTM, width=8)
+    module = FlowModule(K, D, **arguments)
+    run = trainer(tmp_path, steps=2, limit_val_batches=1)
+    run.fit(module, datamodule=data)
+    assert run.callback_metrics["valid_bpc"].isfinite()
+    (result,) = run.test(module, datamodule=data, verbose=False)
+    assert result["test_nats"] > data.entropy - 1
+    flows = len(module.flow.transforms)
+    assert len(module.residual_bpc) == flows
+    assert module.sample(3, length=4).shape == (3, 4)
+
+
+def test_a_shared_backbone_is_one_network():
+    arguments = (K, D, [Parity(), Parity(first=1)], CONVOLUTION)
+    shared = FlowModule(*arguments, share_backbone=True).flow.transforms
+    apart = FlowModule(*arguments).flow.transforms
+    assert shared[0].conditioner.backbone is shared[1].conditioner.backbone
+    assert apart[0].conditioner.backbone is not apart[1].conditioner.backbone
+    assert shared[0].conditioner.head is not shared[1].conditioner.head
+
+
+def test_a_plain_torch_network_is_a_backbone(data, tmp_path):
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    network = partial(nn.TransformerEncoder, layer, 1, enable_nested_tensor=False)
+    module = FlowModule(K, D, [Parity()], network, width=8)
+    trainer(tmp_path, steps=2).fit(module, datamodule=data)
+
+
+def test_the_base_starts_from_the_data_once(data, tmp_path):
+    module = FlowModule(
+        K, D, [Parity()], CONVOLUTION, optimization=Optimization(learning_rate=1e-9)
+    )
+    run = trainer(tmp_path, steps=1)
+    run.fit(module, datamodule=data)
+    marginal = data.class_counts().double() / data.class_counts().sum()
+    probabilities = module.flow.base.logits.detach().softmax(-1)
+    torch.testing.assert_close(probabilities[0].double(), marginal, atol=1e-3, rtol=0)
+    assert probabilities[1, 0] == pytest.approx(0.5)
+    with torch.no_grad():
+        module.flow.base.logits.fill_(0)
+    trainer(tmp_path, steps=1).fit(module, datamodule=data)
+    assert module.flow.base.logits.abs().max() < 1e-6
+
+
+def test_a_refitted_base_has_the_frequencies_of_what_it_saw(data, tmp_path):
+    module = FlowModule(
+        K,
+        D,
+        [Parity()],
+        CONVOLUTION,
+        optimization=Optimization(learning_rate=1e-9),
+        base_refit_every=1,
+        base_refit_decay=0.5,
+    )
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    trainer(tmp_path, steps=3, limit_val_batches=0).fit(module, datamodule=data)
+    assert not module.flow.base.logits.requires_grad
+    assert module.base_counts.sum() == 16 * D * (1 + 0.5 + 0.25)
+    probabilities = (module.base_counts + 0.5) / (module.base_counts + 0.5).sum(-1, keepdim=True)
+    torch.testing.assert_close(module.flow.base.logits.softmax(-1).double(), probabilities)
+    assert set(before) == set(module.state_dict())
+
+
+def test_only_a_factorized_base_can_be_refitted():
+    base = partial(AutoregressiveBase, backbone=LSTM(width=8))
+    with pytest.raises(UserError, match="AutoregressiveBase has no closed form"):
+        FlowModule(K, D, [Parity()], CONVOLUTION, base=base, base_refit_every=5)
+
+
+def test_the_test_step_scores_as_log_prob_does(data, tmp_path):
+    module = FlowModule(K, D, [Strided(3), Parity()], CONVOLUTION)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    (result,) = trainer(tmp_path).test(module, datamodule=data, verbose=False)
+    with torch.no_grad():
+        nats = -torch.cat([module.log_prob(batch) for batch in data.test_dataloader()]).mean()
+    assert result["test_nats"] == pytest.approx(nats.item(), rel=1e-6)
+
+
+def test_a_leaking_network_is_refused_before_training(data, tmp_path):
+    from tests.dflows.cli.bad_backbones import Leaking
+
+    module = FlowModule(K, D, [Natural()], Leaking)
+    with pytest.raises(CertificateError, match="leaks: the value at dimension"):
+        trainer(tmp_path).fit(module, datamodule=data)
+
+
+def test_an_estimator_that_does_not_fit_is_refused():
+    with pytest.raises(UserError, match="PosteriorRule weighs the classes of a softmax"):
+        FlowModule(K, D, [Parity()], CONVOLUTION, estimator=PosteriorRule)
+
+
+class Conditional(FullRankDataModule):
+    """Random rows that come with a context: their own first class, as a one-hot vector."""
+
+    def train_dataloader(self):
+        generator = torch.Generator().manual_seed(1)
+        rows = torch.randint(K, (4, 8, D), generator=generator)
+        contexts = nn.functional.one_hot(rows[..., 0], K).float()
+        return DataLoader(list(zip(rows, contexts, strict=True)), batch_size=None)
+
+    val_dataloader = train_dataloader
+
+
+def test_a_conditional_flow_trains_on_pairs(tmp_path):
+    data = Conditional(length=D, num_classes=K)
+    module = FlowModule(
+        K, D, [Parity()], CONVOLUTION, context_encoder=nn.Linear(K, 5), context_features=5
+    )
+    run = trainer(tmp_path, steps=2)
+    run.fit(module, datamodule=data)
+    assert run.callback_metrics["valid_bpc"].isfinite()
+    with pytest.raises(UserError, match="no context was given"):
+        module.sample(2)
+
+
+class TestLanguageModel:
+    def test_it_is_a_base_without_a_flow(self, data, tmp_path):
+        module = LanguageModel(K, D, partial(LSTM, width=8))
+        assert module.flow.passes == D
+        assert not len(module.flow.transforms)
+        run = trainer(tmp_path)
+        run.fit(module, datamodule=data)
+        (result,) = run.test(module, datamodule=data, verbose=False)
+        assert result["test_nats"] > data.entropy - 1
+        assert module.residual_bpc == []
+        assert "1,0" not in module.describe()
+        assert module.describe().startswith("AutoregressiveBase, 6 dimensions of 4 classes")
+
+    def test_over_levels_it_takes_as_many_passes(self):
+        module = LanguageModel(K, D, CONVOLUTION, ordering=Strided(3), draw="level")
+        assert module.flow.passes == 3
+        assert module.objective(torch.randint(K, (5, D))).shape == (5,)
