@@ -5,18 +5,24 @@ import os
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import pytorch_lightning as pl
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
+from datamodules import FullRankDataModule, TextDataModule
 from datamodules.module import StreamDataModule
+from dflows.checks import check_above_entropy
 from dflows.cli.callbacks import Stopwatch
 from dflows.metrics import GenerationLatency, entropy_in_bits
 from lightning_modules import BaseModule, DiscreteFlowModule
 
 __all__ = [
     "Figures",
+    "bigram_bpc",
+    "check_likelihood",
     "end_processes",
     "measure_generation",
     "print_sample",
@@ -25,10 +31,47 @@ __all__ = [
     "unigram_bpc",
 ]
 
+MOST_STATES = 1_000_000
+
 
 def unigram_bpc(data: StreamDataModule, split: str) -> float:
     """Returns the unigram entropy of a split, in bits per character."""
     return float(entropy_in_bits(data.class_counts(split).unsqueeze(0)))
+
+
+def bigram_bpc(data: TextDataModule, split: str) -> float:
+    """Returns the bigram entropy of a split, in bits: that of a character given the one before."""
+    classes = np.concatenate(list(data.evaluation_chunks(split))).astype(np.int64)
+    counts = torch.zeros(data.num_classes, data.num_classes, dtype=torch.double)
+    pairs = torch.from_numpy(classes[:-1] * data.num_classes + classes[1:])
+    counts.view(-1).index_add_(0, pairs, torch.ones(len(pairs), dtype=torch.double))
+    weights = counts.sum(dim=-1) / counts.sum()
+    return float((weights[weights > 0] * -_mean_log2(counts[weights > 0])).sum())
+
+
+def _mean_log2(counts: Tensor) -> Tensor:
+    probs = counts / counts.sum(dim=-1, keepdim=True)
+    return torch.xlogy(probs, probs).sum(dim=-1) / math.log(2)
+
+
+def check_likelihood(module: BaseModule, data: FullRankDataModule) -> None:
+    """Shows that the exact cross-entropy of a known distribution is not below its entropy.
+
+    Raises:
+        CertificateError: If it is, as it can only be where the model is no distribution.
+    """
+    states = data.num_classes**data.length
+    if states > MOST_STATES:
+        return
+    nll = 0.0
+    probabilities = data.probabilities.flatten()
+    shape = (data.num_classes,) * data.length
+    with torch.no_grad():
+        for block in torch.arange(states).split(8192):
+            y = torch.stack(torch.unravel_index(block, shape), dim=-1).to(module.device)
+            log_prob = module.log_prob(y).double().cpu()
+            nll -= float((probabilities[block].double() * log_prob).sum())
+    check_above_entropy(nll, float(data.entropy))
 
 
 def measure_generation(
@@ -73,10 +116,12 @@ class Figures:
         }
         remark = f"{characters:,} characters, exact; unigram entropy {unigram:.3f}"
         self.rows.append((f"{split}, bits per character", f"{bpc:.4f}", remark))
-        entropy = getattr(data, "entropy", None)
-        if entropy is not None:
-            factorized = float(data.factorized_entropy)  # type: ignore[attr-defined]
-            self.metrics |= {"entropy": float(entropy), "factorized_entropy": factorized}
+        if isinstance(data, TextDataModule) and split == "test" and characters > 1:
+            self.metrics["bigram_bpc"] = bigram_bpc(data, split)
+        if isinstance(data, FullRankDataModule):
+            check_likelihood(module, data)
+            entropy, factorized = float(data.entropy), float(data.factorized_entropy)
+            self.metrics |= {"entropy": entropy, "factorized_entropy": factorized}
             remark = f"{examples:,} examples; entropy {entropy:.3f}, factorized {factorized:.3f}"
             self.rows.append((f"{split}, nats per example", f"{nats:.4f}", remark))
 

@@ -1,0 +1,44 @@
+"""The figures of a finished run are those of plain arithmetic."""
+
+import math
+
+import pytest
+import torch
+
+from datamodules import FullRankDataModule, TextDataModule
+from datamodules.sources import LocalText
+from dflows.checks import CertificateError
+from dflows.cli.summary import bigram_bpc, check_likelihood, unigram_bpc
+
+
+class Uniform:
+    """A stand-in for a module: every state has the same likelihood, times a factor."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, states, factor):
+        self.value = math.log(factor / states)
+
+    def log_prob(self, y):
+        return torch.full(y.shape[:-1], self.value)
+
+
+def test_unigram_and_bigram_entropy(tmp_path):
+    # Of six pairs, "a" is followed by "b", "b", "a" and "b" by "a", "a" and, once, "b".
+    (tmp_path / "test.txt").write_text("ababbaa")
+    source = LocalText(**dict.fromkeys(("train", "valid", "test"), str(tmp_path / "test.txt")))
+    data = TextDataModule(source, length=4)
+    data.setup("fit")
+    assert unigram_bpc(data, "test") == pytest.approx(
+        -(4 / 7) * math.log2(4 / 7) - (3 / 7) * math.log2(3 / 7)
+    )
+    assert bigram_bpc(data, "test") == pytest.approx(
+        -(2 / 3) * math.log2(2 / 3) - (1 / 3) * math.log2(1 / 3)
+    )
+
+
+def test_a_likelihood_below_the_entropy_is_refused():
+    data = FullRankDataModule(length=3, num_classes=4)
+    check_likelihood(Uniform(4**3, factor=1), data)
+    with pytest.raises(CertificateError, match="no likelihood"):
+        check_likelihood(Uniform(4**3, factor=64), data)
