@@ -246,8 +246,8 @@ class BaseModule(pl.LightningModule, ABC):
                 for (in_base, decays), parameters in groups.items()
             ],
             betas=settings.betas,
-            # One kernel for all parameters; Lightning cannot clip gradients for it under float16.
-            fused=self.trainer.precision != "16-mixed",
+            # One kernel for all parameters; under mixed precision Lightning cannot clip for it.
+            fused=not ("mixed" in self.trainer.precision and self.trainer.gradient_clip_val),
         )
         if (
             settings.schedule != "constant"

@@ -161,6 +161,14 @@ class TestOptimizer:
         held = [torch.equal(logits, before) for logits in watch.base]
         assert held == [True, True, True, False, False, False]
 
+    @pytest.mark.parametrize("clip", [None, 1.0])
+    @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "64-true"])
+    def test_it_works_in_every_precision(self, tmp_path, precision, clip):
+        run, watch = fit(Unigram(), tmp_path, precision=precision, gradient_clip_val=clip)
+        (optimizer,) = run.optimizers
+        assert optimizer.defaults["fused"] == (clip is None or "mixed" not in precision)
+        assert not torch.equal(watch.base[0], watch.base[-1])
+
 
 class TestSteps:
     def test_the_loss_is_in_nats_a_dimension(self):
