@@ -25,11 +25,13 @@ def _passes_first(record: Record) -> tuple[int, str]:
 def _footnote(records: Sequence[Record]) -> str:
     metrics = records[0].metrics
     devices = ", ".join(sorted({record.device for record in records}))
+    windows = sorted({record.metrics["generation_length"] for record in records})
+    lengths = " or ".join(map(str, windows))
     return (
         f"All likelihoods are exact, over all {metrics['characters']['test']:,} characters of the "
         f"test split, whose unigram entropy is {metrics['unigram_bpc']:.3f} bits and whose bigram "
-        f"entropy is {metrics['bigram_bpc']:.3f}. A sequence has {metrics['generation_length']} "
-        f"characters; times are medians. Measured on: {devices}."
+        f"entropy is {metrics['bigram_bpc']:.3f}. A sequence is one window of {lengths} characters; "
+        f"times are medians. Measured on: {devices}."
     )
 
 
