@@ -30,7 +30,7 @@ def _footnote(records: Sequence[Record]) -> str:
     return (
         f"All likelihoods are exact, over all {metrics['characters']['test']:,} characters of the "
         f"test split, whose unigram entropy is {metrics['unigram_bpc']:.3f} bits and whose bigram "
-        f"entropy is {metrics['bigram_bpc']:.3f}. A sequence is one window of {lengths} characters; "
+        f"entropy is {metrics['bigram_bpc']:.3f}. A sequence is a window of {lengths} characters; "
         f"times are medians. Measured on: {devices}."
     )
 
@@ -107,27 +107,32 @@ def draw_figure(records: Sequence[Record], file: Path) -> None:
 
     mpl.rcParams["svg.hashsalt"] = "dflows"
     figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
-    for record in sorted(records, key=_passes_first):
-        metrics = record.metrics
-        axes.scatter(metrics["passes"], metrics["test_bpc"], s=60, zorder=3)
+    most = max(record.metrics["passes"] for record in records)
+    for record in records:
+        passes, bpc = record.metrics["passes"], record.metrics["test_bpc"]
+        right = passes > most / 2
+        axes.scatter(passes, bpc, s=60, zorder=3)
         axes.annotate(
-            f"{record.name}  {metrics['test_bpc']:.2f}",
-            (metrics["passes"], metrics["test_bpc"]),
+            f"{record.name}  {bpc:.2f}",
+            (passes, bpc),
             textcoords="offset points",
-            xytext=(8, 4),
+            xytext=(-9 if right else 9, -12),
+            ha="right" if right else "left",
         )
     for key, label in (("unigram_bpc", "unigram"), ("bigram_bpc", "bigram")):
         value = records[0].metrics[key]
         axes.axhline(value, linestyle="--", linewidth=1, color="grey")
         axes.annotate(
             f"{label} entropy  {value:.2f}",
-            (1, value),
+            (most, value),
             xytext=(0, 3),
             textcoords="offset points",
+            ha="right",
             color="grey",
         )
     axes.set_xscale("log", base=2)
-    axes.set_xlim(0.9, 2 * max(record.metrics["passes"] for record in records))
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.set_xlim(0.9, 1.2 * most)
     axes.set_ylim(0, 1.15 * records[0].metrics["unigram_bpc"])
     axes.set_xlabel("passes: sequential network evaluations to generate a batch")
     axes.set_ylabel("exact bits per character, test")
