@@ -116,8 +116,8 @@ def draw_figure(records: Sequence[Record], file: Path) -> None:
             f"{record.name}  {bpc:.2f}",
             (passes, bpc),
             textcoords="offset points",
-            xytext=(-9 if right else 9, -12),
-            ha="right" if right else "left",
+            xytext=(-9, 5) if right else (0, -17),
+            ha="right" if right else "center",
         )
     for key, label in (("unigram_bpc", "unigram"), ("bigram_bpc", "bigram")):
         value = records[0].metrics[key]
