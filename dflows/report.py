@@ -116,7 +116,7 @@ def draw_figure(records: Sequence[Record], file: Path) -> None:
             f"{record.name}  {bpc:.2f}",
             (passes, bpc),
             textcoords="offset points",
-            xytext=(-9, 5) if right else (0, -17),
+            xytext=(-9, 5) if right else (0, 9),
             ha="right" if right else "center",
         )
     for key, label in (("unigram_bpc", "unigram"), ("bigram_bpc", "bigram")):
