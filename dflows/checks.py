@@ -31,6 +31,7 @@ __all__ = [
     "check_causal",
     "check_flow",
     "check_normalized",
+    "check_shorter",
 ]
 
 _ModuleT = TypeVar("_ModuleT", bound=nn.Module)
@@ -306,8 +307,40 @@ def check_above_entropy(nll: float, entropy: float, standard_error: float = 0.0)
         )
 
 
+def check_shorter(flow: DiscreteFlow, context: Tensor | None = None) -> None:
+    """Shows that an event of fewer dimensions can be scored, as the last window of a text is.
+
+    A part that refuses it by a :class:`~dflows.errors.UserError` of its own, as a table does, is
+    left to say so when it meets one.
+
+    Args:
+        flow: The flow.
+        context: One encoded context, (1, C) or (1, S, C).
+
+    Raises:
+        CertificateError: If it fails.
+    """
+    length = flow.length - 1
+    if not length:
+        return
+    device = next(flow.parameters()).device
+    with _quiet(flow):
+        try:
+            flow._log_prob(torch.zeros(1, length, dtype=torch.long, device=device), context)
+        except UserError:
+            return
+        except Exception as error:
+            raise CertificateError(
+                f"an event of {length} dimensions fails where the flow has {flow.length}: {error}; "
+                "a backbone must take any length up to the flow's, since the last window of a text "
+                "is shorter"
+            ) from error
+
+
 def check_flow(flow: DiscreteFlow, context: Tensor | None = None) -> None:
-    """Runs all certificates on a flow: causality, bijectivity, normalization where enumerable.
+    """Runs all certificates on a flow.
+
+    They are causality, bijectivity, shorter events, and normalization where it can be enumerated.
 
     Args:
         flow: The flow.
@@ -327,4 +360,5 @@ def check_flow(flow: DiscreteFlow, context: Tensor | None = None) -> None:
         check_causal(conditioner, encoded)
     for transform in flow.conditional_transforms:
         check_bijective(transform, encoded)
+    check_shorter(flow, encoded)
     check_normalized(flow, encoded)

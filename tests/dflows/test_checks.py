@@ -24,7 +24,7 @@ from dflows.checks import (
 )
 from dflows.errors import UserError
 from dflows.orderings import Blocks, Natural, Parity, Reversed, Strided
-from dflows.transforms import ConditionalTransform
+from dflows.transforms import BipartiteTransform, ConditionalTransform
 from tests.dflows.small import BIJECTIONS, ORDERINGS, WIDTH, make_flow, make_transform
 
 
@@ -265,3 +265,18 @@ class TestAboveEntropy:
     def test_below_it_there_is_no_likelihood(self, nll, error):
         with pytest.raises(CertificateError, match="below the entropy"):
             check_above_entropy(nll, 2.5, error)
+
+
+def test_a_backbone_of_one_length_only_is_refused():
+    class Fixed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.mix = torch.nn.Linear(5, 5)
+
+        def forward(self, features):
+            return self.mix(features.mT).mT
+
+    transform = BipartiteTransform(5, RankPermutation(3), Fixed(), width=WIDTH)
+    flow = DiscreteFlow(FactorizedBase(3, 5, [transform.ordering]), [transform])
+    with pytest.raises(CertificateError, match="an event of 4 dimensions fails"):
+        check_flow(flow)
