@@ -276,6 +276,8 @@ class DiscreteFlow(nn.Module):
                     transform, y[chosen], None if part is None else part[chosen], last
                 )
                 total = _add_at(total, rows[chosen], len(candidates) * ladj)
+            else:
+                total = total + _idle(transform)
             if number == 0:
                 # Those that are left chose this flow, and only they go on to the base.
                 rows, y = rows[chosen], trained if chosen.any() else y[chosen]
@@ -284,7 +286,7 @@ class DiscreteFlow(nn.Module):
                 part = None if part is None else part[~chosen]
                 rows, y = rows[~chosen], transform.inverse(y[~chosen], part)
         if not len(rows):
-            return total
+            return total + _idle(self.base)
         score = self.base.objective(y, None if context is None else context[rows], weight)
         return _add_at(total, rows, len(candidates) * score)
 
@@ -443,3 +445,9 @@ class FlowDistribution(Distribution):
             generator=None,
             method="levels",
         )
+
+
+def _idle(module: nn.Module) -> Tensor | float:
+    """Returns a zero that hangs on all parameters, since distributed training awaits them all."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return sum((0 * parameter.sum() for parameter in parameters), start=0.0)

@@ -74,6 +74,7 @@ class DiscreteFlowModule(BaseModule):
             len(flow.transforms), flow.num_classes, self._groups()
         )
         self.residual_bpc: list[float] = []
+        self._step_before = 0
 
     def _groups(self) -> Tensor | None:
         """Returns the group (D,) of every dimension: those that the flows treat alike."""
@@ -136,11 +137,16 @@ class DiscreteFlowModule(BaseModule):
             parts.insert(1, f"{flow.untransformed} dimensions are never transformed")
         return ", ".join(parts)
 
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Notes the step: of accumulated batches only the last makes one."""
+        super().on_train_batch_start(batch, batch_idx)
+        self._step_before = self.trainer.global_step
+
     def on_train_batch_end(self, outputs: object, batch: Batch, batch_idx: int) -> None:
         """Refits the base."""
         step = self.trainer.global_step
         base = self.flow.base
-        if not self.base_refit_every or step % self.base_refit_every:
+        if not self.base_refit_every or step == self._step_before or step % self.base_refit_every:
             return
         if isinstance(base, FactorizedBase):
             y, context = self.indices_of(batch), self.context_of(batch)

@@ -158,4 +158,5 @@ def _gather(told: Tensor, known: Tensor, sources: Tensor) -> Tensor:
     """Sets what the n neighbours show side by side, (B, D, n·W), in one look-up."""
     batch, length, width = told.shape
     rows = torch.cat([told, known, told.new_zeros(batch, 1, width)], dim=1)
-    return rows.index_select(1, sources.flatten()).reshape(batch, length, -1)
+    seen = rows.index_select(1, sources.flatten())
+    return seen.reshape(batch, length, sources.shape[1] * width)

@@ -231,7 +231,8 @@ class FlowCLI(LightningCLI):
             return
         folder = Path(logger.log_dir)
         files = list(folder.iterdir()) if folder.is_dir() else []
-        if any(file.is_dir() or not file.name.startswith("events.out.") for file in files):
+        opened = ("events.out.", "hparams.yaml")
+        if any(file.is_dir() or not file.name.startswith(opened) for file in files):
             return
         for file in files:
             file.unlink()

@@ -14,6 +14,7 @@ from dflows import (
     FactorizedBase,
     PermutationTransform,
 )
+from dflows.backbones import LevelConvolution
 from dflows.bijections import RankPermutation
 from dflows.errors import UserError
 from dflows.estimators import LocalObjective, PosteriorRule, SoftmaxStraightThrough
@@ -598,3 +599,21 @@ class TestObject:
             flow.log_prob(y)
             flow.sample((2,))
         flow.objective(y).sum().backward()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_flow_that_no_example_draws_gets_a_gradient_of_zero(seed):
+    # Of one example one flow alone is drawn, and distributed training waits for every gradient.
+    torch.manual_seed(seed)
+    orderings = [Parity(), Parity(first=1)]
+    transforms = [
+        ConditionalTransform(
+            4, RankPermutation(3), ordering, LevelConvolution(8), LocalObjective(draw="flow")
+        )
+        for ordering in orderings
+    ]
+    flow = DiscreteFlow(FactorizedBase(3, 4, orderings), transforms)
+    flow.objective(torch.zeros(1, 4, dtype=torch.long)).sum().backward()
+    trained = [transform.conditioner.head.bias.grad.any() for transform in transforms]
+    assert sum(trained) == 1
+    assert all(parameter.grad is not None for parameter in flow.parameters())
