@@ -105,7 +105,7 @@ def generate(arguments: Sequence[str]) -> None:
         module.to(_device(config.device))
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {config.device} cannot be had: {error}") from None
-    window = int(checkpoint.config["model"]["init_args"]["length"])
+    window = checkpoint.length
     samples = draw(
         module,
         config.num_samples,

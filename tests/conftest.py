@@ -5,6 +5,8 @@ import tempfile
 
 # Read by the libraries when they are imported, hence before any of them is.
 _cache = tempfile.TemporaryDirectory(prefix="dflows-tests-", ignore_cleanup_errors=True)
+# As the commands do: what is deprecated there is LightningCLI's to change.
+os.environ["JSONARGPARSE_DEPRECATION_WARNINGS"] = "off"
 os.environ["HF_HOME"] = _cache.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"

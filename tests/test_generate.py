@@ -7,7 +7,7 @@ import torch
 
 from dflows.cli.checkpoints import load_model, read_checkpoint
 from dflows.generate import draw
-from tests.commands import ODD, run_here, small_config, write_text
+from tests.commands import ODD, run_apart, run_here, small_config, write_text
 
 
 @pytest.fixture(scope="module")
@@ -84,3 +84,57 @@ def test_a_method_that_there_is_not_is_a_usage_error(checkpoint, capsys):
 def test_no_checkpoint_is_a_usage_error(capsys):
     assert run_here("generate") == 2
     assert capsys.readouterr().err == "error: the following arguments are required: checkpoint\n"
+
+
+OWN_MODULE = """
+import torch
+from torch import nn
+
+from lightning_modules import BaseModule
+
+
+class Unigram(BaseModule):
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.logits = nn.Parameter(torch.zeros(classes))
+
+    def objective(self, batch):
+        return self.log_prob(batch)
+
+    def log_prob(self, batch):
+        return self.logits.log_softmax(-1)[self.indices_of(batch)].sum(-1)
+
+    def sample(self, num_samples, *, length=None, temperature=1.0, generator=None, method="levels"):
+        shape = (num_samples, len(self.logits))
+        probs = (self.logits / temperature).softmax(-1).expand(shape)
+        return torch.multinomial(probs, length or 8, replacement=True, generator=generator)
+"""
+
+
+def test_a_module_of_the_users_own_works_from_its_checkpoint(tmp_path):
+    # Its constructor takes neither num_classes nor length.
+    (tmp_path / "own_module.py").write_text(OWN_MODULE, encoding="utf-8")
+    (tmp_path / "text.txt").write_text("abcabdabe" * 40, encoding="utf-8")
+    (tmp_path / "own.yaml").write_text(
+        """
+        model: {class_path: own_module.Unigram, init_args: {classes: 5}}
+        data:
+          class_path: datamodules.TextDataModule
+          init_args:
+            source:
+              class_path: datamodules.LocalText
+              init_args: {train: text.txt, valid: text.txt, test: text.txt}
+            length: 16
+        trainer: {accelerator: cpu, max_steps: 2, val_check_interval: 2}
+        """,
+        encoding="utf-8",
+    )
+    fitted = run_apart("fit", "--config", "own.yaml", cwd=tmp_path)
+    assert fitted.returncode == 0, fitted.stderr
+    asked = ("--checkpoint", "runs/own/version_0", "--allow", "own_module")
+    generated = run_apart("generate", *asked, "--num_samples", "1", cwd=tmp_path)
+    assert generated.returncode == 0, generated.stderr
+    assert len(generated.stdout.rstrip("\n")) == 16
+    evaluated = run_apart("evaluate", *asked, cwd=tmp_path)
+    assert evaluated.returncode == 0, evaluated.stderr
+    assert "360 characters" in evaluated.stdout

@@ -1,5 +1,6 @@
 """Callbacks of every run: progress, checkpoints, the run's folder, the clock."""
 
+import inspect
 import time
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import yaml
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint, RichProgressBar
 from pytorch_lightning.cli import SaveConfigCallback
 
+from datamodules.module import StreamDataModule
 from dflows.cli.checkpoints import KEY, describe_run
 from lightning_modules import BaseModule
 
@@ -143,15 +145,19 @@ class SaveRun(SaveConfigCallback):
     ) -> None:
         """Makes the checkpoint say what it is."""
         data = trainer.datamodule  # type: ignore[attr-defined]
-        config = plain_config(self.parser, self.config, data.num_classes, data.length)
-        checkpoint[KEY] = describe_run(config, data.vocabulary.to_json())
+        config = plain_config(self.parser, self.config, pl_module, data)
+        checkpoint[KEY] = describe_run(config, data.vocabulary.to_json(), data.length)
 
 
-def plain_config(parser: Any, config: Any, num_classes: int, length: int) -> dict[str, Any]:
+def plain_config(
+    parser: Any, config: Any, module: pl.LightningModule, data: StreamDataModule
+) -> dict[str, Any]:
     """Returns a resolved configuration in plain types, with what was linked written out."""
     plain: dict[str, Any] = yaml.safe_load(parser.dump(config, skip_none=False, format="yaml"))
+    accepted = inspect.signature(type(module)).parameters
+    linked = {"num_classes": data.num_classes, "length": data.length}
     arguments = plain["model"].setdefault("init_args", {})
-    arguments.update({"num_classes": num_classes, "length": length})
+    arguments.update({key: value for key, value in linked.items() if key in accepted})
     return plain
 
 

@@ -58,14 +58,15 @@ class WholeCheckpoints(TorchCheckpointIO):
             unfinished.unlink(missing_ok=True)
 
 
-def describe_run(config: Mapping[str, Any], vocabulary: str) -> dict[str, Any]:
+def describe_run(config: Mapping[str, Any], vocabulary: str, length: int) -> dict[str, Any]:
     """Returns what a checkpoint has to say of itself, in types that a safe reader takes.
 
     Args:
-        config: The resolved configuration, `num_classes` and `length` of the model included.
+        config: The resolved configuration, what the model takes from the data included.
         vocabulary: The text of tokenizer.json.
+        length: Dimensions of an event, D.
     """
-    return {"format": 1, "config": dict(config), "vocabulary": vocabulary}
+    return {"format": 1, "config": dict(config), "vocabulary": vocabulary, "length": length}
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,14 @@ class Checkpoint:
         weights: State of the module.
         config: Resolved configuration of the run.
         vocabulary: Classes and symbols.
+        length: Dimensions of an event, D.
     """
 
     path: Path
     weights: Mapping[str, Any]
     config: Mapping[str, Any]
     vocabulary: Vocabulary
+    length: int
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
@@ -126,7 +129,8 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             "dflows that wrote it"
         )
     vocabulary = parse_vocabulary(described["vocabulary"], f"the vocabulary in {path}")
-    return Checkpoint(path, content["state_dict"], described["config"], vocabulary)
+    length = int(described["length"])
+    return Checkpoint(path, content["state_dict"], described["config"], vocabulary, length)
 
 
 def _import_paths(value: Any, *, everywhere: bool, key: str = "") -> Iterator[str]:

@@ -242,6 +242,4 @@ class FlowCLI(LightningCLI):
 
     def resolved_config(self) -> dict[str, Any]:
         """Returns the resolved configuration in plain types."""
-        return plain_config(
-            self.parser, self.config, self.datamodule.num_classes, self.datamodule.length
-        )
+        return plain_config(self.parser, self.config, self.model, self.datamodule)

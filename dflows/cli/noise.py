@@ -9,9 +9,9 @@ __all__ = ["quiet"]
 _WARNINGS = (
     # Windows come from memory: workers would only slow them down.
     ".*does not have many workers.*",
-    # What is asked for by `precision` and by metrics of our own is meant.
+    # A process that had no batch computes metrics together with those that had.
     ".*was called before the ``update`` method.*",
-    # TensorBoard's files hold no graph and no hyper-parameters.
+    # Lightning's use of torch is Lightning's to change.
     ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
     # One checkpoint, of the same name, is all that a run keeps.
     ".*Checkpoint directory .* exists and is not empty.*",

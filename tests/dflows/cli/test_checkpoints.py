@@ -30,7 +30,7 @@ VOCABULARY = CharacterVocabulary("abc")
 
 def checkpoint(model=MODEL, data=None, weights=None):
     data = data or {"class_path": "datamodules.TextDataModule", "init_args": {}}
-    return Checkpoint("some.ckpt", weights or {}, {"model": model, "data": data}, VOCABULARY)
+    return Checkpoint("some.ckpt", weights or {}, {"model": model, "data": data}, VOCABULARY, 4)
 
 
 def nested(**init_args):
@@ -82,19 +82,20 @@ class TestLoad:
                 _weights(),
                 found.config,
                 VOCABULARY,
+                4,
             )
         )
         assert not model.training
         assert found.config["model"] == MODEL
 
     def test_what_was_written_is_read(self, tmp_path):
-        described = describe_run({"model": MODEL, "data": {}}, VOCABULARY.to_json())
+        described = describe_run({"model": MODEL, "data": {}}, VOCABULARY.to_json(), 4)
         content = {"state_dict": _weights(), KEY: described}
         WholeCheckpoints().save_checkpoint(content, tmp_path / "run" / "last.ckpt")
         assert everything_in(tmp_path) == ["run", "run/last.ckpt"]
         found = read_checkpoint(tmp_path / "run")
         assert found.vocabulary == VOCABULARY
-        assert load_model(found).flow.length == 4
+        assert load_model(found).flow.length == found.length == 4
 
 
 def _weights():
