@@ -33,8 +33,6 @@ def build(config: str, steps: int, folder: str) -> FlowCLI:
             *("--trainer.max_steps", str(steps)),
             *("--trainer.limit_val_batches", "0"),
             *("--trainer.logger.save_dir", folder),
-            # The quickstart's own interval of checkpoints would lie beyond these few steps.
-            *("--last_checkpoint.filename", "last"),
         ]
     )
 

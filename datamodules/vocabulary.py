@@ -6,7 +6,6 @@ same map about a thousand times quicker, and are what reads corpora.
 
 import json
 import operator
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from dflows.errors import UserError
+from dflows.files import replacing
 
 __all__ = [
     "ByteVocabulary",
@@ -92,12 +92,8 @@ class Vocabulary(ABC):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / FILE_NAME
-        unfinished = folder / f".{FILE_NAME}.{os.getpid()}"
-        try:
+        with replacing(path) as unfinished:
             unfinished.write_text(self.to_json(), encoding="utf-8")
-            unfinished.replace(path)
-        finally:
-            unfinished.unlink(missing_ok=True)
         return path
 
     def to_json(self) -> str:

@@ -21,6 +21,7 @@ from dflows.conditioner import Conditioner
 from dflows.errors import UserError
 from dflows.flow import DiscreteFlow
 from dflows.orderings import Natural, Ordering
+from dflows.representations import repeat_context
 from dflows.transforms import ConditionalTransform
 
 __all__ = [
@@ -79,6 +80,10 @@ def _stirred(module: _ModuleT) -> _ModuleT:
     return module
 
 
+def _for_rows(context: Tensor | None, rows: int) -> Tensor | None:
+    return None if context is None else repeat_context(context[:1], rows)
+
+
 def _name(conditioner: Conditioner) -> str:
     return f"backbone {type(conditioner.backbone).__name__} over {conditioner.ordering!r}"
 
@@ -129,7 +134,7 @@ def check_causal(conditioner: Conditioner, context: Tensor | None = None) -> Non
         rows = max(len(probes), 2) if probed.one_pass else 2
         batch = y.repeat(rows, 1)
         # One context for all rows: else rows would differ for a good reason.
-        contexts = None if context is None else context[:1].expand(rows, *context.shape[1:])
+        contexts = _for_rows(context, rows)
         before = _evaluate(probed, batch, contexts)
         if not before.isfinite().all():
             raise CertificateError(
@@ -221,7 +226,7 @@ def check_bijective(
     tries = 8 if transform.passes <= MOST_LEVELS else 1  # few levels choose few maps each time
     batch_size = max(4, num_values // (tries * length))
     shape = (batch_size, length)
-    contexts = None if context is None else context[:1].expand(batch_size, *context.shape[1:])
+    contexts = _for_rows(context, batch_size)
     with _quiet(transform):
         probed = _shaken(transform)
         for _ in range(tries):
@@ -274,8 +279,7 @@ def check_normalized(
         begin, total = time.monotonic(), 0.0
         for block in torch.arange(states, device=device).split(4096):
             y = block.unsqueeze(-1) // powers % flow.num_classes
-            contexts = None if context is None else context[:1].expand(len(y), *context.shape[1:])
-            total += probed._log_prob(y, contexts).double().exp().sum().item()
+            total += probed._log_prob(y, _for_rows(context, len(y))).double().exp().sum().item()
             if time.monotonic() - begin > max_seconds and block[-1] < states - 1:
                 return None
     if abs(total - 1) > tolerance:

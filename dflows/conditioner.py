@@ -179,6 +179,12 @@ class Conditioner(nn.Module):
             query = query + self.positions[: len(levels)]
         return query
 
+    def _behind(self, tokens: Tensor, query: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+        """Puts zeros and levels of -1, those of context tokens (N, S, width), in front."""
+        count = tokens.shape[1]
+        query = torch.cat([query.new_zeros(count, self.width), query])
+        return query, torch.cat([levels.new_full((count,), -1), levels])
+
     def features(
         self, y: Tensor, level: Tensor | None = None, context: Tensor | None = None
     ) -> Tensor:
@@ -211,8 +217,7 @@ class Conditioner(nn.Module):
                 content = content * visible.unsqueeze(-1)
             if tokens is not None:
                 content = torch.cat([tokens.to(content.dtype), content], dim=1)
-                query = torch.cat([query.new_zeros(count, self.width), query])
-                levels = torch.cat([levels.new_full((count,), -1), levels])
+                query, levels = self._behind(tokens, query, levels)
             features = self.backbone(content, query, levels)
         else:
             if level is None or visible is None:
@@ -254,14 +259,12 @@ class Conditioner(nn.Module):
             if self.first_level:
                 logits = logits.index_fill(1, members[0], 0)
             return logits
-        parts = [self.level_logits(y, n, context) for n in range(self.first_level, len(members))]
-        shape = (y.shape[0], y.shape[1], self.num_outputs)
-        logits = parts[0].new_zeros(shape) if parts else self.head.weight.new_zeros(shape)
-        if parts:
-            logits = logits.index_copy(
-                1, torch.cat(members[self.first_level :]), torch.cat(parts, 1)
-            )
-        return logits
+        logits = self.head.weight.new_zeros(*y.shape[:2], self.num_outputs)
+        needed = range(self.first_level, len(members))
+        if not needed:
+            return logits
+        parts = [self.level_logits(y, level, context) for level in needed]
+        return logits.index_copy(1, torch.cat(members[self.first_level :]), torch.cat(parts, 1))
 
     def level_logits(self, y: Tensor, level: int, context: Tensor | None = None) -> Tensor:
         """Computes the logits (N, n, num_outputs) of the n dimensions of one level.
@@ -324,8 +327,7 @@ class Conditioner(nn.Module):
         levels, members = self.levels(y.shape[1], y.device)
         query, tokens = self._query(levels), self._context_tokens(context)
         if tokens is not None:
-            query = torch.cat([query.new_zeros(tokens.shape[1], self.width), query])
-            levels = torch.cat([levels.new_full(tokens.shape[1:2], -1), levels])
+            query, levels = self._behind(tokens, query, levels)
         cache = backbone.begin(query, levels, y.shape[0])
         first = backbone.advance(cache, 0, tokens)
 

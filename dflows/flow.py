@@ -16,7 +16,7 @@ from dflows.bases import Base
 from dflows.errors import UserError
 from dflows.estimators import Estimator
 from dflows.orderings import untransformed
-from dflows.representations import flatten_batch, is_one_hot, to_one_hot
+from dflows.representations import flatten_batch, is_one_hot, repeat_context, to_one_hot
 from dflows.transforms import Composition, ConditionalTransform, DiscreteTransform, Inverse
 
 __all__ = ["DiscreteFlow", "FlowDistribution", "Method"]
@@ -35,6 +35,12 @@ def _taken_apart(transforms: Iterable[DiscreteTransform]) -> Iterator[DiscreteTr
 def _add_at(total: Tensor, rows: Tensor, value: Tensor) -> Tensor:
     dtype = torch.promote_types(total.dtype, value.dtype)
     return total.to(dtype).index_add(0, rows, value.to(dtype))
+
+
+def _idle(module: nn.Module) -> Tensor | float:
+    """Returns a zero that hangs on all parameters, since distributed training awaits them all."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return sum((0 * parameter.sum() for parameter in parameters), start=0.0)
 
 
 class DiscreteFlow(nn.Module):
@@ -365,7 +371,7 @@ class DiscreteFlow(nn.Module):
         if context is not None:
             shape = shape + context.shape[:1]
             repeats = shape.numel() // max(context.shape[0], 1)
-            context = context.expand(repeats, *context.shape).reshape(-1, *context.shape[1:])
+            context = repeat_context(context, repeats)
         fixed_point = method == "fixed_point"
         value = self.base.sample(
             shape.numel(),
@@ -445,9 +451,3 @@ class FlowDistribution(Distribution):
             generator=None,
             method="levels",
         )
-
-
-def _idle(module: nn.Module) -> Tensor | float:
-    """Returns a zero that hangs on all parameters, since distributed training awaits them all."""
-    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    return sum((0 * parameter.sum() for parameter in parameters), start=0.0)

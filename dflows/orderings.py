@@ -24,6 +24,7 @@ __all__ = [
     "Permutation",
     "Reversed",
     "Strided",
+    "alike",
     "untransformed",
 ]
 
@@ -248,6 +249,26 @@ class CoarseToFine(Ordering):
             distance, level = distance // 2, level + 1
             levels[dimensions % (2 * distance) == distance] = level
         return _without_gaps(levels)
+
+
+def alike(orderings: Sequence[Ordering], length: int) -> Tensor:
+    """Groups the dimensions that a stack treats alike: those of equal levels in every ordering.
+
+    Args:
+        orderings: The orderings of the stack; an empty one treats all alike.
+        length: D.
+
+    Returns:
+        The group (D,) of every dimension, 0..G-1.
+
+    Example:
+        >>> alike([Parity(), Halves()], length=4)
+        tensor([0, 2, 1, 3])
+    """
+    if not orderings:
+        return torch.zeros(length, dtype=torch.long)
+    levels = torch.stack([ordering.levels(length) for ordering in orderings])
+    return levels.unique(dim=1, return_inverse=True)[1]
 
 
 def untransformed(orderings: Sequence[Ordering], length: int) -> Tensor:

@@ -10,7 +10,6 @@ import math
 import numbers
 import os
 import re
-import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime, timedelta
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 
 from dflows.errors import UserError
+from dflows.files import replacing
 from dflows.provenance import revision, versions
 
 __all__ = [
@@ -296,16 +296,14 @@ def write_record(folder: str | os.PathLike[str], record: Record) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / record.file_name
-    unfinished = folder / f".{record.file_name}.{uuid.uuid4().hex}.tmp"
     text = json.dumps(asdict(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    try:
-        with unfinished.open("x", encoding="utf-8", newline="\n") as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        unfinished.replace(file)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with (
+        replacing(file) as unfinished,
+        unfinished.open("x", encoding="utf-8", newline="\n") as stream,
+    ):
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
     if os.name == "posix":  # elsewhere a folder cannot be opened
         descriptor = os.open(folder, os.O_RDONLY)
         try:

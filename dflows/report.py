@@ -2,11 +2,11 @@
 
 import argparse
 import sys
-import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
 from dflows.errors import UserError
+from dflows.files import replacing
 from dflows.records import Record, read_records
 
 __all__ = ["main", "render_table", "update_readme"]
@@ -139,12 +139,10 @@ def draw_figure(records: Sequence[Record], file: Path) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_name(f".{uuid.uuid4().hex}{file.suffix}")
     try:
-        figure.savefig(unfinished, metadata={"Date": None})
-        unfinished.replace(file)
+        with replacing(file) as unfinished:
+            figure.savefig(unfinished, format="svg", metadata={"Date": None})
     finally:
-        unfinished.unlink(missing_ok=True)
         plt.close(figure)
 
 
@@ -186,12 +184,8 @@ def _report(results: Path, benchmarks: Path, readme: Path, figure: Path) -> int:
     old = readme.read_text(encoding="utf-8")
     new = update_readme(old, render_table(records, speeds))
     draw_figure(records, figure)
-    unfinished = readme.with_name(f".{uuid.uuid4().hex}.md")
-    try:
+    with replacing(readme) as unfinished:
         unfinished.write_text(new, encoding="utf-8")
-        unfinished.replace(readme)
-    finally:
-        unfinished.unlink(missing_ok=True)
     return len(records)
 
 

@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["batch_shape", "flatten_batch", "is_one_hot", "to_indices", "to_one_hot"]
+__all__ = [
+    "batch_shape",
+    "flatten_batch",
+    "is_one_hot",
+    "repeat_context",
+    "to_indices",
+    "to_one_hot",
+]
 
 
 def is_one_hot(value: Tensor) -> bool:
@@ -45,6 +52,11 @@ def batch_shape(value: Tensor) -> torch.Size:
     return value.shape[:-2] if is_one_hot(value) else value.shape[:-1]
 
 
+def repeat_context(context: Tensor, repeats: int) -> Tensor:
+    """Repeats a batch of contexts (B, …), as a whole and so many times, to (repeats·B, …)."""
+    return context.expand(repeats, *context.shape).reshape(-1, *context.shape[1:])
+
+
 def flatten_batch(
     value: Tensor, context: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None, torch.Size]:
@@ -76,5 +88,4 @@ def flatten_batch(
             "dimension of the values must be the first of the context"
         )
     repeats = flat.shape[0] // max(context.shape[0], 1)
-    repeated = context.expand(repeats, *context.shape).reshape(-1, *context.shape[1:])
-    return flat, repeated, shape
+    return flat, repeat_context(context, repeats), shape

@@ -15,7 +15,7 @@ from dflows.errors import UserError
 from dflows.estimators import Estimator, LocalObjective
 from dflows.flow import DiscreteFlow
 from dflows.metrics import ResidualEntropy
-from dflows.orderings import Ordering
+from dflows.orderings import Ordering, alike
 from dflows.transforms import ConditionalTransform
 from lightning_modules.base import DEFAULT_OPTIMIZATION, BaseModule, Batch, Optimization, compute
 
@@ -70,19 +70,12 @@ class DiscreteFlowModule(BaseModule):
             flow.base.requires_grad_(False)
             counts = torch.zeros_like(flow.base.logits, dtype=torch.float64)
             self.register_buffer("base_counts", counts)
+        orderings = [transform.ordering for transform in flow.conditional_transforms]
         self.residual_entropy = ResidualEntropy(
-            len(flow.transforms), flow.num_classes, self._groups()
+            len(flow.transforms), flow.num_classes, alike(orderings, flow.length)
         )
         self.residual_bpc: list[float] = []
         self._step_before = 0
-
-    def _groups(self) -> Tensor | None:
-        """Returns the group (D,) of every dimension: those that the flows treat alike."""
-        orderings = [transform.ordering for transform in self.flow.conditional_transforms]
-        if not orderings:
-            return None
-        levels = torch.stack([ordering.levels(self.flow.length) for ordering in orderings])
-        return levels.unique(dim=1, return_inverse=True)[1]
 
     def objective(self, batch: Batch) -> Tensor:
         return self.flow.objective(self.indices_of(batch), self.context_of(batch))

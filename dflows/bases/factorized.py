@@ -8,7 +8,7 @@ from torch import Generator, Tensor, nn
 
 from dflows.bases.base import Base
 from dflows.errors import UserError
-from dflows.orderings import Ordering, untransformed
+from dflows.orderings import Ordering, alike, untransformed
 from dflows.representations import is_one_hot
 
 __all__ = ["FactorizedBase"]
@@ -59,13 +59,8 @@ class FactorizedBase(Base):
         super().__init__(num_classes, length)
         if sharing not in ("levels", "positions"):
             raise UserError(f"sharing is {sharing!r}: give 'levels' or 'positions'")
-        if sharing == "positions":
-            groups = torch.arange(length)
-        elif orderings:
-            levels = torch.stack([ordering.levels(length) for ordering in orderings])
-            groups = levels.unique(dim=1, return_inverse=True)[1]
-        else:
-            groups = torch.zeros(length, dtype=torch.long)
+        own = sharing == "positions"
+        groups = torch.arange(length) if own else alike(orderings, length)
         peaked = torch.ones(int(groups.max()) + 1, dtype=torch.bool)
         peaked[groups[untransformed(orderings, length)]] = False
         self.register_buffer("groups", groups)

@@ -45,6 +45,7 @@ class WholeCheckpoints(TorchCheckpointIO):
         """Writes beside the place and moves there."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
+        # One name: what a killed run leaves is written over, and large files do not pile up.
         unfinished = path.with_name(f".{path.name}.tmp")
         try:
             with unfinished.open("wb") as file:

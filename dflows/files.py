@@ -1,0 +1,37 @@
+"""Files that are there whole or not at all."""
+
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = ["replacing"]
+
+
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """Writes a file beside its place, and moves it there when all is written.
+
+    Args:
+        file: The place, in a folder that exists.
+
+    Yields:
+        The path to write to, in the same folder. After an error it is gone, and what was at the
+        place is still there.
+
+    Example:
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     file = Path(folder, "note.txt")
+        ...     with replacing(file) as unfinished:
+        ...         written = unfinished.write_text("whole")
+        ...     file.read_text()
+        'whole'
+    """
+    # Not with the file's own ending: what a killed process leaves must not be taken for a file.
+    unfinished = file.with_name(f".{file.name}.{uuid.uuid4().hex}.tmp")
+    try:
+        yield unfinished
+        unfinished.replace(file)
+    finally:
+        unfinished.unlink(missing_ok=True)
