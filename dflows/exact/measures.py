@@ -1,0 +1,313 @@
+"""Exact measures of distributions and flows whose states can all be enumerated.
+
+A distribution over D dimensions of K classes is a table, float64 (K,) * D, that holds the
+probability of every state. All measures are in nats.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from dflows.errors import UserError
+from dflows.flow import DiscreteFlow
+
+__all__ = [
+    "MOST_STATES",
+    "check_enumerable",
+    "check_probabilities",
+    "cross_entropy",
+    "divergence",
+    "entropy",
+    "factorized_entropy",
+    "marginals",
+    "probabilities",
+    "share_of_gap",
+    "states",
+]
+
+MOST_STATES = 50_000_000
+"""The largest number of states that are enumerated: a table of 400 MB."""
+
+BLOCK_SIZE = 16_384
+
+
+def check_enumerable(num_classes: int, length: int) -> None:
+    """Refuses an event whose states cannot be enumerated.
+
+    Args:
+        num_classes: K.
+        length: D.
+
+    Raises:
+        UserError: If K is below 2, D below 1, or :math:`K^D` above `MOST_STATES`.
+    """
+    if num_classes < 2:
+        raise UserError(
+            f"num_classes is {num_classes}: give at least 2, one class leaves nothing to model"
+        )
+    if length < 1:
+        raise UserError(f"length is {length}: give at least 1 dimension")
+    if num_classes**length > MOST_STATES:
+        raise UserError(
+            f"num_classes={num_classes} and length={length} have more than {MOST_STATES:,} states, "
+            "too many to enumerate: lower length or num_classes"
+        )
+
+
+def check_probabilities(probabilities: Tensor) -> Tensor:
+    """Refuses what is no table of probabilities.
+
+    Args:
+        probabilities: The probability of every state, (K,) * D.
+
+    Returns:
+        The table in float64.
+
+    Raises:
+        UserError: If the shape is another, there are too many states, or the values are negative,
+            not finite, or do not sum to 1.
+    """
+    shape = tuple(probabilities.shape)
+    if not shape or len(set(shape)) != 1:
+        raise UserError(
+            f"a table of probabilities has shape {shape}: give (K,) * D, a dimension of K classes "
+            "for each of the D variables"
+        )
+    check_enumerable(shape[0], len(shape))
+    table = probabilities.double()
+    total = float(table.sum())
+    if not abs(total - 1) < 1e-6 or table.min() < 0:
+        raise UserError(
+            f"the probabilities sum to {total:.6f}, the smallest is {float(table.min()):.6f}: give "
+            "numbers that are not negative, and divide them by their sum"
+        )
+    return table
+
+
+def states(num_classes: int, length: int, first: int = 0, last: int | None = None) -> Tensor:
+    """Enumerates states in the order of their digits, the last dimension running first.
+
+    Args:
+        num_classes: K.
+        length: D.
+        first: Number of the first state.
+        last: Number of the state to stop before; all states by default.
+
+    Returns:
+        Indices (last - first, D).
+
+    Raises:
+        UserError: If there are too many states to enumerate, or K is below 2.
+
+    Example:
+        >>> states(num_classes=3, length=2, first=4, last=7)
+        tensor([[1, 1],
+                [1, 2],
+                [2, 0]])
+    """
+    check_enumerable(num_classes, length)
+    last = num_classes**length if last is None else last
+    powers = num_classes ** torch.arange(length - 1, -1, -1)
+    return torch.arange(first, last).unsqueeze(-1) // powers % num_classes
+
+
+def marginals(probabilities: Tensor) -> Tensor:
+    """Computes the probability of each class in each dimension.
+
+    Args:
+        probabilities: The probability of every state, (K,) * D.
+
+    Returns:
+        Probabilities (D, K), float64.
+
+    Raises:
+        UserError: If `probabilities` is no table of probabilities.
+
+    Example:
+        >>> marginals(torch.tensor([[0.5, 0.25], [0.0, 0.25]]))
+        tensor([[0.7500, 0.2500],
+                [0.5000, 0.5000]], dtype=torch.float64)
+    """
+    return _marginals(check_probabilities(probabilities))
+
+
+def _marginals(table: Tensor) -> Tensor:
+    num_classes = table.shape[0]
+    return torch.stack(
+        [
+            table.reshape(num_classes**dimension, num_classes, -1).sum(dim=(0, 2))
+            for dimension in range(table.ndim)
+        ]
+    )
+
+
+def entropy(probabilities: Tensor) -> float:
+    """Computes the entropy: no model has a smaller expected loss.
+
+    Args:
+        probabilities: The probability of every state, (K,) * D.
+
+    Returns:
+        The entropy in nats.
+
+    Raises:
+        UserError: If `probabilities` is no table of probabilities.
+
+    Example:
+        >>> round(entropy(torch.full((2, 2), 0.25)), 4)  # ln 4
+        1.3863
+    """
+    return _entropy(check_probabilities(probabilities))
+
+
+def factorized_entropy(probabilities: Tensor) -> float:
+    """Computes the expected loss of the best model with independent dimensions.
+
+    Args:
+        probabilities: The probability of every state, (K,) * D.
+
+    Returns:
+        The sum of the entropies of the dimensions, in nats.
+
+    Raises:
+        UserError: If `probabilities` is no table of probabilities.
+
+    Example:
+        >>> round(factorized_entropy(torch.eye(2) / 2), 4)  # where the entropy is ln 2
+        1.3863
+    """
+    return _entropy(marginals(probabilities))
+
+
+def _entropy(table: Tensor) -> float:
+    return float(torch.special.entr(table).sum())
+
+
+def _log_probs(
+    flow: DiscreteFlow, block_size: int, table: Tensor | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Scores all states, or those that have a probability in a table, block by block.
+
+    Yields:
+        The numbers (n,) of the states and their log-probabilities (n,), float64, on the CPU.
+    """
+    if block_size < 1:
+        raise UserError(f"block_size is {block_size}: give at least 1 state")
+    parameter = next(flow.parameters(), None)
+    device = torch.device("cpu") if parameter is None else parameter.device
+    count = flow.num_classes**flow.length
+    training = [part for part in flow.modules() if part.training]
+    flow.eval()
+    try:
+        with torch.no_grad():
+            for first in range(0, count, block_size):
+                last = min(first + block_size, count)
+                numbers, block = torch.arange(first, last), slice(first, last)
+                y = states(flow.num_classes, flow.length, first, last)
+                if table is not None:
+                    kept = table[block] > 0
+                    numbers, y = numbers[kept], y[kept]
+                if len(y):
+                    yield numbers, flow.log_prob(y.to(device)).cpu().double()
+    finally:
+        for part in training:
+            part.training = True
+
+
+def probabilities(flow: DiscreteFlow, block_size: int = BLOCK_SIZE) -> Tensor:
+    """Computes the probability that a flow gives to every state.
+
+    Args:
+        flow: A flow without a context.
+        block_size: States that are scored at once.
+
+    Returns:
+        A table (K,) * D, float64.
+
+    Raises:
+        UserError: If there are too many states to enumerate.
+
+    Example:
+        >>> from dflows import FactorizedBase
+        >>> flow = DiscreteFlow(FactorizedBase(num_classes=3, length=4, sharing="positions"))
+        >>> table = probabilities(flow)
+        >>> table.shape, round(table.sum().item(), 5)
+        (torch.Size([3, 3, 3, 3]), 1.0)
+    """
+    check_enumerable(flow.num_classes, flow.length)
+    log_probs = torch.cat([log_prob for _, log_prob in _log_probs(flow, block_size)])
+    return log_probs.exp().reshape((flow.num_classes,) * flow.length)
+
+
+def cross_entropy(flow: DiscreteFlow, probabilities: Tensor, block_size: int = BLOCK_SIZE) -> float:
+    r"""Computes the expected loss :math:`-\sum_y p(y) \log q(y)` of a flow, exactly.
+
+    States of no probability are not scored. The flow is evaluated in its own precision, and
+    summed up in float64.
+
+    Args:
+        flow: A flow without a context.
+        probabilities: The probability of every state, (K,) * D.
+        block_size: States that are scored at once.
+
+    Returns:
+        The cross-entropy in nats; infinite if the flow gives none to a state that has one.
+
+    Raises:
+        UserError: If `probabilities` is no table of probabilities, or one of another flow.
+
+    Example:
+        >>> from dflows import FactorizedBase
+        >>> flow = DiscreteFlow(FactorizedBase(num_classes=2, length=2))
+        >>> round(cross_entropy(flow, torch.tensor([[0.5, 0.25], [0.0, 0.25]])), 4)  # ln 4
+        1.3863
+    """
+    table = check_probabilities(probabilities)
+    expected = (flow.num_classes,) * flow.length
+    if table.shape != expected:
+        raise UserError(
+            f"a table of probabilities of shape {tuple(table.shape)} was given to a flow of "
+            f"num_classes={flow.num_classes} and length={flow.length}: give {expected}"
+        )
+    table = table.cpu().flatten()
+    blocks = _log_probs(flow, block_size, table)
+    return -sum(float(table[numbers] @ log_prob) for numbers, log_prob in blocks)
+
+
+def divergence(flow: DiscreteFlow, probabilities: Tensor, block_size: int = BLOCK_SIZE) -> float:
+    """Computes the Kullback–Leibler divergence of a flow from a distribution, exactly.
+
+    Arguments and errors are those of :func:`cross_entropy`.
+
+    Returns:
+        The cross-entropy less the entropy, in nats.
+    """
+    return cross_entropy(flow, probabilities, block_size) - entropy(probabilities)
+
+
+def share_of_gap(cross_entropy: float, entropy: float, factorized_entropy: float) -> float:
+    """Computes how much of the way from the best factorized model to the truth a model goes.
+
+    Args:
+        cross_entropy: The model's expected loss.
+        entropy: The entropy of the distribution.
+        factorized_entropy: The expected loss of the best model with independent dimensions.
+
+    Returns:
+        0 for the best factorized model, 1 for the distribution itself; negative for a worse model.
+
+    Raises:
+        UserError: If there is no gap: the dimensions are independent.
+
+    Example:
+        >>> round(share_of_gap(cross_entropy=7.632, entropy=7.62, factorized_entropy=8.044), 3)
+        0.972
+    """
+    gap = factorized_entropy - entropy
+    if not gap > 1e-12:
+        raise UserError(
+            f"the factorized entropy is {factorized_entropy:.6f} and the entropy {entropy:.6f}: "
+            "independent dimensions leave no gap of which a flow could close a share"
+        )
+    return (factorized_entropy - cross_entropy) / gap
