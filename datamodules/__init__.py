@@ -4,9 +4,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from datamodules.enumerable import EnumerableDataModule
+    from datamodules.full_rank import FullRankDataModule
+    from datamodules.mixture import MixtureDataModule
     from datamodules.module import StreamDataModule
     from datamodules.sources import HubText, KingJames, LocalText, TextSource
-    from datamodules.synthetic import FullRankDataModule
     from datamodules.text import TextDataModule
     from datamodules.vocabulary import (
         ByteVocabulary,
@@ -19,11 +21,13 @@ if TYPE_CHECKING:
 __all__ = [
     "ByteVocabulary",
     "CharacterVocabulary",
+    "EnumerableDataModule",
     "FullRankDataModule",
     "HubText",
     "IntegerVocabulary",
     "KingJames",
     "LocalText",
+    "MixtureDataModule",
     "StreamDataModule",
     "TextDataModule",
     "TextSource",
@@ -34,11 +38,13 @@ __all__ = [
 _MODULES = {
     "ByteVocabulary": "vocabulary",
     "CharacterVocabulary": "vocabulary",
-    "FullRankDataModule": "synthetic",
+    "EnumerableDataModule": "enumerable",
+    "FullRankDataModule": "full_rank",
     "HubText": "sources",
     "IntegerVocabulary": "vocabulary",
     "KingJames": "sources",
     "LocalText": "sources",
+    "MixtureDataModule": "mixture",
     "StreamDataModule": "module",
     "TextDataModule": "text",
     "TextSource": "sources",

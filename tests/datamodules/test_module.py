@@ -4,7 +4,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from datamodules.synthetic import FullRankDataModule
+from datamodules.full_rank import FullRankDataModule
 from datamodules.text import TextDataModule
 from dflows.errors import UserError
 

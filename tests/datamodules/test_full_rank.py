@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from datamodules.synthetic import FullRankDataModule
+from datamodules.full_rank import FullRankDataModule
 from dflows.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")

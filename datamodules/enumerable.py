@@ -1,0 +1,151 @@
+"""Draws from distributions of which everything is known exactly: those given as a table."""
+
+from abc import abstractmethod
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from datamodules.chunks import Array, Chunks
+from datamodules.counter import Counter
+from datamodules.module import StreamDataModule
+from datamodules.vocabulary import IntegerVocabulary
+from datamodules.windows import Reader, TrainingStream
+from dflows.errors import UserError
+from dflows.exact import check_enumerable, entropy, marginals
+
+__all__ = ["EnumerableDataModule"]
+
+EXPECTED_DRAWS = 1_000_000
+
+
+class EnumerableDataModule(StreamDataModule):
+    r"""Creates independent draws from a distribution over all :math:`K^D` states.
+
+    A subclass returns the table of its probabilities from `tabulate`. Training draws never repeat:
+    draw number n is the same whoever computes it, and every process and worker computes its own.
+    The evaluation splits are fixed.
+
+    Args:
+        length: The number of dimensions, D.
+        num_classes: The number of classes, K.
+        batch_size: The draws of a training batch, in each process.
+        eval_batch_size: The draws of an evaluation batch, in each process.
+        eval_examples: The draws of the validation split, and of the test split.
+        enumerated: Whether the table is sure to be needed, so that too many states are refused at
+            once and not when it is asked for.
+        num_workers: The worker processes of each loader.
+        seed: Every seed has draws of its own.
+
+    Raises:
+        UserError: An argument is out of range, or there are more states than can be held.
+    """
+
+    def __init__(
+        self,
+        length: int,
+        num_classes: int,
+        batch_size: int,
+        eval_batch_size: int,
+        *,
+        eval_examples: int,
+        enumerated: bool = True,
+        num_workers: int,
+        seed: int,
+    ) -> None:
+        super().__init__(length, batch_size, eval_batch_size, num_workers, seed)
+        if eval_examples < 1:
+            raise UserError(f"eval_examples must be at least 1, not {eval_examples}")
+        self._vocabulary = IntegerVocabulary(num_classes)
+        if enumerated:
+            check_enumerable(num_classes, length)
+        self._eval_examples = eval_examples
+
+    @abstractmethod
+    def tabulate(self) -> Tensor:
+        """Returns the probability of every state, float64, shape (K,) * D."""
+
+    @property
+    def vocabulary(self) -> IntegerVocabulary:
+        """The integers 0..K-1."""
+        return self._vocabulary
+
+    @cached_property
+    def probabilities(self) -> Tensor:
+        """The probability of every state, float64, shape (K,) * D.
+
+        Raises:
+            UserError: There are more states than can be held.
+        """
+        check_enumerable(self.num_classes, self.length)
+        return self.tabulate()
+
+    @cached_property
+    def marginals(self) -> Tensor:
+        """The probability of each class in each dimension, float64, shape (D, K)."""
+        return marginals(self.probabilities)
+
+    @cached_property
+    def entropy(self) -> float:
+        """The exact entropy in nats: no model has a smaller expected loss."""
+        return entropy(self.probabilities)
+
+    @cached_property
+    def factorized_entropy(self) -> float:
+        """The expected loss in nats of the best model with independent dimensions."""
+        return float(torch.special.entr(self.marginals).sum())
+
+    def class_counts(self, split: str = "train") -> Tensor:
+        """Returns how often each class occurs in a split, a LongTensor of shape (K,).
+
+        Args:
+            split: "valid" and "test" are counted; for "train", which has no end, the numbers to be
+                expected in a million draws are returned, rounded.
+        """
+        if split == "train":
+            return (self.marginals.sum(0) * EXPECTED_DRAWS).round().long()
+        (draws,) = self.evaluation_chunks(split)
+        return torch.from_numpy(np.bincount(draws, minlength=self.num_classes))
+
+    def draws(self, key: int) -> TrainingStream:
+        """Returns an endless stream of draws, one for each key."""
+        shape = (self.num_classes,) * self.length
+        return _TableDraws(self._cumulative, shape, Counter(self.seed, key))
+
+    def training_stream(self) -> TrainingStream:
+        """Returns the endless draws."""
+        return self.draws(0)
+
+    def evaluation_chunks(self, split: str) -> Chunks:
+        """Returns the draws of a split, one after the other."""
+        read = self.draws({"valid": 1, "test": 2}[split]).open()
+        return [read(0, self._eval_examples).reshape(-1)]
+
+    @cached_property
+    def _cumulative(self) -> NDArray[np.float64]:
+        return np.cumsum(self.probabilities.numpy().reshape(-1))
+
+
+class _TableDraws(TrainingStream):
+    """Creates independent draws, each found in the cumulative distribution by one random number."""
+
+    def __init__(
+        self, cumulative: NDArray[np.float64], shape: tuple[int, ...], counter: Counter
+    ) -> None:
+        super().__init__(len(shape))
+        self._cumulative = cumulative
+        self._shape = shape
+        self._counter = counter
+        # Rounding may not carry a draw beyond the last state that has any probability.
+        self._last = int(np.searchsorted(cumulative, cumulative[-1]))
+
+    def open(self) -> Reader:
+        """Returns what reads draws, of any number at any time."""
+        return self._read
+
+    def _read(self, first: int, rows: int) -> Array:
+        uniform = self._counter.uniform(np.arange(first, first + rows))
+        states = np.searchsorted(self._cumulative, uniform * self._cumulative[-1], side="right")
+        return np.stack(np.unravel_index(np.minimum(states, self._last), self._shape), axis=-1)
