@@ -29,10 +29,10 @@ from dflows.cli.checkpoints import (
 from dflows.cli.configs import Parser, resolved_arguments
 from dflows.cli.errors import run_command
 from dflows.cli.noise import quiet
-from dflows.cli.summary import Figures, end_processes, stdout_console, trainer_device
+from dflows.cli.recording import make_record
+from dflows.cli.summary import Figures, end_processes, stdout_console
 from dflows.errors import UserError
-from dflows.provenance import describe_device
-from dflows.records import Record, write_record
+from dflows.records import write_record
 
 __all__ = ["evaluate", "main"]
 
@@ -74,6 +74,13 @@ def _config_of(checkpoint: Checkpoint, folder: Path) -> Path:
     return file
 
 
+def _put_back_vocabulary(data: dict[str, Any], checkpoint: Checkpoint, folder: Path) -> None:
+    """Replaces the file that the checkpoint's vocabulary was handed over in by its own setting."""
+    arguments = data.get("init_args", {})
+    if arguments.get("vocabulary") == str(folder / "tokenizer.json"):
+        arguments["vocabulary"] = checkpoint.config["data"]["init_args"]["vocabulary"]
+
+
 def evaluate(arguments: Sequence[str]) -> None:
     """Runs the command.
 
@@ -98,6 +105,7 @@ def evaluate(arguments: Sequence[str]) -> None:
         given = ["--config", str(_config_of(checkpoint, Path(folder))), *resolved]
         config = parser.parse_args(given)
         data_config = yaml.safe_load(parser.dump(config, skip_none=False))["data"]
+        _put_back_vocabulary(data_config, checkpoint, Path(folder))
         made = parser.instantiate_classes(config)
         data, split = made.data, config.split
         if data.num_classes != checkpoint.vocabulary.num_classes:
@@ -119,16 +127,13 @@ def evaluate(arguments: Sequence[str]) -> None:
             figures.add_speed(stopwatch, module, steps=0)
             figures.print(stdout_console(), str(checkpoint.path))
             if config.record is not None:
-                record = Record(
+                record = make_record(
+                    trainer,
+                    figures,
                     name=config.name or f"{checkpoint.config.get('name') or 'dflows'}-{split}",
                     kind="evaluate",
                     config={**checkpoint.config, "data": data_config},
-                    seed=int(checkpoint.config.get("seed_everything") or 0),
-                    device=describe_device(trainer_device(trainer), trainer.world_size),
-                    precision=trainer.precision,
                     seconds=time.perf_counter() - begin,
-                    parameters=sum(parameter.numel() for parameter in module.parameters()),
-                    metrics=figures.metrics,
                 )
                 stdout_console().print(f"record: {write_record(config.record, record)}")
 

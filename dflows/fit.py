@@ -15,10 +15,10 @@ from dflows.cli.callbacks import BestCheckpoint
 from dflows.cli.configs import FlowCLI
 from dflows.cli.errors import run_command
 from dflows.cli.noise import quiet
+from dflows.cli.recording import make_record
 from dflows.cli.summary import Figures, end_processes, print_sample, stdout_console, trainer_device
 from dflows.errors import UserError
-from dflows.provenance import describe_device
-from dflows.records import Record, write_record
+from dflows.records import write_record
 
 __all__ = ["fit", "main"]
 
@@ -68,16 +68,13 @@ def fit(arguments: Sequence[str]) -> None:
         figures.add_generation(module, data.length)
         figures.print(console, f"{cli.config.name}, {best.best_model_path or 'not saved'}")
         print_sample(console, module, data, cli.config.seed_everything or 0)
-        record = Record(
+        record = make_record(
+            trainer,
+            figures,
             name=cli.config.name,
             kind="fit",
             config=cli.resolved_config(),
-            seed=int(cli.config.seed_everything or 0),
-            device=describe_device(trainer_device(trainer), trainer.world_size),
-            precision=trainer.precision,
             seconds=time.perf_counter() - begin,
-            parameters=sum(parameter.numel() for parameter in module.parameters()),
-            metrics=figures.metrics,
             budget=cli.config.budget,
         )
         for folder in folders:

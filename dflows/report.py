@@ -5,17 +5,27 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from dflows.cli.errors import run_command
 from dflows.errors import UserError
 from dflows.files import replacing
 from dflows.records import Record, read_records
 
-__all__ = ["main", "render_table", "update_readme"]
+__all__ = ["describe_figure", "draw_figure", "main", "render_table", "report", "update_readme"]
 
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 
 
-def _seconds(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
+def _cell(record: Record, key: str, form: str = ".3f") -> str:
+    """Returns a metric as the table shows it: not every kind of model has all of them."""
+    value = record.metrics.get(key)
+    return "–" if value is None else format(value, form)
+
+
+def _of_unigram(record: Record) -> str:
+    metrics = record.metrics
+    return (
+        f"{metrics['test_bpc'] / metrics['unigram_bpc']:.3f}" if "unigram_bpc" in metrics else "–"
+    )
 
 
 def _passes_first(record: Record) -> tuple[int, str]:
@@ -25,14 +35,20 @@ def _passes_first(record: Record) -> tuple[int, str]:
 def _footnote(records: Sequence[Record]) -> str:
     metrics = records[0].metrics
     devices = ", ".join(sorted({record.device for record in records}))
-    windows = sorted({record.metrics["generation_length"] for record in records})
-    lengths = " or ".join(map(str, windows))
-    return (
+    sentence = (
         f"All likelihoods are exact, over all {metrics['characters']['test']:,} characters of the "
-        f"test split, whose unigram entropy is {metrics['unigram_bpc']:.3f} bits and whose bigram "
-        f"entropy is {metrics['bigram_bpc']:.3f}. A sequence is a window of {lengths} characters; "
-        f"times are medians. Measured on: {devices}."
+        "test split"
     )
+    if "unigram_bpc" in metrics:
+        sentence += f", whose unigram entropy is {metrics['unigram_bpc']:.3f} bits"
+        if "bigram_bpc" in metrics:
+            sentence += f" and whose bigram entropy is {metrics['bigram_bpc']:.3f}"
+    parts = [sentence]
+    windows = {record.metrics.get("generation_length") for record in records} - {None}
+    if windows:
+        lengths = " or ".join(map(str, sorted(windows)))
+        parts.append(f"A sequence is a window of {lengths} characters; times are medians")
+    return ". ".join([*parts, f"Measured on: {devices}."])
 
 
 def render_table(records: Sequence[Record], benchmarks: Sequence[Record] = ()) -> str:
@@ -64,14 +80,18 @@ def render_table(records: Sequence[Record], benchmarks: Sequence[Record] = ()) -
     )
     lines = [head, "| --- |" + " ---: |" * 8]
     for record in sorted(records, key=_passes_first):
-        metrics = record.metrics
-        lines.append(
-            f"| `{record.name}.yaml` | {metrics['passes']} | {metrics['valid_bpc']:.3f} "
-            f"| {metrics['test_bpc']:.3f} | {metrics['test_bpc'] / metrics['unigram_bpc']:.3f} "
-            f"| {metrics['train_seconds']:.0f} | {metrics['characters_per_second']:,.0f} "
-            f"| {_seconds(metrics.get('generation_seconds_1'))} "
-            f"| {_seconds(metrics.get('generation_seconds_32'))} |"
+        cells = (
+            f"`{record.name}.yaml`",
+            _cell(record, "passes", "d"),
+            _cell(record, "valid_bpc"),
+            _cell(record, "test_bpc"),
+            _of_unigram(record),
+            _cell(record, "train_seconds", ".0f"),
+            _cell(record, "characters_per_second", ",.0f"),
+            _cell(record, "generation_seconds_1"),
+            _cell(record, "generation_seconds_32"),
         )
+        lines.append(f"| {' | '.join(cells)} |")
     if records:
         lines += ["", _footnote(records)]
     speeds = {record.name: record.metrics["characters_per_second"] for record in benchmarks}
@@ -98,8 +118,25 @@ def update_readme(text: str, table: str) -> str:
     return f"{before}{BEGIN}\n{table}\n{END}{after}"
 
 
+def describe_figure(records: Sequence[Record]) -> str:
+    """Returns what the figure shows, in words: its own description, for those who cannot see it."""
+    shown = (
+        f"{record.name}: {record.metrics['passes']} passes, {record.metrics['test_bpc']:.3f} bits"
+        for record in sorted(records, key=_passes_first)
+        if "passes" in record.metrics
+    )
+    return "; ".join(shown)
+
+
 def draw_figure(records: Sequence[Record], file: Path) -> None:
-    """Draws test bits per character against passes, as an SVG file."""
+    """Draws test bits per character against passes, as an SVG file.
+
+    Raises:
+        UserError: If no record counts passes.
+    """
+    records = [record for record in records if "passes" in record.metrics]
+    if not records:
+        raise UserError("no record counts passes, so there is nothing to draw: run a flow")
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -107,7 +144,7 @@ def draw_figure(records: Sequence[Record], file: Path) -> None:
 
     mpl.rcParams["svg.hashsalt"] = "dflows"
     figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
-    most = max(record.metrics["passes"] for record in records)
+    most = max(1, *(record.metrics["passes"] for record in records))
     for record in records:
         passes, bpc = record.metrics["passes"], record.metrics["test_bpc"]
         right = passes > most / 2
@@ -119,58 +156,69 @@ def draw_figure(records: Sequence[Record], file: Path) -> None:
             xytext=(-9, 5) if right else (0, 9),
             ha="right" if right else "center",
         )
+    metrics = records[0].metrics
     for key, label in (("unigram_bpc", "unigram"), ("bigram_bpc", "bigram")):
-        value = records[0].metrics[key]
-        axes.axhline(value, linestyle="--", linewidth=1, color="grey")
+        if key not in metrics:
+            continue
+        axes.axhline(metrics[key], linestyle="--", linewidth=1, color="grey")
         axes.annotate(
-            f"{label} entropy  {value:.2f}",
-            (most, value),
+            f"{label} entropy  {metrics[key]:.2f}",
+            (most, metrics[key]),
             xytext=(0, 3),
             textcoords="offset points",
             ha="right",
             color="grey",
         )
-    axes.set_xscale("log", base=2)
+    # Linear up to 1: a base without a network takes no pass at all.
+    axes.set_xscale("symlog", base=2, linthresh=1)
     axes.xaxis.set_major_formatter("{x:.0f}")
-    axes.set_xlim(0.9, 1.2 * most)
-    axes.set_ylim(0, 1.15 * records[0].metrics["unigram_bpc"])
+    axes.set_xlim(-0.1, 1.2 * most)
+    axes.set_ylim(0, 1.15 * max(metrics.get("unigram_bpc", 0), *_bits(records)))
     axes.set_xlabel("passes: sequential network evaluations to generate a batch")
     axes.set_ylabel("exact bits per character, test")
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     file.parent.mkdir(parents=True, exist_ok=True)
+    described = {"Date": None, "Description": describe_figure(records)}
     try:
         with replacing(file) as unfinished:
-            figure.savefig(unfinished, format="svg", metadata={"Date": None})
+            figure.savefig(unfinished, format="svg", metadata=described)
     finally:
         plt.close(figure)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def _bits(records: Sequence[Record]) -> list[float]:
+    return [record.metrics["test_bpc"] for record in records]
+
+
+def report(arguments: Sequence[str]) -> None:
     """Runs the command.
 
     Args:
-        arguments: The command line; that of the process by default.
+        arguments: Its arguments.
 
-    Returns:
-        The exit code.
+    Raises:
+        UserError: If records, README or its marks are missing.
     """
     parser = argparse.ArgumentParser(
         prog="python -m dflows.report",
         description="Make the README's table and figure from the records of finished runs.",
+        exit_on_error=False,
     )
     parser.add_argument("--results", type=Path, default=Path("results/text"))
     parser.add_argument("--benchmarks", type=Path, default=Path("results/benchmarks"))
     parser.add_argument("--readme", type=Path, default=Path("README.md"))
     parser.add_argument("--figure", type=Path, default=Path("docs/figures/text.svg"))
-    options = parser.parse_args(arguments)
-    try:
-        count = _report(options.results, options.benchmarks, options.readme, options.figure)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    options, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        raise argparse.ArgumentError(None, f"unrecognized arguments: {' '.join(unknown)}")
+    count = _report(options.results, options.benchmarks, options.readme, options.figure)
     print(f"{options.readme} and {options.figure} are made from {count} records")
-    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    return run_command(lambda: report(sys.argv[1:] if arguments is None else arguments))
 
 
 def _report(results: Path, benchmarks: Path, readme: Path, figure: Path) -> int:

@@ -65,3 +65,15 @@ def test_metrics_are_those_of_one_process(runs):
         assert two[name] == pytest.approx(one[name], rel=1e-4)
         assert math.isfinite(one[name])
     assert two["residual_bpc"] == pytest.approx(one["residual_bpc"], rel=0.02)
+
+
+def test_flows_that_a_process_draws_nobody_for_do_not_stop_the_others(tmp_path):
+    config = small_config(tmp_path, write_text(tmp_path), max_steps=STEPS, val_check_interval=STEPS)
+    # Of the one example that a process has, one of the two flows is drawn; the other waits for it.
+    more = ("--model.estimator", "dflows.estimators.LocalObjective", "--model.estimator.draw")
+    more += ("flow", "--data.batch_size", 1, "--trainer.devices", 2, "--trainer.strategy", "ddp")
+    done = run_apart("fit", "--config", config, *more, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    metrics = read_record(tmp_path / "runs" / "small" / "version_0" / "small-1.json").metrics
+    assert metrics["steps"] == STEPS
+    assert metrics["characters"] == {"valid": 300, "test": 300}

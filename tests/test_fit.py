@@ -2,6 +2,8 @@
 
 import json
 import re
+import tempfile
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -125,7 +127,41 @@ def test_the_log_holds_the_course_of_the_bits(finished):
     assert [point.step for point in events.Scalars("valid_bpc")][:2] == [2, 5]
 
 
+def names_the_machine(text, folder):
+    return re.search(r'"(host|user)', text) or str(folder) in text or tempfile.gettempdir() in text
+
+
 def test_nothing_names_the_machine(finished):
     folder, _ = finished
-    text = (folder / "records" / "small-1.json").read_text(encoding="utf-8")
-    assert not re.search(r'"(host|user)', text)
+    record = read_record(folder / "records" / "small-1.json")
+    assert not names_the_machine(json.dumps(asdict(record)), folder)
+    assert record.config["data"]["init_args"]["source"]["init_args"]["path"] == "odd.txt"
+    assert not {"record", "ckpt_path"} & set(record.config)
+
+
+@pytest.mark.parametrize("command", ["fit", "evaluate"])
+@pytest.mark.parametrize("inside", [True, False])
+def test_nor_do_a_resumed_fit_and_an_evaluation(command, inside, tmp_path, monkeypatch):
+    config = small_config(tmp_path, write_text(tmp_path))
+    assert run_here("fit", "--config", config) == 0
+    run = tmp_path / "runs" / "small" / "version_0"
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(tmp_path if inside else elsewhere)
+    if command == "fit":
+        more = ("--config", config, "--ckpt_path", run / "last.ckpt", "--trainer.max_steps", 9)
+        name = "small-1.json"
+    else:
+        more = ("--checkpoint", run / "best.ckpt")
+        name = "small-test-1.json"
+    assert run_here(command, *more, "--record", tmp_path / "records") == 0
+    record = read_record(tmp_path / "records" / name)
+    assert not names_the_machine(json.dumps(asdict(record)), tmp_path)
+    assert record.config["data"]["init_args"]["vocabulary"] == "train"
+    saved = record.config["trainer"]["logger"]["init_args"]["save_dir"]
+    assert saved == ("runs" if inside else ".../runs")
+    if command == "fit":
+        # The configuration beside the checkpoints has to work where the record's has to tell.
+        kept = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        folder = kept["trainer"]["logger"]["init_args"]["save_dir"]
+        assert folder == ("runs" if inside else str(tmp_path / "runs"))

@@ -1,12 +1,13 @@
 """The README's figures are those of the records."""
 
+import html
 from pathlib import Path
 
 import pytest
 
 from dflows.errors import UserError
 from dflows.records import Record, read_records, write_record
-from dflows.report import BEGIN, END, main, render_table, update_readme
+from dflows.report import BEGIN, END, describe_figure, main, render_table, update_readme
 
 ROOT = Path(__file__).parents[1]
 
@@ -46,9 +47,34 @@ def test_readme_and_records_agree():
     assert update_readme(readme, table) == readme, "run python -m dflows.report"
 
 
+def test_figure_and_records_agree():
+    figure = html.unescape((ROOT / "docs/figures/text.svg").read_text(encoding="utf-8"))
+    description = describe_figure(read_records(ROOT / "results/text"))
+    assert f">{description}<" in figure, "run python -m dflows.report"
+    for record in read_records(ROOT / "results/text"):
+        # Text is drawn as paths, and every annotation is named in a comment before them.
+        assert f"<!-- {record.name}  {record.metrics['test_bpc']:.2f} -->" in figure
+
+
 def test_a_line_of_the_table_is_a_record():
     line = render_table([record()]).splitlines()[2]
     assert line == "| `quickstart.yaml` | 7 | 2.600 | 2.500 | 0.625 | 100 | 12,345 | 0.012 | – |"
+
+
+@pytest.mark.parametrize(
+    ("absent", "line"),
+    [
+        ({"passes", "valid_bpc"}, "| – | – | 2.500 | 0.625 | 100 | 12,345 | 0.012 | – |"),
+        ({"unigram_bpc", "train_seconds"}, "| 7 | 2.600 | 2.500 | – | – | 12,345 | 0.012 | – |"),
+        ({"bigram_bpc", "generation_length"}, "| 7 | 2.600 | 2.500 | 0.625 | 100 | 12,345 |"),
+    ],
+)
+def test_what_a_record_lacks_is_a_dash(absent, line):
+    metrics = {name: value for name, value in METRICS.items() if name not in absent}
+    table = render_table([record(metrics=metrics)]).splitlines()
+    assert table[2].startswith(f"| `quickstart.yaml` {line}")
+    assert ("bigram" in table[-1]) == ("bigram_bpc" in metrics and "unigram_bpc" in metrics)
+    assert ("A sequence" in table[-1]) == ("generation_length" in metrics)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +96,35 @@ def test_the_command_writes_table_and_figure(tmp_path, capsys):
     assert "2.500" in readme.read_text(encoding="utf-8")
     assert "old" not in readme.read_text(encoding="utf-8")
     assert figure.read_text(encoding="utf-8").startswith("<?xml")
+    # A model without a network takes no pass, which is no place on a logarithmic axis.
+    write_record(tmp_path / "results", record(name="unigrams", metrics=METRICS | {"passes": 0}))
+    assert main([str(option) for option in options]) == 0
+    assert "unigrams: 0 passes" in figure.read_text(encoding="utf-8")
     readme.write_text("no marks", encoding="utf-8")
     assert main([str(option) for option in options]) == 1
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--reslts", "x"], "error: unrecognized arguments: --reslts x: --help lists all keys"),
+        (["--results"], "error: argument --results: expected one argument"),
+    ],
+)
+def test_wrong_arguments_are_one_line(arguments, line, capsys):
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("", f"{line}\n")
+
+
+def test_figures_without_passes_are_refused(tmp_path, capsys):
+    metrics = {name: value for name, value in METRICS.items() if name != "passes"}
+    write_record(tmp_path, record(metrics=metrics))
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{BEGIN}\n{END}\n", encoding="utf-8")
+    options = ["--results", tmp_path, "--benchmarks", tmp_path, "--readme", readme]
+    options += ["--figure", tmp_path / "text.svg"]
+    assert main([str(option) for option in options]) == 1
+    assert "no record counts passes" in capsys.readouterr().err
+    assert not (tmp_path / "text.svg").exists()

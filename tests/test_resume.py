@@ -56,7 +56,7 @@ def test_killed_and_resumed_is_uninterrupted(tmp_path, uninterrupted):
     config = small_config(tmp_path, write_text(tmp_path), max_steps=STEPS, val_check_interval=4)
     # The learning rate falls with max_steps, so a long run cannot stand for a killed short one:
     # training is slowed down, and killed as soon as there is a checkpoint.
-    process, log = start(tmp_path, config, "--trainer.callbacks", "tests.slow.Slow")
+    process, log = start(tmp_path, config, "--trainer.callbacks", "tests.callbacks.Slow")
     last = tmp_path / "runs" / "small" / "version_0" / "last.ckpt"
     wait_for(last, process, log)
     process.send_signal(signal.SIGKILL)

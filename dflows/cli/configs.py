@@ -25,6 +25,7 @@ from dflows.cli.callbacks import (
     plain_config,
 )
 from dflows.cli.checkpoints import WholeCheckpoints, read_checkpoint
+from dflows.cli.recording import below_here
 from dflows.errors import UserError
 from lightning_modules import BaseModule
 
@@ -200,7 +201,7 @@ class FlowCLI(LightningCLI):
             read_checkpoint(config.ckpt_path)
             folder = Path(config.ckpt_path).absolute().parent
             if own:
-                logger.init_args.save_dir = str(folder.parents[1])
+                logger.init_args.save_dir = str(below_here(folder.parents[1]))
                 logger.init_args.name = folder.parent.name
                 logger.init_args.version = folder.name
         elif own and logger.init_args.name is None:

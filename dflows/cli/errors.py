@@ -24,6 +24,10 @@ INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
 
 _KEY = re.compile(r'Parser key "([^"]+)"')
 _CLASS = re.compile(r"Problem with given class_path '([^']+)'")
+_CALLABLE = re.compile(
+    r"Type .* expects a function or a callable class: .*Got value: Namespace\(class_path='([^']+)'",
+    re.DOTALL,
+)
 _UNKNOWN = re.compile(r"not accept|unrecognized argument")
 
 
@@ -60,19 +64,20 @@ def one_line(error: BaseException) -> str:
     if not isinstance(error, argparse.ArgumentError):
         return _joined(error)
     keys: list[str] = []
-    class_path = ""
+    class_path, innermost = "", False
     for cause in chain:
         text = str(cause)
         if (found := _KEY.match(text)) and found[1] not in keys[-1:]:
             keys.append(found[1])
-        if found := _CLASS.match(text):
-            class_path = found[1]
+            innermost = False
+        if found := _CLASS.match(text) or _CALLABLE.match(text):
+            class_path, innermost = found[1], True
     message = _joined(chain[-1])
     where = ".".join(keys)
     if class_path and class_path not in message:
         where = f"{where} ({class_path})"
     if _UNKNOWN.search(message):
-        known = _keys_of(class_path) if class_path else ""
+        known = _keys_of(class_path) if innermost else ""
         message += f": its keys are {known}" if known else ": --help lists all keys"
     return f"{where}: {message}" if where else message
 

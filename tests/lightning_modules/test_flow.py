@@ -135,6 +135,14 @@ def test_a_refitted_base_has_the_frequencies_of_what_it_saw(data, tmp_path):
     assert set(before) == set(module.state_dict())
 
 
+@pytest.mark.parametrize(("every", "refits"), [(1, 1 + 0.5 + 0.25), (2, 1), (4, 0)])
+def test_the_base_is_refitted_once_a_step_where_gradients_accumulate(every, refits, data, tmp_path):
+    module = FlowModule(K, D, [Parity()], CONVOLUTION, base_refit_every=every, base_refit_decay=0.5)
+    run = trainer(tmp_path, steps=3, limit_val_batches=0, accumulate_grad_batches=2)
+    run.fit(module, datamodule=data)
+    assert module.base_counts.sum() == 16 * D * refits
+
+
 def test_only_a_factorized_base_can_be_refitted():
     base = partial(AutoregressiveBase, backbone=LSTM(width=8))
     with pytest.raises(UserError, match="AutoregressiveBase has no closed form"):

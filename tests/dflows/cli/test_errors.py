@@ -114,6 +114,16 @@ class TestKeys:
             (("--trainer.max_steps", "many"), "trainer.max_steps: Expected a <class 'int'>"),
             (("--model.backbone", "dflows.backbones.Nope"), "has no attribute 'Nope'"),
             (("--model.backbone", "torch.nn.Linear"), "in_features, out_features"),
+            (
+                (
+                    "--model.bijection",
+                    "dflows.bijections.ModularAffine",
+                    "--model.bijection.foo",
+                    1,
+                ),
+                "model.bijection (dflows.bijections.ModularAffine): Option 'foo' is not accepted: its",
+            ),
+            (("--model.optimization.foo", 1), "unrecognized arguments: --optimization.foo=1"),
         ],
     )
     def test_bad_argument(self, refused, arguments, message):
@@ -133,6 +143,12 @@ class TestKeys:
     )
     def test_bad_value(self, refused, arguments, message):
         assert message in refused(*arguments)
+
+
+def test_a_run_that_fails_in_its_first_validation_leaves_nothing(refused):
+    # Lightning checks it once before training, when its logger has already opened files.
+    line = refused("--trainer.callbacks", "tests.callbacks.RefuseValidation")
+    assert line == "no validation is wanted"
 
 
 class TestBackbones:

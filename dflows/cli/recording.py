@@ -1,0 +1,91 @@
+"""The record of a finished run, in which no path of the machine is left."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+
+from dflows.cli.summary import Figures, trainer_device
+from dflows.provenance import describe_device
+from dflows.records import Record
+
+__all__ = ["below_here", "make_record", "without_machine"]
+
+OF_THE_COMMAND = ("ckpt_path", "record")
+"""Keys that say where a command read and wrote, and nothing of what it ran."""
+
+
+def below_here(path: Path) -> Path:
+    """Returns a path relative to the working folder if it lies in there, or else absolute."""
+    path, here = Path(os.path.abspath(path)), Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def without_machine(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a configuration without what only the machine of the run can have meant.
+
+    Absolute paths begin at the working folder, and those that lie outside it keep their last part
+    alone. Where checkpoints and records went is left away.
+
+    Args:
+        config: A resolved configuration in plain types.
+
+    Example:
+        >>> without_machine({"record": "results", "path": "/home/me/text8.gz"})
+        {'path': '.../text8.gz'}
+    """
+    kept = {key: value for key, value in config.items() if key not in OF_THE_COMMAND}
+    portable: dict[str, Any] = _portable(kept)
+    return portable
+
+
+def _portable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _portable(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_portable(entry) for entry in value]
+    if not isinstance(value, str) or not os.path.isabs(value):
+        return value
+    path = below_here(Path(value))
+    return f".../{path.name}" if path.is_absolute() else str(path)
+
+
+def make_record(
+    trainer: pl.Trainer,
+    figures: Figures,
+    *,
+    name: str,
+    kind: str,
+    config: Mapping[str, Any],
+    seconds: float,
+    budget: str = "",
+) -> Record:
+    """Makes the record of what a trainer has run.
+
+    Args:
+        trainer: The trainer, whose module is the model.
+        figures: What came of it.
+        name: Name of the run.
+        kind: The command.
+        config: The resolved configuration in plain types.
+        seconds: Seconds that the command took.
+        budget: What the run was allowed.
+
+    Raises:
+        UserError: If the name cannot be that of a record.
+    """
+    parameters = trainer.lightning_module.parameters()
+    return Record(
+        name=name,
+        kind=kind,
+        config=without_machine(config),
+        seed=int(config.get("seed_everything") or 0),
+        device=describe_device(trainer_device(trainer), trainer.world_size),
+        precision=trainer.precision,
+        seconds=seconds,
+        parameters=sum(parameter.numel() for parameter in parameters),
+        metrics=figures.metrics,
+        budget=budget,
+    )

@@ -1,0 +1,62 @@
+"""What the README shows runs as it stands there."""
+
+import re
+import shlex
+
+import pytest
+import yaml
+
+from tests.commands import MAINS, ROOT, run_apart, run_here, write_text
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.DOTALL | re.MULTILINE)
+
+
+def command_lines():
+    lines = "\n".join(blocks("bash")).splitlines()
+    commands = [shlex.split(line, comments=True) for line in lines if "-m dflows." in line]
+    return [(words[2].removeprefix("dflows."), words[3:]) for words in commands]
+
+
+def test_the_library_example_runs():
+    (example,) = (block for block in blocks("python") if "DiscreteFlow(" in block)
+    names = {}
+    exec(example, names)
+    assert names["flow"]().sample((4,)).shape == (4, 8)
+    assert all(parameter.grad is not None for parameter in names["flow"].parameters())
+
+
+def test_the_backbone_of_one_s_own_trains_in_the_quickstart(tmp_path):
+    (backbone,) = (block for block in blocks("python") if "nn.Module" in block)
+    (config,) = blocks("yaml")
+    (tmp_path / "my_package.py").write_text(backbone, encoding="utf-8")
+    (tmp_path / "mine.yaml").write_text(config, encoding="utf-8")
+    source = {"class_path": "datamodules.LocalText", "init_args": {"path": "odd.txt"}}
+    short = {
+        "data": {"init_args": {"source": source, "batch_size": 2}},
+        "trainer": {"max_steps": 2, "val_check_interval": 1},
+    }
+    write_text(tmp_path)
+    (tmp_path / "short.yaml").write_text(yaml.safe_dump(short), encoding="utf-8")
+    configs = ("--config", "quickstart.yaml", "--config", "mine.yaml", "--config", "short.yaml")
+    done = run_apart("fit", *configs, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "test, bits per character" in done.stdout
+
+
+@pytest.mark.parametrize(("command", "arguments"), command_lines())
+def test_the_commands_are_taken(command, arguments, tmp_path, monkeypatch, capsys):
+    assert command in MAINS
+    monkeypatch.chdir(tmp_path)
+    if command == "fit":
+        (tmp_path / "mine.yaml").write_text("name: mine\n", encoding="utf-8")
+        arguments = [*arguments, "--print_config"]
+        assert run_here(command, *arguments) == 0
+        assert "class_path: lightning_modules.FlowModule" in capsys.readouterr().out
+    else:
+        # All that is missing is the run itself.
+        assert run_here(command, *arguments) == 1
+        assert "no checkpoint runs/quickstart" in capsys.readouterr().err
