@@ -44,9 +44,10 @@ def _footnote(records: Sequence[Record]) -> str:
         if "bigram_bpc" in metrics:
             sentence += f" and whose bigram entropy is {metrics['bigram_bpc']:.3f}"
     parts = [sentence]
-    windows = {record.metrics.get("generation_length") for record in records} - {None}
-    if windows:
-        lengths = " or ".join(map(str, sorted(windows)))
+    timed = [record.metrics for record in records if "generation_length" in record.metrics]
+    if timed:
+        windows = sorted({metrics["generation_length"] for metrics in timed})
+        lengths = " or ".join(map(str, windows))
         parts.append(f"A sequence is a window of {lengths} characters; times are medians")
     return ". ".join([*parts, f"Measured on: {devices}."])
 

@@ -1,6 +1,5 @@
 """The record of a finished run, in which no path of the machine is left."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ OF_THE_COMMAND = ("ckpt_path", "record")
 
 def below_here(path: Path) -> Path:
     """Returns a path relative to the working folder if it lies in there, or else absolute."""
-    path, here = Path(os.path.abspath(path)), Path.cwd()
+    path, here = path.resolve(), Path.cwd().resolve()
     return path.relative_to(here) if path.is_relative_to(here) else path
 
 
@@ -46,7 +45,7 @@ def _portable(value: Any) -> Any:
         return {key: _portable(entry) for key, entry in value.items()}
     if isinstance(value, list):
         return [_portable(entry) for entry in value]
-    if not isinstance(value, str) or not os.path.isabs(value):
+    if not isinstance(value, str) or not Path(value).is_absolute():
         return value
     path = below_here(Path(value))
     return f".../{path.name}" if path.is_absolute() else str(path)

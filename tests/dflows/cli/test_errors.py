@@ -121,8 +121,9 @@ class TestKeys:
                     "--model.bijection.foo",
                     1,
                 ),
-                "model.bijection (dflows.bijections.ModularAffine): Option 'foo' is not accepted: its",
+                "model.bijection (dflows.bijections.ModularAffine): Option 'foo' is not accepted",
             ),
+            (("--model.bijection.foo", 1), "its keys are num_classes, temperature"),
             (("--model.optimization.foo", 1), "unrecognized arguments: --optimization.foo=1"),
         ],
     )
