@@ -4,10 +4,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from datamodules.addition import AdditionDataModule
     from datamodules.enumerable import EnumerableDataModule
     from datamodules.full_rank import FullRankDataModule
     from datamodules.mixture import MixtureDataModule
     from datamodules.module import StreamDataModule
+    from datamodules.potts import PottsDataModule
     from datamodules.sources import HubText, KingJames, LocalText, TextSource
     from datamodules.text import TextDataModule
     from datamodules.vocabulary import (
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "AdditionDataModule",
     "ByteVocabulary",
     "CharacterVocabulary",
     "EnumerableDataModule",
@@ -28,6 +31,7 @@ __all__ = [
     "KingJames",
     "LocalText",
     "MixtureDataModule",
+    "PottsDataModule",
     "StreamDataModule",
     "TextDataModule",
     "TextSource",
@@ -36,6 +40,7 @@ __all__ = [
 ]
 
 _MODULES = {
+    "AdditionDataModule": "addition",
     "ByteVocabulary": "vocabulary",
     "CharacterVocabulary": "vocabulary",
     "EnumerableDataModule": "enumerable",
@@ -45,6 +50,7 @@ _MODULES = {
     "KingJames": "sources",
     "LocalText": "sources",
     "MixtureDataModule": "mixture",
+    "PottsDataModule": "potts",
     "StreamDataModule": "module",
     "TextDataModule": "text",
     "TextSource": "sources",

@@ -22,13 +22,14 @@ __all__ = ["StreamDataModule"]
 class StreamDataModule(pl.LightningDataModule, ABC):
     """Creates a datamodule of an endless training stream and of evaluation splits read once.
 
-    A batch is a LongTensor of classes, shape (B, D). The training stream never ends, so a trainer
-    needs `max_steps` (and, to validate, `val_check_interval` with `check_val_every_n_epoch: null`).
-    Its rows depend on the seed alone: with R processes of batch size B each, batch number n holds
-    the R·B rows from n·R·B on, whatever the number of workers, and a run that is resumed from a
-    checkpoint goes on with the row at which the checkpoint was written. Evaluation reads everything
-    exactly once over all processes and workers; the rest that fills no window is a batch of shape
-    (1, rest).
+    A batch is a LongTensor of classes, shape (B, D), or a pair of it and of what it is conditioned
+    on: `batch_of` makes it of rows of `row_length` numbers. The training stream never ends, so a
+    trainer needs `max_steps` (and, to validate, `val_check_interval` with
+    `check_val_every_n_epoch: null`). Its rows depend on the seed alone: with R processes of batch
+    size B each, batch number n holds the R·B rows from n·R·B on, whatever the number of workers,
+    and a run that is resumed from a checkpoint goes on with the row at which the checkpoint was
+    written. Evaluation reads everything exactly once over all processes and workers; the rest that
+    fills no window is a batch of shape (1, rest).
 
     Args:
         length: The number of dimensions of a row, D.
@@ -78,6 +79,21 @@ class StreamDataModule(pl.LightningDataModule, ABC):
     @abstractmethod
     def evaluation_chunks(self, split: str) -> Chunks:
         """Returns the classes of the split "valid" or "test", read in their order."""
+
+    @property
+    def entropy(self) -> float | None:
+        """The exact entropy of an example in nats, given what it is conditioned on, where known."""
+        return None
+
+    @property
+    def row_length(self) -> int:
+        """The numbers of a row: D, and those of what it is conditioned on."""
+        return self.length
+
+    @staticmethod
+    def batch_of(rows: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Returns the batch that rows of numbers (B, row_length) make."""
+        return rows
 
     @property
     def num_classes(self) -> int:
@@ -146,13 +162,14 @@ class StreamDataModule(pl.LightningDataModule, ABC):
 
     def _evaluation_loader(self, split: str) -> "DataLoader[Tensor]":
         batches = EvaluationBatches(
-            self.evaluation_chunks(split), self.length, self.eval_batch_size, *self._process()
+            self.evaluation_chunks(split), self.row_length, self.eval_batch_size, *self._process()
         )
         return DataLoader(batches, **self._loader_options())
 
     def _loader_options(self) -> dict[str, Any]:
         return {
             "batch_size": None,  # the data sets make whole batches
+            "collate_fn": self.batch_of,
             "num_workers": self.num_workers,
             "persistent_workers": self.num_workers > 0,
             # An iterator draws a seed for its workers; it must not disturb the global generator.

@@ -10,10 +10,13 @@ one place that knows how a backbone is run:
   the backbone sees them, so that any network will do; one evaluation a level.
 
 For a network that can do both, the two give equal logits.
+
+A context is either set in front of the dimensions, as tokens that all of them see, or *aligned*:
+its vector at position d is added to what is known of dimension d beforehand.
 """
 
 from collections.abc import Callable
-from typing import Literal, TypeAlias
+from typing import Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +51,19 @@ def _width(backbone: nn.Module, width: int | None) -> int:
     return width
 
 
+class _Dimensions(NamedTuple):
+    """What an ordering makes of so many dimensions.
+
+    `levels` (d,) and the `members` of every level; a backbone knows no empty level 0, and is handed
+    the levels `shifted` by the `lowest`.
+    """
+
+    levels: Tensor
+    members: list[Tensor]
+    lowest: int
+    shifted: Tensor
+
+
 class Conditioner(nn.Module):
     """Creates a network from values (N, d) to logits (N, d, num_outputs) that keeps to an ordering.
 
@@ -64,6 +80,8 @@ class Conditioner(nn.Module):
         positions: Whether to add a learned embedding of positions. By default only to a backbone
             that is not of dflows', for those know positions by themselves.
         context_features: Features C of a context; without them there is none.
+        align_context: Whether position d of a context (N, D, C) belongs to dimension d, to whose
+            query it is added. Otherwise a context of any length is set in front, as tokens.
         conditions_first: Whether level 0 needs the network too, as in a base.
 
     Raises:
@@ -82,6 +100,7 @@ class Conditioner(nn.Module):
         execution: Execution = "auto",
         positions: bool | None = None,
         context_features: int | None = None,
+        align_context: bool = False,
         conditions_first: bool = False,
     ) -> None:
         super().__init__()
@@ -102,9 +121,16 @@ class Conditioner(nn.Module):
         self.one_pass = causal and execution != "masked"
         self.first_level = 0 if conditions_first else 1
         self.backbone = backbone
-        self._dimensions: dict[tuple[int, torch.device], tuple[Tensor, list[Tensor]]] = {}
+        self.align_context = align_context
+        self._dimensions: dict[tuple[int, torch.device], _Dimensions] = {}
 
-        num_levels = int(ordering.levels(length).max()) + 1
+        levels = ordering.levels(length)
+        num_levels = int(levels.max()) + 1
+        if conditions_first and int(levels.min()):
+            raise UserError(
+                f"{ordering!r} has no dimension of level 0, and a base begins there, with a "
+                "context or without one: give it the ordering inside"
+            )
         if num_levels <= self.first_level:
             raise UserError(
                 f"{ordering!r} gives all {length} dimensions the same level, which leaves a flow "
@@ -124,6 +150,8 @@ class Conditioner(nn.Module):
             else:
                 self.hidden = nn.Parameter(torch.randn(width))
                 self.current = nn.Parameter(torch.randn(num_levels, width) * 0.1)
+        if align_context and context_features is None:
+            raise UserError("align_context is set and there is no context: give `context_features`")
         if context_features is not None and not self.embeds:
             raise UserError(
                 f"{type(backbone).__name__} has a row for every state of the dimensions and none "
@@ -143,6 +171,10 @@ class Conditioner(nn.Module):
 
     def levels(self, length: int, device: torch.device) -> tuple[Tensor, list[Tensor]]:
         """Returns the levels (d,) of so many dimensions, and the dimensions of every level."""
+        dimensions = self._dimensions_of(length, device)
+        return dimensions.levels, dimensions.members
+
+    def _dimensions_of(self, length: int, device: torch.device) -> "_Dimensions":
         key = (length, device)
         if key not in self._dimensions:
             with torch.inference_mode(False):
@@ -151,7 +183,9 @@ class Conditioner(nn.Module):
                     (levels == level).nonzero().squeeze(-1)
                     for level in range(int(levels.max()) + 1)
                 ]
-            self._dimensions[key] = levels, members
+                lowest = int(levels.min())
+                shifted = levels - lowest if lowest else levels
+            self._dimensions[key] = _Dimensions(levels, members, lowest, shifted)
         return self._dimensions[key]
 
     def _content(self, y: Tensor) -> Tensor:
@@ -161,7 +195,15 @@ class Conditioner(nn.Module):
             return y.to(self.embedding.dtype) @ self.embedding
         return F.embedding(y, self.embedding)
 
-    def _context_tokens(self, context: Tensor | None) -> Tensor | None:
+    def _known(self, levels: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Returns what is known beforehand of dimensions of these levels (d,).
+
+        It is their query, (d, width) or (N, d, width) where a context is aligned, and the tokens
+        (N, S, width) of a context that is set in front.
+        """
+        query = self.query[levels]
+        if self.positions is not None:
+            query = query + self.positions[: len(levels)]
         if (context is None) != (self.context is None):
             raise UserError(
                 "the flow is conditional, and no context was given: call it with one"
@@ -169,15 +211,16 @@ class Conditioner(nn.Module):
                 else "a context was given to a flow that takes none: set `context_features`"
             )
         if context is None or self.context is None:
-            return None
-        tokens: Tensor = self.context(context.to(self.context.weight.dtype))
-        return tokens.unsqueeze(1) if tokens.ndim == 2 else tokens
-
-    def _query(self, levels: Tensor) -> Tensor:
-        query = self.query[levels]
-        if self.positions is not None:
-            query = query + self.positions[: len(levels)]
-        return query
+            return query, None
+        vectors: Tensor = self.context(context.to(self.context.weight.dtype))
+        if not self.align_context:
+            return query, vectors.unsqueeze(1) if vectors.ndim == 2 else vectors
+        if context.ndim != 3 or context.shape[1] not in (len(levels), self.length):
+            raise UserError(
+                f"a context {tuple(context.shape)} is to be aligned with {len(levels)} dimensions: "
+                "give a vector for each, (batch, length, context_features), or unset align_context"
+            )
+        return query + vectors[:, : len(levels)], None
 
     def _behind(self, tokens: Tensor, query: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
         """Puts zeros and levels of -1, those of context tokens (N, S, width), in front."""
@@ -194,7 +237,7 @@ class Conditioner(nn.Module):
             y: Values (N, d) or (N, d, K).
             level: The level (N,) or (1,) that an example is evaluated for, with the values of this
                 and of higher levels hidden; nothing where the backbone is to keep to the ordering.
-            context: Vectors (N, C) or sequences (N, S, C).
+            context: Vectors (N, C) or sequences (N, S, C); (N, D, C) where it is aligned.
 
         Returns:
             Features (N, d, width).
@@ -202,17 +245,18 @@ class Conditioner(nn.Module):
         Raises:
             UserError: If the backbone returns another shape, or a context is missing or too many.
         """
-        levels, _ = self.levels(y.shape[1], y.device)
+        levels = self.levels(y.shape[1], y.device)[0]
         visible = None if level is None else levels < level.unsqueeze(-1)
         if not self.embeds:
             if visible is not None:
                 y = y * visible.unsqueeze(-1) if is_one_hot(y) else y * visible
             features: Tensor = self.backbone(y, None, levels)
             return features
-        content, query = self._content(y), self._query(levels)
-        tokens = self._context_tokens(context)
+        content = self._content(y)
+        query, tokens = self._known(levels, context)
         count = 0 if tokens is None else tokens.shape[1]
         if self.level_causal:
+            levels = self._dimensions_of(y.shape[1], y.device).shifted
             if visible is not None:
                 content = content * visible.unsqueeze(-1)
             if tokens is not None:
@@ -248,7 +292,7 @@ class Conditioner(nn.Module):
 
         Args:
             y: Indices (N, d) or one-hot vectors (N, d, K).
-            context: Vectors (N, C) or sequences (N, S, C).
+            context: As in :meth:`features`.
 
         Returns:
             Logits (N, d, num_outputs); zeros for dimensions that need no network.
@@ -283,7 +327,7 @@ class Conditioner(nn.Module):
         Args:
             y: Indices (N, d).
             level: The level (N,) of every example.
-            context: As in :meth:`forward`.
+            context: As in :meth:`features`.
 
         Returns:
             The dimensions of these levels, boolean (N, d) with M true entries, and their logits
@@ -300,7 +344,7 @@ class Conditioner(nn.Module):
         Args:
             y: Indices (N, d) or one-hot vectors (N, d, K), right where no network is needed.
             decide: What the values of a level are, given its dimensions and logits.
-            context: As in :meth:`forward`.
+            context: As in :meth:`features`.
 
         Returns:
             The values, in the representation of `y`.
@@ -324,18 +368,19 @@ class Conditioner(nn.Module):
             or torch.is_grad_enabled()
         ):
             return lambda y, level: self.level_logits(y, level, context)
-        levels, members = self.levels(y.shape[1], y.device)
-        query, tokens = self._query(levels), self._context_tokens(context)
+        dimensions = self._dimensions_of(y.shape[1], y.device)
+        query, tokens = self._known(dimensions.levels, context)
+        levels = dimensions.shifted
         if tokens is not None:
             query, levels = self._behind(tokens, query, levels)
         cache = backbone.begin(query, levels, y.shape[0])
         first = backbone.advance(cache, 0, tokens)
 
         def evaluate(y: Tensor, level: int) -> Tensor:
-            if level == 0:
+            if level == dimensions.lowest:
                 return self._logits(first)
-            content = self._content(y[:, members[level - 1]])
-            return self._logits(backbone.advance(cache, level, content))
+            content = self._content(y[:, dimensions.members[level - 1]])
+            return self._logits(backbone.advance(cache, level - dimensions.lowest, content))
 
         return evaluate
 
@@ -350,7 +395,7 @@ class Conditioner(nn.Module):
         Args:
             y: Indices (N, d), right where no network is needed, anything elsewhere.
             decide: As in :meth:`by_levels`.
-            context: As in :meth:`forward`.
+            context: As in :meth:`features`.
 
         Returns:
             The values (N, d) and the number of iterations.

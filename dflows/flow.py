@@ -346,17 +346,20 @@ class DiscreteFlow(nn.Module):
             raise UserError(f"temperature is {temperature}: give a positive number")
         if method not in ("levels", "fixed_point"):
             raise UserError(f"method is {method!r}: give 'levels' or 'fixed_point'")
-        length = self.length if length is None else length
-        if not 1 <= length <= self.length:
-            raise UserError(f"length is {length}: give 1 to {self.length}, the flow's own")
         return self._sample(
             torch.Size(sample_shape),
             self.encode_context(context),
-            length=length,
+            length=self._event(length),
             temperature=temperature,
             generator=generator,
             method=method,
         )
+
+    def _event(self, length: int | None) -> int:
+        length = self.length if length is None else length
+        if not 1 <= length <= self.length:
+            raise UserError(f"length is {length}: give 1 to {self.length}, the flow's own")
+        return length
 
     def _sample(
         self,
@@ -387,6 +390,33 @@ class DiscreteFlow(nn.Module):
             else:
                 value = transform(value, context)
         return value.reshape(*shape, length)
+
+    @torch.no_grad()
+    def greedy(self, context: Tensor | None = None, *, length: int | None = None) -> Tensor:
+        """Decodes greedily: the base's most likely values, each given those before it, as data.
+
+        Where the dimensions of the base are independent this is the flow's mode
+        (:attr:`FlowDistribution.mode`), for a bijection moves probabilities and changes none. Over
+        an autoregressive base it need not be.
+
+        Args:
+            context: What the flow is conditioned on, (B, …).
+            length: Dimensions d of an event; D by default.
+
+        Returns:
+            Indices (d,), or (B, d) with a context.
+
+        Raises:
+            UserError: If the length cannot be had.
+        """
+        return self._greedy(self.encode_context(context), self._event(length))
+
+    def _greedy(self, context: Tensor | None, length: int) -> Tensor:
+        number = 1 if context is None else context.shape[0]
+        value = self.base.greedy(number, length, context)
+        for transform in self.transforms:
+            value = transform(value, context)
+        return value.squeeze(0) if context is None else value
 
     def start(self, counts: Tensor) -> None:
         """Starts the base from the counts of the training data's classes, before training.
@@ -427,6 +457,23 @@ class FlowDistribution(Distribution):
         return constraints.independent(
             constraints.integer_interval(0, self.flow.num_classes - 1), 1
         )
+
+    @property
+    def mode(self) -> Tensor:
+        """The most likely event, indices ``(*batch_shape, D)``.
+
+        Raises:
+            UserError: If the dimensions of the base are not independent, so that only a search
+                would find it.
+        """
+        base = self.flow.base
+        if not base.greedy_is_mode:
+            raise UserError(
+                f"the mode of a flow on {type(base).__name__} takes a search over all events: "
+                "flow.greedy(context) decodes greedily, and a FactorizedBase has its mode there"
+            )
+        with torch.no_grad():
+            return self.flow._greedy(self.context, self.flow.length)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Computes the exact log-probability of indices (…, d), in nats.

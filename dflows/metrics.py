@@ -1,4 +1,4 @@
-r"""Metrics of discrete flows, as torchmetrics: likelihoods, residual entropy, generation latency.
+r"""Metrics of discrete flows, as torchmetrics: likelihoods, exact matches, residuals, latency.
 
 Functions do the arithmetic on tensors; the classes accumulate their inputs over batches and
 processes. Sums are kept in float64 and counts as 64-bit integers, whatever the precision of the
@@ -22,6 +22,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 __all__ = [
     "BitsPerCharacter",
+    "ExactMatch",
     "GenerationLatency",
     "NatsPerExample",
     "ResidualEntropy",
@@ -262,6 +263,48 @@ class NatsPerExample(_Accumulator):
         """Returns the nats per example of everything seen."""
         _check_counted(self, self.num_examples, "examples")
         return nats_per_example(self.log_prob_sum, self.num_examples)
+
+
+class ExactMatch(_Accumulator):
+    """Creates a metric of the share of examples that are told in whole, every dimension right.
+
+    It is that of all batches and processes, which may differ in size.
+
+    ``update(told, y)`` takes indices (…, d) of what was told and of what is so. ``compute()``
+    returns a float64 scalar, the same on all processes, and raises a ``ValueError`` if no process
+    has counted an example.
+
+    Arguments:
+        kwargs: Keyword arguments of :class:`torchmetrics.Metric`.
+
+    Example:
+        >>> metric = ExactMatch()
+        >>> metric.update(torch.tensor([[0, 1], [2, 2]]), torch.tensor([[0, 1], [2, 0]]))
+        >>> metric.compute()
+        tensor(0.5000, dtype=torch.float64)
+    """
+
+    higher_is_better = True
+    num_right: Tensor
+    num_examples: Tensor
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        for name in ("num_right", "num_examples"):
+            self.add_state(name, torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, told: Tensor, y: Tensor) -> None:
+        """Adds a batch: what was told and what is so, indices (…, d)."""
+        if told.shape != y.shape:
+            raise ValueError(f"{tuple(told.shape)} was told of {tuple(y.shape)}: expected equal")
+        right = (told == y).all(dim=-1)
+        self.num_right = self.num_right + right.sum().to(self.num_right.device)
+        self.num_examples = self.num_examples + right.numel()
+
+    def compute(self) -> Tensor:
+        """Returns the share of examples told right, 0 to 1."""
+        _check_counted(self, self.num_examples, "examples")
+        return self.num_right.double() / self.num_examples
 
 
 class ResidualEntropy(_Accumulator):

@@ -15,6 +15,7 @@ from torch import Tensor
 from dflows.errors import UserError
 
 __all__ = [
+    "BehindContext",
     "Blocks",
     "CoarseToFine",
     "Halves",
@@ -38,6 +39,8 @@ class Ordering(ABC):
     @abstractmethod
     def levels(self, length: int) -> Tensor:
         """Returns the levels (length,) of so many dimensions, 0..L-1 without a gap.
+
+        Level 0 alone may be empty: :class:`BehindContext` leaves it to a context.
 
         A shorter length is an event of its own: the last window of a text, say.
 
@@ -249,6 +252,28 @@ class CoarseToFine(Ordering):
             distance, level = distance // 2, level + 1
             levels[dimensions % (2 * distance) == distance] = level
         return _without_gaps(levels)
+
+
+class BehindContext(Ordering):
+    """Creates an ordering that leaves level 0 to a context: every level of another, one higher.
+
+    A flow hands level 0 through. Behind a context it need hand no dimension through, since the
+    context is what the first ones depend on. Around an ordering of one level this is the bipartite
+    flow between a context and all dimensions, generated in one pass.
+
+    Arguments:
+        ordering: The ordering of the dimensions among themselves.
+
+    Example:
+        >>> BehindContext(Blocks(size=4)).levels(4), BehindContext(Reversed()).levels(4)
+        (tensor([1, 1, 1, 1]), tensor([4, 3, 2, 1]))
+    """
+
+    def __init__(self, ordering: Ordering) -> None:
+        self.ordering = ordering
+
+    def levels(self, length: int) -> Tensor:
+        return self.ordering.levels(length) + 1
 
 
 def alike(orderings: Sequence[Ordering], length: int) -> Tensor:

@@ -14,7 +14,7 @@ from dflows.conditioner import Conditioner, Execution
 from dflows.errors import UserError
 from dflows.estimators import Estimator, LocalObjective
 from dflows.flow import DiscreteFlow
-from dflows.metrics import ResidualEntropy
+from dflows.metrics import ExactMatch, ResidualEntropy
 from dflows.orderings import Ordering, alike
 from dflows.transforms import ConditionalTransform
 from lightning_modules.base import DEFAULT_OPTIMIZATION, BaseModule, Batch, Optimization, compute
@@ -26,8 +26,9 @@ class DiscreteFlowModule(BaseModule):
     """Creates a module that trains a discrete flow.
 
     Before a fit it starts the base from the counts of the training data, once in the life of its
-    parameters, and runs :func:`dflows.checks.check_flow`. Testing logs the residual entropy of
-    every flow as well.
+    parameters, and runs :func:`dflows.checks.check_flow`. Testing finds the residual entropy of
+    every flow as well, and, given a context, logs `test_accuracy`: the share of examples that
+    :meth:`dflows.flow.DiscreteFlow.greedy` tells right, which is the mode on a factorized base.
 
     Arguments:
         flow: The flow.
@@ -75,6 +76,7 @@ class DiscreteFlowModule(BaseModule):
             len(flow.transforms), flow.num_classes, alike(orderings, flow.length)
         )
         self.residual_bpc: list[float] = []
+        self.exact_match = ExactMatch()
         self._step_before = 0
 
     def objective(self, batch: Batch) -> Tensor:
@@ -100,6 +102,14 @@ class DiscreteFlowModule(BaseModule):
             method=method,
         )
 
+    @property
+    def conditional(self) -> bool:
+        """Whether some part of the flow takes a context."""
+        return any(
+            isinstance(module, Conditioner) and module.context is not None
+            for module in self.flow.modules()
+        )
+
     def base_parameters(self) -> Iterable[nn.Parameter]:
         return self.flow.base.parameters()
 
@@ -108,11 +118,8 @@ class DiscreteFlowModule(BaseModule):
         if not self.started:
             self.flow.start(data.class_counts())
             self.started.fill_(True)
-        conditional = any(
-            isinstance(module, Conditioner) and module.context is not None
-            for module in self.flow.modules()
-        )
-        context = self.context_of(next(iter(data.train_dataloader()))) if conditional else None
+        batch = next(iter(data.train_dataloader())) if self.conditional else None
+        context = None if batch is None else self.context_of(batch)
         check_flow(self.flow, context)
         rank_zero_info(self.describe())
 
@@ -151,6 +158,8 @@ class DiscreteFlowModule(BaseModule):
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds a batch to the test metrics, those of every flow included."""
         y, context = self.indices_of(batch), self.context_of(batch)
+        if self.conditional:
+            self.exact_match.update(self.flow.greedy(context, length=y.shape[-1]), y)
         if not len(self.flow.transforms):
             self._update("test", batch, self.log_prob(batch))
             return
@@ -166,6 +175,10 @@ class DiscreteFlowModule(BaseModule):
         if len(self.flow.transforms):
             self.residual_bpc = compute(self.residual_entropy).reshape(-1).tolist()
             self.residual_entropy.reset()
+        if self.conditional:
+            accuracy = compute(self.exact_match)
+            self.log("test_accuracy", accuracy.float(), prog_bar=True, sync_dist=True)
+            self.exact_match.reset()
 
 
 class FlowModule(DiscreteFlowModule):
@@ -186,6 +199,8 @@ class FlowModule(DiscreteFlowModule):
         context_encoder: Maps what the data are conditioned on to vectors (B, C) or sequences
             (B, S, C).
         context_features: C, of a conditional flow.
+        align_context: Whether position d of the context belongs to dimension d. A base that is
+            conditional too is told so by options of its own.
         optimization: Settings of the optimizer.
         base_refit_every: As in :class:`DiscreteFlowModule`.
         base_refit_decay: Likewise.
@@ -218,6 +233,7 @@ class FlowModule(DiscreteFlowModule):
         positions: bool | None = None,
         context_encoder: nn.Module | None = None,
         context_features: int | None = None,
+        align_context: bool = False,
         optimization: Optimization = DEFAULT_OPTIMIZATION,
         base_refit_every: int = 0,
         base_refit_decay: float = 0.99,
@@ -234,6 +250,7 @@ class FlowModule(DiscreteFlowModule):
                 execution=execution,
                 positions=positions,
                 context_features=context_features,
+                align_context=align_context,
             )
             for ordering in orderings
         ]

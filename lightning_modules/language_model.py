@@ -31,6 +31,10 @@ class LanguageModel(DiscreteFlowModule):
         width: Features of one dimension, where the backbone does not tell its own.
         execution: How the backbone is run.
         positions: Whether a learned embedding of positions is added.
+        context_encoder: Maps what the data are conditioned on to vectors (B, C) or sequences
+            (B, S, C).
+        context_features: C, of a conditional model.
+        align_context: Whether position d of the context belongs to dimension d.
         optimization: Settings of the optimizer.
 
     Raises:
@@ -54,6 +58,9 @@ class LanguageModel(DiscreteFlowModule):
         width: int | None = None,
         execution: Execution = "auto",
         positions: bool | None = None,
+        context_encoder: nn.Module | None = None,
+        context_features: int | None = None,
+        align_context: bool = False,
         optimization: Optimization = DEFAULT_OPTIMIZATION,
     ) -> None:
         base = AutoregressiveBase(
@@ -65,5 +72,7 @@ class LanguageModel(DiscreteFlowModule):
             width=width,
             execution=execution,
             positions=positions,
+            context_features=context_features,
+            align_context=align_context,
         )
-        super().__init__(DiscreteFlow(base), optimization)
+        super().__init__(DiscreteFlow(base, (), context_encoder), optimization)

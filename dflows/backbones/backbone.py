@@ -17,7 +17,8 @@ class Backbone(nn.Module, ABC):
 
     - *Level-causal* (``level_causal`` is true), called as ``backbone(content, query, levels)``.
       The content (B, D, width) says what the values are; the query (D, width) says what may be
-      known of a dimension beforehand, its level for example; the levels (D,) are integers. The
+      known of a dimension beforehand, its level for example; the levels (D,) are integers. Where a
+      context is aligned with the dimensions, the query is one an example, (B, D, width). The
       output at dimension d depends on the content of dimensions of a level strictly below
       ``levels[d]`` only, hence never on its own, and on any row of the query. Dimensions of
       level 0 see no content.
@@ -61,7 +62,7 @@ class Backbone(nn.Module, ABC):
 
         Args:
             content: Content, or features where the backbone is not level-causal (B, D, width).
-            query: Query (D, width) of a level-causal backbone.
+            query: Query (D, width) or (B, D, width) of a level-causal backbone.
             levels: Levels (D,) of a level-causal backbone, 0, 1, 2, … and -1 for context.
 
         Returns:
@@ -100,7 +101,7 @@ class SteppedBackbone(Backbone):
         """Prepares a cache for one batch.
 
         Args:
-            query: Query (D, width).
+            query: Query (D, width) or (B, D, width).
             levels: Levels (D,), without a gap; -1 for context.
             batch_size: B.
 
@@ -179,11 +180,12 @@ def check_causal(
     name = type(backbone).__name__
     if query is None or levels is None:
         raise UserError(f"{name} is level-causal: call it with content, query and levels")
-    if query.shape != content.shape[1:] or levels.shape != content.shape[1:2]:
+    fits = query.shape in (content.shape[1:], content.shape)
+    if not fits or levels.shape != content.shape[1:2]:
         raise UserError(
             f"{name} was given content {tuple(content.shape)}, a query {tuple(query.shape)} and "
-            f"levels {tuple(levels.shape)}: the query must be {tuple(content.shape[1:])} and the "
-            f"levels {tuple(content.shape[1:2])}"
+            f"levels {tuple(levels.shape)}: the query must be {tuple(content.shape[1:])}, or one "
+            f"an example, and the levels {tuple(content.shape[1:2])}"
         )
     return query, levels
 

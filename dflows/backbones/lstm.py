@@ -91,7 +91,7 @@ class LSTM(SteppedBackbone):
         query, levels = check_causal(self, content, query, levels)
         order = self._order(levels)
         if order is not None:
-            content, query = content[:, order], query[order]
+            content, query = content[:, order], query[..., order, :]
         before = torch.cat([self.start.expand(len(content), 1, -1), content[:, :-1]], dim=1)
         features = self.linear(self._read(before + query))
         # The order is its own inverse: it leaves the dimensions, or turns round a part of them.
@@ -119,11 +119,11 @@ class LSTM(SteppedBackbone):
     def begin(self, query: Tensor, levels: Tensor, batch_size: int) -> "State":
         if not self.level_causal:
             raise UserError("a bidirectional LSTM has no steps: set bidirectional=False")
-        check_causal(self, query.unsqueeze(0), query, levels)
+        check_causal(self, query.expand(batch_size, -1, -1), query, levels)
         order = self._order(levels)
         zeros = query.new_zeros(batch_size, self.lstm.hidden_size)
         return State(
-            query=query if order is None else query[order],
+            query=query if order is None else query[..., order, :],
             context=int((levels < 0).sum()),
             before=self.start.expand(batch_size, -1),
             hidden=[zeros] * self.lstm.num_layers,
@@ -136,12 +136,12 @@ class LSTM(SteppedBackbone):
         expected = max(0, cache.done - cache.context)
         count = cache.context if first else 1
         check_next_level(level, expected, content, [*cache.before.shape[:1], count, self.width])
-        if level + cache.context >= len(cache.query):
+        if level + cache.context >= cache.query.shape[-2]:
             raise UserError(f"level {level} was asked for, and there are {level} levels")
         known = [] if content is None else list(content.unbind(1))
         inputs = [cache.before, *known] if first else known
         for row in inputs:
-            x = row + cache.query[cache.done]
+            x = row + cache.query[..., cache.done, :]
             for layer, weights in enumerate(self.lstm.all_weights):
                 state = cache.hidden[layer], cache.cells[layer]
                 cache.hidden[layer], cache.cells[layer] = torch.lstm_cell(x, state, *weights)
@@ -184,7 +184,7 @@ class State:
     """What an LSTM remembers between steps.
 
     Attributes:
-        query: Query (D, width) in reading order.
+        query: Query (D, width) or (B, D, width) in reading order.
         context: Number of context dimensions, which are read first.
         before: What stands in for the content before the first dimension (B, width).
         hidden: Hidden state (B, hidden) of every layer.

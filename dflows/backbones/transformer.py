@@ -281,8 +281,7 @@ class Transformer(SteppedBackbone):
         return normed
 
     def _causal(self, content: Tensor, query: Tensor, levels: Tensor) -> Tensor:
-        h = torch.cat([self.start.unsqueeze(0), self._placed(query)])
-        h = h.expand(content.shape[0], -1, -1)
+        h = self._streams(query).expand(content.shape[0], -1, -1)
         content = F.pad(content, (0, 0, 1, 0))
         levels = F.pad(levels, (1, 0), value=-2)
         visible = levels < levels.unsqueeze(-1)
@@ -292,6 +291,11 @@ class Transformer(SteppedBackbone):
             h = block(h, content, self._mask(block.locality, levels, visible), turn)
         normed: Tensor = self.norm(h[:, 1:])
         return normed
+
+    def _streams(self, query: Tensor) -> Tensor:
+        """Returns what the streams of start and dimensions begin with, (…, 1 + D, width)."""
+        start = self.start.expand(*query.shape[:-2], 1, -1)
+        return torch.cat([start, self._placed(query)], dim=-2)
 
     def _placed(self, features: Tensor) -> Tensor:
         length = features.shape[-2]
@@ -315,7 +319,7 @@ class Transformer(SteppedBackbone):
     def begin(self, query: Tensor, levels: Tensor, batch_size: int) -> "Cache":
         if not self.level_causal:
             raise UserError("a Transformer of full attention has no steps: set attention='causal'")
-        check_causal(self, query.unsqueeze(0), query, levels)
+        check_causal(self, query.expand(batch_size, -1, -1), query, levels)
         levels = F.pad(levels, (1, 0), value=-2)
         order = levels.argsort(stable=True)
         counts = (levels[1:] + 1).bincount().tolist()
@@ -326,8 +330,7 @@ class Transformer(SteppedBackbone):
             if block.locality is not None:
                 mask = self._mask(block.locality, levels, everything)[:, order][:, :, order]
             masks.append(mask)
-        h = torch.cat([self.start.unsqueeze(0), self._placed(query)])[order]
-        h = h.expand(batch_size, -1, -1)
+        h = self._streams(query)[..., order, :].expand(batch_size, -1, -1)
         cache = Cache(counts, stream=h, turn=self._turn(order, query.dtype), masks=masks)
         start, turn = h[:, :1], cache.turned(0, 1)
         for n, (block, mask) in enumerate(zip(self.blocks, masks, strict=True)):

@@ -21,7 +21,8 @@ class AutoregressiveBase(Base):
     .. math:: p(x) = \prod_d p(x_d \mid x_e : \ell_e < \ell_d)
 
     Over the natural ordering, with no flow on it, this is a language model; over a strided one its
-    levels are drawn in parallel.
+    levels are drawn in parallel. Over an ordering of one level, ``Strided(1)``, its dimensions are
+    independent given a context.
 
     Arguments:
         num_classes: K.
@@ -35,6 +36,7 @@ class AutoregressiveBase(Base):
         execution: How the backbone is run.
         positions: Whether a learned embedding of positions is added.
         context_features: Features of a context.
+        align_context: Whether position d of the context belongs to dimension d.
 
     Raises:
         UserError: If the parts do not fit each other.
@@ -65,6 +67,7 @@ class AutoregressiveBase(Base):
         execution: Execution = "auto",
         positions: bool | None = None,
         context_features: int | None = None,
+        align_context: bool = False,
     ) -> None:
         super().__init__(num_classes, length)
         if draw not in ("all", "level"):
@@ -80,6 +83,7 @@ class AutoregressiveBase(Base):
             execution=execution,
             positions=positions,
             context_features=context_features,
+            align_context=align_context,
             conditions_first=True,
         )
 
@@ -133,6 +137,18 @@ class AutoregressiveBase(Base):
         x = torch.zeros(num_samples, length, dtype=torch.long, device=device)
         if fixed_point:
             return self.conditioner.fixed_point(x, decide, context)[0]
+        return self.conditioner.by_levels(x, decide, context)
+
+    @property
+    def greedy_is_mode(self) -> bool:
+        return self.passes == 1
+
+    def greedy(self, num_values: int, length: int, context: Tensor | None = None) -> Tensor:
+        def decide(_: Tensor, logits: Tensor) -> Tensor:
+            return logits.argmax(dim=-1)
+
+        device = self.conditioner.head.weight.device
+        x = torch.zeros(num_values, length, dtype=torch.long, device=device)
         return self.conditioner.by_levels(x, decide, context)
 
     @torch.no_grad()

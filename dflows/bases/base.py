@@ -83,6 +83,24 @@ class Base(nn.Module, ABC):
             Indices (N, d).
         """
 
+    @property
+    @abstractmethod
+    def greedy_is_mode(self) -> bool:
+        """Whether :meth:`greedy` is the mode, as it is of independent dimensions."""
+
+    @abstractmethod
+    def greedy(self, num_values: int, length: int, context: Tensor | None = None) -> Tensor:
+        """Returns the most likely value of every dimension, given those decided before it.
+
+        Args:
+            num_values: N.
+            length: Dimensions d of an event.
+            context: Vectors (N, C) or sequences (N, S, C).
+
+        Returns:
+            Indices (N, d). They are the mode only where :attr:`greedy_is_mode`.
+        """
+
     @abstractmethod
     def start(self, counts: Tensor) -> None:
         """Starts the distribution from the counts of the training data's classes, before training.

@@ -99,6 +99,13 @@ class FactorizedBase(Base):
         edges = probs.cumsum(dim=-1)[self.groups[:length], :-1].contiguous()
         return torch.searchsorted(edges, uniform, right=True).T.contiguous()
 
+    @property
+    def greedy_is_mode(self) -> bool:
+        return True
+
+    def greedy(self, num_values: int, length: int, context: Tensor | None = None) -> Tensor:
+        return self.logits.argmax(dim=-1)[self.groups[:length]].expand(num_values, -1)
+
     @torch.no_grad()
     def start(self, counts: Tensor) -> None:
         marginal = ((counts + 1) / (counts + 1).sum(dim=-1, keepdim=True)).to(self.logits)

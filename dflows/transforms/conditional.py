@@ -53,6 +53,7 @@ class ConditionalTransform(DiscreteTransform):
         execution: How the backbone is run.
         positions: Whether a learned embedding of positions is added.
         context_features: Features of a context.
+        align_context: Whether position d of the context belongs to dimension d.
 
     Raises:
         UserError: If the parts do not fit each other.
@@ -91,6 +92,7 @@ class ConditionalTransform(DiscreteTransform):
         execution: Execution = "auto",
         positions: bool | None = None,
         context_features: int | None = None,
+        align_context: bool = False,
     ) -> None:
         super().__init__()
         self.bijection = bijection
@@ -106,6 +108,7 @@ class ConditionalTransform(DiscreteTransform):
             execution=execution,
             positions=positions,
             context_features=context_features,
+            align_context=align_context,
         )
         # The identity: it is made explicit by the bias, with every weight of the head at 0.
         with torch.no_grad():
@@ -244,8 +247,9 @@ class AutoregressiveTransform(ConditionalTransform):
 class BipartiteTransform(ConditionalTransform):
     """Creates a transform of one part of the dimensions, given the other.
 
-    It is the :class:`ConditionalTransform` over an ordering of two levels. Both directions are
-    one evaluation of any backbone, which is never handed the dimensions that are transformed.
+    It is the :class:`ConditionalTransform` over an ordering of two levels, or of all dimensions
+    behind a context (:class:`~dflows.orderings.BehindContext`). Both directions are one evaluation
+    of any backbone, which is never handed the dimensions that are transformed.
 
     Arguments and options are those of :class:`ConditionalTransform`; the ordering is by parity by
     default.
@@ -265,7 +269,7 @@ class BipartiteTransform(ConditionalTransform):
         **options: Any,
     ) -> None:
         ordering = ordering or Parity()
-        num_levels = len(ordering.levels(length).unique())
+        num_levels = int(ordering.levels(length).max()) + 1
         if num_levels != 2:
             raise UserError(
                 f"{ordering!r} has {num_levels} levels over {length} dimensions, and a bipartite "

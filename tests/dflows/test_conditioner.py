@@ -11,9 +11,10 @@ from dflows.backbones import (
     Table,
     Transformer,
 )
+from dflows.checks import check_causal
 from dflows.conditioner import Conditioner
 from dflows.errors import UserError
-from dflows.orderings import Blocks, Natural, Parity, Reversed, Strided
+from dflows.orderings import BehindContext, Blocks, Natural, Parity, Reversed, Strided
 from dflows.representations import to_one_hot
 from tests.dflows.small import ORDERINGS, WIDTH, shaken
 
@@ -238,6 +239,112 @@ class TestContext:
             make("transformer")(y, context)
         with pytest.raises(UserError, match="none for a context"):
             make("table", context_features=4)
+
+
+ALIGNED = {
+    **{name: CAUSAL[name] for name in ("transformer", "convolution", "made", "lstm")},
+    "learned-positions": lambda _: Transformer(
+        WIDTH, heads=2, positions="learned", length=LENGTH, locality="distance"
+    ),
+    "masked": lambda _: DilatedConvolution(WIDTH, layers=3),
+    "both-ways": lambda _: LSTM(WIDTH, bidirectional=True),
+}
+aligned = pytest.mark.parametrize("name", ALIGNED)
+
+
+def make_aligned(name, ordering=NATURAL, execution="auto", **options):
+    torch.manual_seed(0)
+    backbone = ALIGNED[name](ordering)
+    return make(backbone, ordering, execution, context_features=4, align_context=True, **options)
+
+
+class TestAlignedContext:
+    @aligned
+    def test_a_position_is_seen_by_its_own_dimension(self, name):
+        conditioner, y = make_aligned(name), values()
+        context = torch.randn(6, LENGTH, 4)
+        logits = conditioner(y, context)
+        for d in range(LENGTH):
+            other = context.clone()
+            other[:, d] += 1
+            changed = (conditioner(y, other) - logits).abs().amax((0, 2)) > 1e-6
+            assert changed[d] == (d > 0)  # dimension 0 needs no network
+            if name == "lstm":
+                assert not changed[:d].any()
+        torch.testing.assert_close(conditioner(y[2:3], context[2:3]), logits[2:3])
+
+    @aligned
+    @pytest.mark.parametrize("ordering", [Natural(), Reversed(), BehindContext(Reversed())])
+    def test_executions_steps_and_the_fixed_point_agree(self, name, ordering):
+        first = not isinstance(ordering, BehindContext)
+        conditioner = make_aligned(name, ordering, conditions_first=first)
+        y, context = values(), torch.randn(6, LENGTH, 4)
+        logits = conditioner(y, context)
+        if conditioner.one_pass:
+            masked = make_aligned(name, ordering, "masked", conditions_first=first)
+            torch.testing.assert_close(masked(y, context), logits)
+        stepped = torch.zeros_like(logits)
+
+        def decide(dimensions, part):
+            stepped[:, dimensions] = part
+            return y[:, dimensions]
+
+        def choose(dimensions, part):
+            return part[..., :CLASSES].argmax(-1)
+
+        with torch.no_grad():
+            assert torch.equal(conditioner.by_levels(torch.zeros_like(y), decide, context), y)
+            decided = conditioner.by_levels(y, choose, context)
+            found, _ = conditioner.fixed_point(y, choose, context)
+        torch.testing.assert_close(stepped, logits)
+        assert torch.equal(found, decided)
+        assert conditioner.passes == LENGTH
+
+    @aligned
+    @pytest.mark.parametrize("ordering", [Natural(), BehindContext(Reversed())])
+    def test_it_is_no_leak(self, name, ordering):
+        conditioner = make_aligned(name, ordering)
+        check_causal(conditioner, torch.randn(1, LENGTH, 4))
+
+    @aligned
+    def test_drawn_levels_and_one_hot_vectors_see_it_too(self, name):
+        conditioner, y = make_aligned(name), values()
+        context = torch.randn(6, LENGTH, 4)
+        logits = conditioner(y, context)
+        level = torch.tensor([1, 2, 3, 4, 1, 2])
+        drawn, part = conditioner.drawn_logits(y, level, context)
+        torch.testing.assert_close(part, logits[drawn])
+        torch.testing.assert_close(conditioner(to_one_hot(y, CLASSES), context), logits)
+
+    @aligned
+    def test_fewer_dimensions_take_the_first_positions(self, name):
+        conditioner, context = make_aligned(name), torch.randn(6, LENGTH, 4)
+        y = values(length=3)
+        torch.testing.assert_close(conditioner(y, context), conditioner(y, context[:, :3]))
+
+    def test_behind_a_context_all_dimensions_at_once(self):
+        conditioner = make_aligned("both-ways", BehindContext(Blocks(LENGTH)))
+        y, context = values(), torch.randn(6, LENGTH, 4)
+        logits = conditioner(y, context)
+        assert conditioner.passes == 1
+        assert (logits != 0).any(-1).all()
+        torch.testing.assert_close(conditioner(values(), context), logits)
+        tokens = make("transformer", BehindContext(Blocks(LENGTH)), context_features=4)
+        logits = tokens(y, context)
+        assert not torch.allclose(tokens(y, context + 1), logits)
+        torch.testing.assert_close(tokens(values(), context), logits)
+
+    def test_errors(self):
+        conditioner, y = make_aligned("transformer"), values()
+        for shape in ((6, 4), (6, LENGTH - 1, 4), (6, LENGTH + 1, 4)):
+            with pytest.raises(UserError, match="with 5 dimensions: give a vector for each"):
+                conditioner(y, torch.randn(shape))
+        with pytest.raises(UserError, match="no context was given"):
+            conditioner(y)
+        with pytest.raises(UserError, match="there is no context: give `context_features`"):
+            make("transformer", align_context=True)
+        with pytest.raises(UserError, match="no dimension of level 0, and a base begins there"):
+            make("transformer", BehindContext(Natural()), conditions_first=True)
 
 
 class Reshaping(nn.Module):

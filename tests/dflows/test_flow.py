@@ -14,11 +14,12 @@ from dflows import (
     FactorizedBase,
     PermutationTransform,
 )
-from dflows.backbones import LevelConvolution
+from dflows.backbones import LSTM, LevelConvolution, Transformer
 from dflows.bijections import RankPermutation
+from dflows.checks import check_flow
 from dflows.errors import UserError
 from dflows.estimators import LocalObjective, PosteriorRule, SoftmaxStraightThrough
-from dflows.orderings import Natural, Parity, Reversed, Strided
+from dflows.orderings import BehindContext, Blocks, Natural, Parity, Reversed, Strided
 from dflows.transforms import BipartiteTransform, Composition, ConditionalTransform
 from tests.dflows.small import (
     BACKBONES,
@@ -562,6 +563,101 @@ class TestDistribution:
             make_flow().log_prob(y, torch.randn(2, 2))
         with pytest.raises(UserError, match="no context was given"):
             make_flow(context_features=2).log_prob(y)
+
+
+ALIGNED = {
+    "causal": [Natural(), Reversed()],
+    "causal-convolution": [Strided(columns=3), Reversed()],
+    "masked": [*BOTH_PARITIES],
+    "behind": [BehindContext(Parity())],
+    "at-once": [BehindContext(Blocks(size=4))],
+}
+
+
+@pytest.mark.parametrize("name", ALIGNED)
+class TestAlignedContext:
+    def make(self, name, **options):
+        backbone = name if name.startswith("causal") else "masked"
+        return make_flow(
+            3,
+            4,
+            ALIGNED[name],
+            "rank",
+            backbone=backbone,
+            context_features=2,
+            align_context=True,
+            **options,
+        )
+
+    def test_probabilities_sum_to_one_and_samples_follow_them(self, name):
+        flow, context = self.make(name), torch.randn(2, 4, 2)
+        check_flow(flow, context)
+        every = states(3, 4).unsqueeze(1).expand(-1, 2, -1)
+        with torch.no_grad():
+            probs = flow.log_prob(every, context).exp()
+        torch.testing.assert_close(probs.sum(0), torch.ones(2))
+        assert not torch.allclose(probs[:, 0], probs[:, 1])
+        one, two = (
+            flow.sample((5000,), context, method=method, generator=torch.Generator().manual_seed(2))
+            for method in ("levels", "fixed_point")
+        )
+        assert torch.equal(one, two)
+        cells = (one * torch.tensor([27, 9, 3, 1])).sum(-1)
+        assert chi_square(cells[:, 0], probs[:, 0]) < 4
+        assert chi_square(cells[:, 1], probs[:, 1]) < 4
+
+    @pytest.mark.parametrize("estimator", ["one-level", "one-flow"])
+    def test_draws_are_unbiased(self, name, estimator, monkeypatch):
+        y, context = torch.randint(3, (3, 4)), torch.randn(3, 4, 2)
+        drawn, whole = self.make(name, estimator=estimator), self.make(name)
+        mean = expectation(monkeypatch, lambda: {"value": drawn.objective(y, context).detach()})
+        torch.testing.assert_close(mean["value"], whole.log_prob(y, context).detach())
+
+    def test_the_mode_is_the_most_probable_event(self, name):
+        flow, context = self.make(name), torch.randn(3, 4, 2)
+        every = states(3, 4)
+        with torch.no_grad():
+            log_probs = flow.log_prob(every.unsqueeze(1).expand(-1, 3, -1), context)
+            expected = every[log_probs.argmax(0)]
+        assert torch.equal(flow(context).mode, expected)
+        assert torch.equal(flow.greedy(context), expected)
+
+
+class TestMode:
+    def test_without_a_context(self):
+        flow = make_flow(3, 4, [Natural(), Reversed()], "rank")
+        every = states(3, 4)
+        expected = every[flow.log_prob(every).argmax()]
+        assert torch.equal(flow().mode, expected)
+        assert torch.equal(flow.greedy(), expected)
+        assert flow.greedy(length=2).shape == (2,)
+        with pytest.raises(UserError, match="length is 5: give 1 to 4"):
+            flow.greedy(length=5)
+
+    def test_greedy_decoding_takes_the_most_likely_value_after_those_before(self):
+        base = AutoregressiveBase(3, 4, backbone=Transformer(WIDTH, heads=2))
+        flow = make_flow(3, 4, [Reversed()], base=base, backbone="causal")
+        x = torch.zeros(1, 4, dtype=torch.long)
+        for d in range(4):
+            x[0, d] = base.conditioner(x)[0, d].argmax()
+        assert torch.equal(flow.greedy(), flow.transforms[0](x)[0])
+        with pytest.raises(UserError, match=r"takes a search over all events: flow\.greedy"):
+            _ = flow().mode
+
+    def test_given_a_context_dimensions_are_independent_over_one_level(self):
+        base = AutoregressiveBase(
+            3,
+            4,
+            backbone=LSTM(WIDTH, bidirectional=True),
+            ordering=Strided(columns=1),
+            context_features=2,
+            align_context=True,
+        )
+        flow = make_flow(3, 4, [], base=base)
+        context, every = torch.randn(5, 4, 2), states(3, 4)
+        log_probs = flow.log_prob(every.unsqueeze(1).expand(-1, 5, -1), context)
+        assert torch.equal(flow(context).mode, every[log_probs.argmax(0)])
+        assert flow.passes == 1
 
 
 class TestObject:

@@ -4,6 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dflows.orderings import (
+    BehindContext,
     Blocks,
     CoarseToFine,
     Halves,
@@ -34,7 +35,14 @@ EXPECTED = [
 ]
 
 
-@pytest.mark.parametrize(("ordering", "levels"), EXPECTED, ids=lambda value: str(value))
+BEHIND = [
+    (BehindContext(Reversed()), [5, 4, 3, 2, 1]),
+    (BehindContext(Parity()), [1, 2, 1, 2, 1]),
+    (BehindContext(Blocks(size=9)), [1, 1, 1, 1, 1]),
+]
+
+
+@pytest.mark.parametrize(("ordering", "levels"), EXPECTED + BEHIND, ids=lambda value: str(value))
 def test_levels(ordering, levels):
     assert ordering.levels(5).tolist() == levels
 
