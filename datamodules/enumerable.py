@@ -41,6 +41,19 @@ class EnumerableDataModule(StreamDataModule):
 
     Raises:
         UserError: An argument is out of range, or there are more states than can be held.
+
+    Example:
+        >>> class Coins(EnumerableDataModule):
+        ...     def __init__(self, length):
+        ...         super().__init__(length, 2, 4, 4, eval_examples=8, num_workers=0, seed=0)
+        ...
+        ...     def tabulate(self):
+        ...         return torch.full((2,) * self.length, 0.5**self.length, dtype=torch.double)
+        >>> data = Coins(length=3)
+        >>> round(data.entropy, 4)  # 3 ln 2
+        2.0794
+        >>> data.decode(next(iter(data.train_dataloader()))[0])
+        '0 1 1'
     """
 
     def __init__(
