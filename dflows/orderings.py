@@ -17,6 +17,7 @@ from dflows.errors import UserError
 __all__ = [
     "BehindContext",
     "Blocks",
+    "Checkerboard",
     "CoarseToFine",
     "Halves",
     "Natural",
@@ -222,6 +223,42 @@ class Strided(Ordering):
 
     def levels(self, length: int) -> Tensor:
         return torch.arange(length) % self.columns
+
+
+class Checkerboard(Ordering):
+    """Creates the bipartite ordering of a lattice's even and odd sites, row by row in dimensions.
+
+    The neighbours of a site are all of the other level, so that on a lattice with pairs of
+    neighbours alone the sites of level 1 are independent given level 0. It takes an even number of
+    rows and columns where the lattice is periodic.
+
+    Arguments:
+        columns: Sites of a row.
+        first: The sites that condition the others: 0 (row plus column even) or 1 (odd). A single
+            dimension is of level 0.
+
+    Raises:
+        UserError: If there is less than one column, or `first` is neither.
+
+    Example:
+        >>> Checkerboard(columns=4).levels(16).view(4, 4)
+        tensor([[0, 1, 0, 1],
+                [1, 0, 1, 0],
+                [0, 1, 0, 1],
+                [1, 0, 1, 0]])
+    """
+
+    def __init__(self, columns: int, first: int = 0) -> None:
+        _check_positive(columns=columns)
+        _check_first(first)
+        self.columns = columns
+        self.first = first
+
+    def levels(self, length: int) -> Tensor:
+        dimensions = torch.arange(length)
+        return _without_gaps(
+            (dimensions // self.columns + dimensions % self.columns + self.first) % 2
+        )
 
 
 class CoarseToFine(Ordering):

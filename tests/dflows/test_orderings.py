@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 from dflows.orderings import (
     BehindContext,
     Blocks,
+    Checkerboard,
     CoarseToFine,
     Halves,
     Natural,
@@ -29,6 +30,9 @@ EXPECTED = [
     (Blocks(size=9), [0, 0, 0, 0, 0]),
     (Strided(columns=3), [0, 1, 2, 0, 1]),
     (Strided(columns=1), [0, 0, 0, 0, 0]),
+    (Checkerboard(columns=2), [0, 1, 1, 0, 0]),
+    (Checkerboard(columns=2, first=1), [1, 0, 0, 1, 1]),
+    (Checkerboard(columns=1), [0, 1, 0, 1, 0]),
     (CoarseToFine(stride=4), [0, 2, 1, 2, 0]),
     (CoarseToFine(stride=1), [0, 0, 0, 0, 0]),
     (CoarseToFine(stride=16), [0, 3, 2, 3, 1]),  # a level without dimensions is left out
@@ -61,6 +65,7 @@ def orderings(draw):
                 Halves(first=1),
                 Blocks(size),
                 Strided(size),
+                Checkerboard(size, draw(st.integers(0, 1))),
                 CoarseToFine(2 ** draw(st.integers(0, 5))),
                 Permutation(draw(st.permutations(range(20)))),
             ]
@@ -83,6 +88,15 @@ def test_a_shorter_event_keeps_the_order_of_a_permutation(order, length):
     assert levels.argsort().tolist() == kept
 
 
+@pytest.mark.parametrize("columns", [2, 3, 4, 7])
+def test_neighbours_of_a_checkerboard_are_of_the_other_level(columns):
+    levels = Checkerboard(columns).levels(5 * columns).view(5, columns)
+    assert (levels[1:] != levels[:-1]).all()
+    assert (levels[:, 1:] != levels[:, :-1]).all()
+    if columns % 2:
+        assert torch.equal(levels.flatten(), Parity().levels(5 * columns))
+
+
 def test_orderings_are_equal_if_they_say_the_same():
     assert repr(Strided(columns=3)) == "Strided(columns=3)"
     assert Strided(3) == Strided(columns=3) != Strided(4)
@@ -101,6 +115,8 @@ def test_orderings_are_equal_if_they_say_the_same():
         (lambda: Halves(first=-1), "give 0 or 1"),
         (lambda: Blocks(size=0), "size is 0: give at least 1"),
         (lambda: Strided(columns=0), "columns is 0: give at least 1"),
+        (lambda: Checkerboard(columns=0), "columns is 0: give at least 1"),
+        (lambda: Checkerboard(columns=4, first=2), "give 0 or 1"),
         (lambda: CoarseToFine(stride=6), "power of 2"),
         (lambda: CoarseToFine(stride=0), "stride is 0"),
     ],
