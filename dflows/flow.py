@@ -32,6 +32,15 @@ def _taken_apart(transforms: Iterable[DiscreteTransform]) -> Iterator[DiscreteTr
             yield transform
 
 
+def _estimators(module: nn.Module) -> Iterator[Estimator]:
+    """Returns the estimators in a module, not those that another estimator is made of."""
+    for part in module.children():
+        if isinstance(part, Estimator):
+            yield part
+        else:
+            yield from _estimators(part)
+
+
 def _add_at(total: Tensor, rows: Tensor, value: Tensor) -> Tensor:
     dtype = torch.promote_types(total.dtype, value.dtype)
     return total.to(dtype).index_add(0, rows, value.to(dtype))
@@ -114,16 +123,37 @@ class DiscreteFlow(nn.Module):
                 "some flows of the stack draw a flow to train and others do not: give every "
                 "estimator draw='flow', or none"
             )
-        self._draws_flow = draws == {True} and len(conditional) > 1
-        self._through = any(part.through for part in stack.modules() if isinstance(part, Estimator))
+        self._estimators = list(_estimators(stack))
         for part in stack:
             if isinstance(part, Inverse) and any(
-                isinstance(inner, Estimator) and not inner.through for inner in part.modules()
+                not estimator.through for estimator in _estimators(part)
             ):
                 raise UserError(
                     "an inverse stands in the stack, and its estimator trains from data to base "
                     "only: give SoftmaxStraightThrough or PosteriorRule to what is inverted"
                 )
+
+    def at_step(self, step: int) -> None:
+        """Tells the estimators how many optimizer steps were done.
+
+        Those that change with the step need it before each, in a training loop of one's own;
+        :class:`lightning_modules.DiscreteFlowModule` does it.
+        """
+        for estimator in self._estimators:
+            estimator.at_step(step)
+
+    @property
+    def _through(self) -> bool:
+        return any(estimator.through for estimator in self._estimators)
+
+    @property
+    def _draws_flow(self) -> bool:
+        draws = [transform.estimator.draw for transform in self.conditional_transforms]
+        return len(draws) > 1 and set(draws) == {"flow"}
+
+    @property
+    def _draws_maps(self) -> bool:
+        return any(estimator.draws_maps and estimator.training for estimator in self._estimators)
 
     @property
     def num_classes(self) -> int:
@@ -211,6 +241,11 @@ class DiscreteFlow(nn.Module):
         return self._log_prob(self._check(y), self.encode_context(context))
 
     def _log_prob(self, y: Tensor, context: Tensor | None) -> Tensor:
+        if self._draws_maps and torch.is_grad_enabled():
+            with torch.no_grad():
+                exact = self._log_prob(y, context)
+            estimate = self._objective(y, context)
+            return exact + (estimate - estimate.detach())
         flat, context, shape = flatten_batch(y, context)
         x, total = self._inverse(flat, context)
         return (self.base.log_prob(x, context).sum(dim=-1) + total).reshape(shape)
@@ -228,11 +263,17 @@ class DiscreteFlow(nn.Module):
         """Computes what training maximises: the log-probability, or an unbiased estimate of it.
 
         Where an estimator draws levels or flows, only these are evaluated. In value the mean over
-        draws is :meth:`log_prob`; the gradient is the estimators'.
+        draws is :meth:`log_prob`; the gradient is the estimators'. Where one draws maps
+        (:class:`~dflows.estimators.GumbelStraightThrough`, :class:`~dflows.estimators.ReinMax`),
+        the value in training mode, with gradients, is the log-probability under the maps that were
+        drawn, whose mean is not that under the chosen ones.
 
         Arguments, result and errors are those of :meth:`log_prob`.
         """
-        flat, context, shape = flatten_batch(self._check(y), self.encode_context(context))
+        return self._objective(self._check(y), self.encode_context(context))
+
+    def _objective(self, y: Tensor, context: Tensor | None) -> Tensor:
+        flat, context, shape = flatten_batch(y, context)
         if self._draws_flow:
             return self._drawn_flow(flat, context).reshape(shape)
         x, total, weight = flat, torch.zeros(flat.shape[0], device=flat.device), None

@@ -64,7 +64,10 @@ METRICS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "gradient_norm_ratio": ("number", "norm of the mean gradient over the exact one's"),
         "gradient_variance": ("number", "variance of the gradient over the exact squared norm"),
         # Speed.
+        "gradient_mixture_cosine": ("number", "cosine with the gradient of the mixture"),
+        "gradient_mixture_norm_ratio": ("number", "norm over that of the mixture's gradient"),
         "steps": ("count", "optimizer steps"),
+        "gradient_standard_error": ("number", "of the mean gradient, over the exact norm"),
         "train_seconds": ("number", "seconds of training, without evaluation"),
         "characters_per_second": ("number", "characters trained on in a second"),
         "examples_per_second": ("number", "examples trained on in a second"),

@@ -147,6 +147,7 @@ class DiscreteFlowModule(BaseModule):
         step = self.trainer.global_step
         base = self.flow.base
         if not self.base_refit_every or step == self._step_before or step % self.base_refit_every:
+        self.flow.at_step(self._step_before)
             return
         if isinstance(base, FactorizedBase):
             y, context = self.indices_of(batch), self.context_of(batch)

@@ -1,5 +1,6 @@
 """The conditional transform over an ordering, and its two famous cases."""
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -96,8 +97,6 @@ class ConditionalTransform(DiscreteTransform):
     ) -> None:
         super().__init__()
         self.bijection = bijection
-        self.estimator = estimator or LocalObjective()
-        self.estimator.check(bijection)
         self.conditioner = Conditioner(
             bijection.num_classes,
             length,
@@ -114,9 +113,24 @@ class ConditionalTransform(DiscreteTransform):
         with torch.no_grad():
             self.conditioner.head.weight.zero_()
             self.conditioner.head.bias.copy_(bijection.initial_logits())
-        if bijection.needs_target and not self.estimator.through:
-            peaked = to_one_hot(torch.tensor(0), bijection.num_classes)
-            self.target = nn.Parameter(peaked * float(torch.tensor(bijection.num_classes).log()))
+        self.train_by(estimator or LocalObjective())
+
+    def train_by(self, estimator: Estimator) -> None:
+        """Sets the estimator, before the transform becomes part of a flow.
+
+        Args:
+            estimator: The estimator. One that aims at a distribution of x of its own starts at one
+                that is peaked on class 0.
+
+        Raises:
+            UserError: If it cannot train the bijection.
+        """
+        estimator.check(self.bijection)
+        self.estimator = estimator
+        if self.bijection.needs_target and not estimator.through:
+            weight = self.conditioner.head.weight
+            peaked = to_one_hot(torch.tensor(0), self.bijection.num_classes).to(weight)
+            self.target = nn.Parameter(peaked * math.log(self.bijection.num_classes))
         else:
             self.register_parameter("target", None)
 

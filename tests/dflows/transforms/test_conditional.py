@@ -26,6 +26,7 @@ from tests.dflows.small import (
     WIDTH,
     make_transform,
     shaken,
+    skip_refused,
     states,
 )
 
@@ -201,8 +202,7 @@ class TestTraining:
     @pytest.mark.parametrize("bijection", BIJECTIONS)
     @pytest.mark.parametrize("backbone", ["causal", "causal-convolution", "masked"])
     def test_every_parameter_receives_a_gradient(self, estimator, bijection, backbone):
-        if (estimator, bijection) == ("posterior", "rank"):
-            pytest.skip("refused")
+        skip_refused(estimator, bijection)
         transform = shaken(make_transform(5, 6, Strided(columns=3), bijection, estimator, backbone))
         y = torch.randint(5, (30, 6))
         if transform.estimator.through:
