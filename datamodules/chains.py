@@ -67,6 +67,16 @@ class Gibbs(Sampler):
         | https://doi.org/10.1109/TPAMI.1984.4767596
     """
 
+    def __init__(
+        self, neighbours: NDArray[np.int64], sites: int, num_classes: int, coupling: float
+    ) -> None:
+        super().__init__(neighbours, sites, num_classes, coupling)
+        first, second = neighbours.T
+        self._around = [
+            np.concatenate([second[first == site], first[second == site]]) for site in range(sites)
+        ]
+        self._weights = np.exp(coupling * np.arange(1 + max(map(len, self._around))))
+
     @property
     def width(self) -> int:
         return self.sites
@@ -74,13 +84,9 @@ class Gibbs(Sampler):
     def sweep(self, states: Array, uniform: NDArray[np.float64]) -> Array:
         states = states.copy()
         classes = np.arange(self.num_classes, dtype=states.dtype)[:, None, None]
-        for site, number in enumerate(uniform):
-            around = [
-                *self.neighbours[self.neighbours[:, 0] == site, 1],
-                *self.neighbours[self.neighbours[:, 1] == site, 0],
-            ]
-            equal = (states[around] == classes).sum(1)
-            cumulative = np.exp(self.coupling * equal).cumsum(0)
+        for site, (around, number) in enumerate(zip(self._around, uniform, strict=True)):
+            equal = (states[around] == classes).sum(1, dtype=np.int16)
+            cumulative = self._weights[equal].cumsum(0)
             states[site] = (cumulative[:-1] <= number * cumulative[-1]).sum(0)
         return states
 
