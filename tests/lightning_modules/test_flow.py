@@ -15,7 +15,14 @@ from dflows.bijections import ModularAffine, ModularShift, RankPermutation
 from dflows.checks import CertificateError
 from dflows.cli.noise import quiet
 from dflows.errors import UserError
-from dflows.estimators import LocalObjective, PosteriorRule, SoftmaxStraightThrough
+from dflows.estimators import (
+    GumbelStraightThrough,
+    LocalObjective,
+    LocalThenJoint,
+    PosteriorRule,
+    ReinMax,
+    SoftmaxStraightThrough,
+)
 from dflows.orderings import Natural, Parity, Strided
 from lightning_modules import FlowModule, LanguageModel, Optimization
 
@@ -166,6 +173,43 @@ def test_a_leaking_network_is_refused_before_training(data, tmp_path):
     module = FlowModule(K, D, [Natural()], Leaking)
     with pytest.raises(CertificateError, match="leaks: the value at dimension"):
         trainer(tmp_path).fit(module, datamodule=data)
+
+
+@pytest.mark.parametrize("estimator", [PosteriorRule, GumbelStraightThrough, ReinMax])
+def test_estimators_of_a_softmax_train_a_location_scale_map(estimator, data, tmp_path):
+    module = FlowModule(K, D, [Parity()], CONVOLUTION, bijection=ModularAffine, estimator=estimator)
+    run = trainer(tmp_path, steps=2)
+    run.fit(module, datamodule=data)
+    assert run.callback_metrics["valid_bpc"].isfinite()
+
+
+def test_local_then_joint_changes_at_its_step_and_resumes_as_it_was(tmp_path):
+    def fitted(steps, **options):
+        module = FlowModule(
+            K,
+            D,
+            [Parity(), Parity(first=1)],
+            CONVOLUTION,
+            bijection=ModularAffine,
+            estimator=partial(LocalThenJoint, joint_from_step=2),
+        )
+        run = trainer(tmp_path, steps, limit_val_batches=1)
+        data = FullRankDataModule(length=D, num_classes=K, batch_size=16, eval_examples=64)
+        run.fit(module, datamodule=data, **options)
+        return module, run
+
+    torch.manual_seed(0)
+    uninterrupted, _ = fitted(5)
+    for steps, joint in ((2, False), (3, True)):
+        torch.manual_seed(0)
+        module, run = fitted(steps)
+        assert {part.estimator.is_joint for part in module.flow.transforms} == {joint}
+        file = tmp_path / f"{steps}.ckpt"
+        run.save_checkpoint(file)
+        torch.manual_seed(1)
+        resumed, _ = fitted(5, ckpt_path=file)
+        for name, value in uninterrupted.state_dict().items():
+            assert torch.equal(resumed.state_dict()[name], value), name
 
 
 def test_an_estimator_that_does_not_fit_is_refused():
