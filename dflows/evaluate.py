@@ -123,6 +123,7 @@ def evaluate(arguments: Sequence[str]) -> None:
         if trainer.is_global_zero:
             figures = Figures()
             figures.add_likelihood(module, data, split, result[f"{split}_bpc"])
+            figures.add_exact(module, data)
             figures.add_flows(module)
             figures.add_speed(stopwatch, module, steps=0)
             figures.print(stdout_console(), str(checkpoint.path))

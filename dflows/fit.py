@@ -57,12 +57,13 @@ def fit(arguments: Sequence[str]) -> None:
     folders = [trainer.log_dir, cli.config.record]  # a collective call, as all of the above
     end_processes()
     if trainer.is_global_zero:
-        figures = Figures()
+        figures = Figures(exact_states=cli.config.exact_states)
         module.to(trainer_device(trainer))
         console = stdout_console()
         if "valid_bpc" in validated:
             figures.add_likelihood(module, data, "valid", validated["valid_bpc"])
         figures.add_likelihood(module, data, "test", tested["test_bpc"])
+        figures.add_exact(module, data)
         figures.add_flows(module)
         figures.add_speed(cli.stopwatch, module, steps)
         figures.add_generation(module, data.length)

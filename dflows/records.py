@@ -47,12 +47,14 @@ METRICS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "unigram_bpc": ("number", "unigram entropy of the test split"),
         "valid_unigram_bpc": ("number", "unigram entropy of the validation split"),
         "bigram_bpc": ("number", "bigram entropy of the test split"),
+        "exact_nats": ("number", "exact expected nats per example under the true distribution"),
         "entropy": ("number", "exact entropy of the distribution, nats"),
         "factorized_entropy": ("number", "sum of the exact marginal entropies, nats"),
         "reference_nats": ("number", "nats per example of the best tabular flow found"),
         "kl": ("number", "exact divergence of the model from the distribution, nats"),
         "factorized_kl": ("number", "kl of the best factorized base, nats"),
         "reference_kl": ("number", "kl of the best tabular flow found, nats"),
+        "probabilities": ("numbers", "the model's of every state, the last dimension first"),
         "accuracy": ("number", "share of test examples that the model's mode equals"),
         # The flows.
         "residual_bpc": ("numbers", "bits per dimension after each flow was undone, on test"),
@@ -62,12 +64,12 @@ METRICS: Mapping[str, tuple[str, str]] = MappingProxyType(
         # Estimators of gradients against the exact one.
         "gradient_cosine": ("number", "cosine of the mean gradient with the exact one"),
         "gradient_norm_ratio": ("number", "norm of the mean gradient over the exact one's"),
-        "gradient_variance": ("number", "variance of the gradient over the exact squared norm"),
-        # Speed.
         "gradient_mixture_cosine": ("number", "cosine with the gradient of the mixture"),
         "gradient_mixture_norm_ratio": ("number", "norm over that of the mixture's gradient"),
-        "steps": ("count", "optimizer steps"),
+        "gradient_variance": ("number", "variance of the gradient over the exact squared norm"),
         "gradient_standard_error": ("number", "of the mean gradient, over the exact norm"),
+        # Speed.
+        "steps": ("count", "optimizer steps"),
         "train_seconds": ("number", "seconds of training, without evaluation"),
         "characters_per_second": ("number", "characters trained on in a second"),
         "examples_per_second": ("number", "examples trained on in a second"),

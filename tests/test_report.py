@@ -7,7 +7,9 @@ import pytest
 
 from dflows.errors import UserError
 from dflows.records import Record, read_records, write_record
-from dflows.report import BEGIN, END, describe_figure, main, render_table, update_readme
+from dflows.report import main
+from dflows.reports.markdown import BEGIN, END, update_page
+from dflows.reports.text import describe_figure, render_table
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,7 +46,7 @@ def test_readme_and_records_agree():
     benchmarks = read_records(ROOT / "results/benchmarks")
     table = render_table(read_records(ROOT / "results/text"), benchmarks)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert update_readme(readme, table) == readme, "run python -m dflows.report"
+    assert update_page(readme, table, "README.md") == readme, "run python -m dflows.report"
 
 
 def test_figure_and_records_agree():
@@ -87,17 +89,18 @@ def test_records_that_do_not_compare_are_refused(metrics, message):
 
 
 def test_the_command_writes_table_and_figure(tmp_path, capsys):
-    write_record(tmp_path / "results", record())
-    readme, figure = tmp_path / "README.md", tmp_path / "figures/text.svg"
+    write_record(tmp_path / "results" / "text", record())
+    readme, figure = tmp_path / "README.md", tmp_path / "docs/figures/text.svg"
     readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n", encoding="utf-8")
-    options = ["--results", tmp_path / "results", "--benchmarks", tmp_path / "none"]
-    options += ["--readme", readme, "--figure", figure]
+    options = ["--results", tmp_path / "results", "--readme", readme, "--docs", tmp_path / "docs"]
     assert main([str(option) for option in options]) == 0
     assert "2.500" in readme.read_text(encoding="utf-8")
     assert "old" not in readme.read_text(encoding="utf-8")
     assert figure.read_text(encoding="utf-8").startswith("<?xml")
     # A model without a network takes no pass, which is no place on a logarithmic axis.
-    write_record(tmp_path / "results", record(name="unigrams", metrics=METRICS | {"passes": 0}))
+    write_record(
+        tmp_path / "results" / "text", record(name="unigrams", metrics=METRICS | {"passes": 0})
+    )
     assert main([str(option) for option in options]) == 0
     assert "unigrams: 0 passes" in figure.read_text(encoding="utf-8")
     readme.write_text("no marks", encoding="utf-8")
@@ -120,11 +123,15 @@ def test_wrong_arguments_are_one_line(arguments, line, capsys):
 
 def test_figures_without_passes_are_refused(tmp_path, capsys):
     metrics = {name: value for name, value in METRICS.items() if name != "passes"}
-    write_record(tmp_path, record(metrics=metrics))
+    write_record(tmp_path / "text", record(metrics=metrics))
     readme = tmp_path / "README.md"
     readme.write_text(f"{BEGIN}\n{END}\n", encoding="utf-8")
-    options = ["--results", tmp_path, "--benchmarks", tmp_path, "--readme", readme]
-    options += ["--figure", tmp_path / "text.svg"]
+    options = ["--results", tmp_path, "--readme", readme, "--docs", tmp_path]
     assert main([str(option) for option in options]) == 1
     assert "no record counts passes" in capsys.readouterr().err
-    assert not (tmp_path / "text.svg").exists()
+    assert not (tmp_path / "figures").exists()
+
+
+def test_no_records_are_refused(tmp_path, capsys):
+    assert main(["--results", str(tmp_path)]) == 1
+    assert "holds no records: run python -m dflows.fit" in capsys.readouterr().err

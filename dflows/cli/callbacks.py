@@ -1,6 +1,7 @@
 """Callbacks of every run: progress, checkpoints, the run's folder, the clock."""
 
 import inspect
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ __all__ = ["BestCheckpoint", "LastCheckpoint", "ProgressBar", "SaveRun", "Stopwa
 
 class ProgressBar(RichProgressBar):
     """Creates a bar over all steps, with the bits per character beside it.
+
+    Where the entropy of the data is known, it shows nats per example, and the entropy as the floor.
 
     Arguments:
         refresh_rate: Batches from one update to the next; 0 shows no bar.
@@ -43,6 +46,14 @@ class ProgressBar(RichProgressBar):
         """Returns the metrics without the version of the run."""
         metrics = super().get_metrics(trainer, pl_module)
         metrics.pop("v_num", None)
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if data.entropy is not None:
+            nats = {
+                name.replace("bpc", "nats"): value * math.log(2) * data.length
+                for name, value in metrics.items()
+                if name in ("train_bpc", "valid_bpc") and isinstance(value, float)
+            }
+            metrics = {**nats, "floor": data.entropy}
         return metrics
 
 

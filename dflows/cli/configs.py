@@ -11,6 +11,7 @@ from typing import Any
 import pytorch_lightning as pl
 import yaml
 from jsonargparse import Namespace
+from jsonargparse.typing import NonNegativeInt
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins import CheckpointIO
@@ -26,6 +27,7 @@ from dflows.cli.callbacks import (
 )
 from dflows.cli.checkpoints import WholeCheckpoints, read_checkpoint
 from dflows.cli.recording import below_here
+from dflows.cli.summary import EXACT_STATES
 from dflows.errors import UserError
 from lightning_modules import BaseModule
 
@@ -183,6 +185,12 @@ class FlowCLI(LightningCLI):
         )
         parser.add_argument(
             "--budget", type=str, default="", help="What the run was allowed, for the record."
+        )
+        parser.add_argument(
+            "--exact_states",
+            type=NonNegativeInt,
+            default=EXACT_STATES,
+            help="Sum the likelihood of a known distribution over all of up to so many states.",
         )
         parser.add_lightning_class_args(ProgressBar, "progress_bar")
         parser.add_lightning_class_args(BestCheckpoint, "best_checkpoint")

@@ -11,18 +11,19 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from datamodules import FullRankDataModule, TextDataModule
+from datamodules import EnumerableDataModule, TextDataModule
 from datamodules.module import StreamDataModule
 from dflows.checks import check_above_entropy
 from dflows.cli.callbacks import Stopwatch
+from dflows.exact import states
 from dflows.metrics import GenerationLatency, entropy_in_bits
 from lightning_modules import BaseModule, DiscreteFlowModule
 
 __all__ = [
     "Figures",
     "bigram_bpc",
-    "check_likelihood",
     "end_processes",
+    "exact_nats",
     "measure_generation",
     "print_sample",
     "stdout_console",
@@ -30,7 +31,9 @@ __all__ = [
     "unigram_bpc",
 ]
 
-MOST_STATES = 1_000_000
+BLOCK_SIZE = 16_384
+EXACT_STATES = 10_000_000
+SHOWN_STATES = 10_000
 
 
 def unigram_bpc(data: StreamDataModule, split: str) -> float:
@@ -47,24 +50,31 @@ def bigram_bpc(data: TextDataModule, split: str) -> float:
     return float(entropy_in_bits(counts))
 
 
-def check_likelihood(module: BaseModule, data: FullRankDataModule) -> None:
-    """Shows that the exact cross-entropy of a known distribution is not below its entropy.
+def exact_nats(module: BaseModule, data: EnumerableDataModule) -> float:
+    """Sums the loss of a model over all states, weighted by their true probabilities.
+
+    Args:
+        module: A model without a context.
+        data: The distribution.
+
+    Returns:
+        The exact cross-entropy, nats per example.
 
     Raises:
-        CertificateError: If it is, as it can only be where the model is no distribution.
+        CertificateError: If it lies below the entropy, as it can only where the model is no
+            distribution.
     """
-    states = data.num_classes**data.length
-    if states > MOST_STATES:
-        return
+    table = data.probabilities.flatten()
     nll = 0.0
-    probabilities = data.probabilities.flatten()
-    shape = (data.num_classes,) * data.length
     with torch.no_grad():
-        for block in torch.arange(states).split(8192):
-            y = torch.stack(torch.unravel_index(block, shape), dim=-1).to(module.device)
-            log_prob = module.log_prob(y).double().cpu()
-            nll -= float((probabilities[block].double() * log_prob).sum())
-    check_above_entropy(nll, float(data.entropy))
+        for first in range(0, len(table), BLOCK_SIZE):
+            last = min(first + BLOCK_SIZE, len(table))
+            weight = table[first:last]
+            y = states(data.num_classes, data.length, first, last)[weight > 0]
+            log_prob = module.log_prob(y.to(module.device)).double().cpu()
+            nll -= float(weight[weight > 0] @ log_prob)
+    check_above_entropy(nll, data.entropy)
+    return nll
 
 
 def measure_generation(
@@ -87,10 +97,13 @@ class Figures:
     Arguments:
         metrics: Values by the names of :data:`dflows.records.METRICS`.
         rows: Rows of the table: what, value, remark.
+        exact_states: The likelihood of a known distribution is summed over all states, where there
+            are not more than these.
     """
 
     metrics: dict[str, Any] = field(default_factory=dict)
     rows: list[tuple[str, str, str]] = field(default_factory=list)
+    exact_states: int = EXACT_STATES
 
     def add_likelihood(
         self, module: BaseModule, data: StreamDataModule, split: str, bpc: float
@@ -111,13 +124,39 @@ class Figures:
         self.rows.append((f"{split}, bits per character", f"{bpc:.4f}", remark))
         if isinstance(data, TextDataModule) and split == "test" and characters > 1:
             self.metrics["bigram_bpc"] = bigram_bpc(data, split)
-        if isinstance(data, FullRankDataModule):
-            if "entropy" not in self.metrics:  # the same model, whatever the split
-                check_likelihood(module, data)
-            entropy, factorized = float(data.entropy), float(data.factorized_entropy)
-            self.metrics |= {"entropy": entropy, "factorized_entropy": factorized}
-            remark = f"{examples:,} examples; entropy {entropy:.3f}, factorized {factorized:.3f}"
+        if split == "test" and (accuracy := module.trainer.callback_metrics.get("test_accuracy")):
+            self.metrics["accuracy"] = float(accuracy)
+            self.rows.append(("test, told exactly", f"{float(accuracy):.4f}", "share of examples"))
+        if data.entropy is not None:
+            self.metrics["entropy"] = data.entropy
+            remark = f"{examples:,} examples; entropy {data.entropy:.3f}"
             self.rows.append((f"{split}, nats per example", f"{nats:.4f}", remark))
+
+    def add_exact(self, module: BaseModule, data: StreamDataModule) -> None:
+        """Adds the exact expected loss, where the distribution of the data is known.
+
+        Raises:
+            CertificateError: If it lies below the entropy.
+        """
+        if not isinstance(data, EnumerableDataModule):
+            return
+        self.metrics["factorized_entropy"] = data.factorized_entropy
+        count = data.num_classes**data.length
+        if count > self.exact_states:
+            return
+        nats = exact_nats(module, data)
+        self.metrics |= {
+            "exact_nats": nats,
+            "kl": nats - data.entropy,
+            "factorized_kl": data.factorized_entropy - data.entropy,
+        }
+        remark = f"entropy {data.entropy:.4f}, best factorized {data.factorized_entropy:.4f}"
+        self.rows.append((f"all {count:,} states, nats", f"{nats:.4f}", remark))
+        if data.length == 2 and count <= SHOWN_STATES:
+            y = states(data.num_classes, data.length).to(module.device)
+            with torch.no_grad():
+                table = module.log_prob(y).double().exp().cpu()
+            self.metrics["probabilities"] = [float(f"{value:.4g}") for value in table.tolist()]
 
     def add_flows(self, module: BaseModule) -> None:
         """Adds what the flows are, and what each leaves on the test split."""

@@ -1,0 +1,197 @@
+"""What an experiment runs: tasks, rows and seeds, read from a configuration.
+
+A run is a row of the experiment's table on one of its tasks with one seed. All that a run adds to
+``python -m dflows.fit`` is the list of configurations that it lays over each other: those of the
+experiment, of the row and of the task.
+"""
+
+import itertools
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from jsonargparse import ArgumentParser
+
+from dflows.bijections import Bijection
+from dflows.errors import UserError
+from dflows.orderings import Ordering
+
+__all__ = ["Plan", "Reference", "Row", "Run", "Smoke", "read_plan", "reference_name"]
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._]*(-[A-Za-z0-9._]+)*")
+
+
+def reference_name(name: str, task: str) -> str:
+    """Returns the name of the record of a reference on a task."""
+    return f"reference-{name}-{task}"
+
+
+@dataclass
+class Reference:
+    """Creates the description of a best tabular flow.
+
+    Arguments:
+        orderings: Orderings of its transforms, base → data.
+        bijection: Called with K.
+        base: Its base.
+        restarts: Random restarts of the ascent.
+        sweeps: Largest number of sweeps through the stack.
+        tasks: Tasks that it is found for; all by default.
+    """
+
+    orderings: list[Ordering]
+    bijection: Callable[[int], Bijection]
+    base: Literal["factorized", "autoregressive"] = "factorized"
+    restarts: int = 1
+    sweeps: int = 20
+    tasks: list[str] | None = None
+
+
+@dataclass
+class Row:
+    """Creates the description of a row of an experiment's table.
+
+    Arguments:
+        label: What the table calls it.
+        configs: Configurations, laid over those of the experiment.
+        config: Keys laid over them.
+        reference: Name of the tabular reference that it is compared with.
+        published: Published figures, by task.
+        tasks: Tasks that it is run on; all by default.
+        seeds: Seeds that it is run with; those of the experiment by default.
+    """
+
+    label: str
+    configs: list[str] = field(default_factory=list)
+    config: dict[str, Any] = field(default_factory=dict)
+    reference: str | None = None
+    published: dict[str, float] = field(default_factory=dict)
+    tasks: list[str] | None = None
+    seeds: list[int] | None = None
+
+
+@dataclass
+class Smoke:
+    """Creates the part of an experiment that runs within a minute.
+
+    Arguments:
+        tasks: Its tasks.
+        rows: Its rows.
+        config: Keys laid over all others.
+    """
+
+    tasks: list[str]
+    rows: list[str]
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Run:
+    """Creates a run: one row on one task with one seed.
+
+    Arguments:
+        row: Name of the row.
+        task: Name of the task.
+        seed: The seed.
+        configs: Configurations, the first beneath all others.
+        overlays: Keys laid over them, one mapping over the other.
+    """
+
+    row: str
+    task: str
+    seed: int
+    configs: tuple[str, ...]
+    overlays: tuple[dict[str, Any], ...]
+
+    @property
+    def name(self) -> str:
+        """The name of its record."""
+        return f"{self.row}-{self.task}"
+
+
+@dataclass
+class Plan:
+    """Creates the plan of an experiment.
+
+    Arguments:
+        title: What it is called.
+        tasks: The keys that make each task, by its name.
+        rows: The rows of its table.
+        smoke: What of it runs within a minute.
+        configs: Configurations beneath all others.
+        references: Best tabular flows, by their names.
+        seeds: A run for each.
+
+    Raises:
+        UserError: If a name is spelt otherwise than in records, or names nothing.
+    """
+
+    title: str
+    tasks: dict[str, dict[str, Any]]
+    rows: dict[str, Row]
+    smoke: Smoke
+    configs: list[str] = field(default_factory=list)
+    references: dict[str, Reference] = field(default_factory=dict)
+    seeds: list[int] = field(default_factory=lambda: [0])
+
+    def __post_init__(self) -> None:
+        for name in (*self.tasks, *self.rows, *self.references):
+            if not _NAME.fullmatch(name):
+                raise UserError(
+                    f"{name!r} names a part of an experiment: use letters, digits, dots, dashes "
+                    "and underscores, as in the name of a record"
+                )
+        lists: list[tuple[str, list[str], Mapping[str, Any]]] = []
+        lists.append(("smoke.tasks", self.smoke.tasks, self.tasks))
+        lists.append(("smoke.rows", self.smoke.rows, self.rows))
+        for name, row in self.rows.items():
+            lists.append((f"rows.{name}.tasks", row.tasks or [], self.tasks))
+            lists.append((f"rows.{name}.published", [*row.published], self.tasks))
+            named = [] if row.reference is None else [row.reference]
+            lists.append((f"rows.{name}.reference", named, self.references))
+        for name, reference in self.references.items():
+            lists.append((f"references.{name}.tasks", reference.tasks or [], self.tasks))
+        for key, named, known in lists:
+            if missing := [entry for entry in named if entry not in known]:
+                raise UserError(
+                    f"{key} names {', '.join(missing)}: give some of {', '.join(known)}"
+                )
+
+    def runs(self, *, smoke: bool = False) -> Iterator[Run]:
+        """Returns all runs, seed after seed, so that the first is complete the soonest.
+
+        Args:
+            smoke: Whether only those that show that the experiment works.
+        """
+        most = max(len(row.seeds or self.seeds) for row in self.rows.values())
+        for index, task, (name, row) in itertools.product(
+            range(most), self.tasks, self.rows.items()
+        ):
+            seeds = row.seeds or self.seeds
+            if index >= len(seeds) or (row.tasks is not None and task not in row.tasks):
+                continue
+            if smoke and (index or task not in self.smoke.tasks or name not in self.smoke.rows):
+                continue
+            overlays = [row.config, self.tasks[task], self.smoke.config if smoke else {}]
+            configs = (*self.configs, *row.configs)
+            yield Run(name, task, seeds[index], configs, tuple(filter(None, overlays)))
+
+
+def read_plan(file: str) -> Plan:
+    """Reads the plan of an experiment.
+
+    Args:
+        file: A YAML file of the keys of :class:`Plan`.
+
+    Returns:
+        The plan.
+
+    Raises:
+        UserError: If the plan names what there is not.
+        argparse.ArgumentError: If the file does not fit the keys.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Plan)
+    plan: Plan = Plan(**vars(parser.instantiate_classes(parser.parse_path(file))))
+    return plan

@@ -1,0 +1,94 @@
+"""The best tabular flow of each task of an experiment, as a record."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from datamodules import EnumerableDataModule
+from datamodules.module import StreamDataModule
+from dflows.cli.configs import Parser
+from dflows.errors import UserError
+from dflows.exact import tabular_flow
+from dflows.experiments.plan import Plan, Reference, reference_name
+from dflows.provenance import describe_device
+from dflows.records import Record, write_record
+
+__all__ = ["task_data", "write_reference"]
+
+
+def task_data(config: Mapping[str, Any]) -> EnumerableDataModule:
+    """Makes the data of a task.
+
+    Args:
+        config: The keys of the experiment and of the task, one over the other.
+
+    Raises:
+        UserError: If their states are not enumerated.
+    """
+    parser = Parser()
+    parser.add_lightning_class_args(StreamDataModule, "data", subclass_mode=True)
+    parsed = parser.parse_string(yaml.safe_dump({"data": config["data"]}))
+    data = parser.instantiate_classes(parsed).data
+    if not isinstance(data, EnumerableDataModule):
+        raise UserError(
+            f"a {type(data).__name__} has no table of probabilities, and so no tabular reference: "
+            "remove `references`"
+        )
+    return data
+
+
+def write_reference(
+    plan: Plan, name: str, task: str, data: EnumerableDataModule, folder: Path
+) -> Path:
+    """Finds the best tabular flow of a task, and writes its record.
+
+    Args:
+        plan: The experiment.
+        name: Name of the reference.
+        task: Name of the task.
+        data: The data of the task.
+        folder: Where the record goes.
+
+    Returns:
+        The record's file.
+    """
+    begin = time.perf_counter()
+    reference: Reference = plan.references[name]
+    bijection = reference.bijection(data.num_classes)
+    found = tabular_flow(
+        data.probabilities,
+        reference.orderings,
+        bijection,
+        base=reference.base,
+        restarts=reference.restarts,
+        sweeps=reference.sweeps,
+    )
+    config = {
+        "orderings": [repr(ordering) for ordering in reference.orderings],
+        "bijection": repr(bijection),
+        "base": reference.base,
+        "restarts": reference.restarts,
+        "sweeps": reference.sweeps,
+        "data": plan.tasks[task],
+    }
+    record = Record(
+        name=reference_name(name, task),
+        kind="reference",
+        config=config,
+        seed=0,
+        device=describe_device(torch.device("cpu")),
+        precision="64-true",
+        seconds=time.perf_counter() - begin,
+        parameters=sum(parameter.numel() for parameter in found.flow.parameters()),
+        metrics={
+            "reference_nats": found.cross_entropy,
+            "reference_kl": found.cross_entropy - data.entropy,
+            "entropy": data.entropy,
+            "factorized_entropy": data.factorized_entropy,
+        },
+    )
+    return write_record(folder, record)

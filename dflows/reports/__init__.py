@@ -1,0 +1,1 @@
+"""Tables and figures, each made from records alone."""

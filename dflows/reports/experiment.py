@@ -1,0 +1,76 @@
+"""What the tables of all experiments begin with: records, by row and task of the plan."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from dflows.cli.configs import resolved_arguments
+from dflows.experiments.plan import Plan, Row, read_plan, reference_name
+from dflows.records import Record, read_records
+
+__all__ = ["Experiment", "read_experiment"]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Creates an experiment that has run: its plan, and its records.
+
+    Arguments:
+        plan: The plan.
+        records: Records, by their names.
+    """
+
+    plan: Plan
+    records: dict[str, list[Record]]
+
+    def of(self, row: str, task: str) -> list[Record]:
+        """Returns the records of a row on a task, one a seed."""
+        return self.records.get(f"{row}-{task}", [])
+
+    def values(self, row: str, task: str, metric: str) -> list[float]:
+        """Returns a metric of a row on a task, for every seed that has it."""
+        return [record.metrics[metric] for record in self.of(row, task) if metric in record.metrics]
+
+    def reference(self, row: Row, task: str, metric: str = "reference_nats") -> float | None:
+        """Returns what the best tabular flow of a row reaches on a task, where it was found."""
+        if row.reference is None:
+            return None
+        found = self.records.get(reference_name(row.reference, task), [])
+        return found[0].metrics[metric] if found else None
+
+    def first(self, task: str, metric: str) -> float | None:
+        """Returns a metric that all records of a task share."""
+        for row in self.plan.rows:
+            if found := self.values(row, task, metric):
+                return found[0]
+        return None
+
+    def rows(self, task: str) -> Iterator[tuple[str, Row]]:
+        """Returns the rows that a task has records of."""
+        for name, row in self.plan.rows.items():
+            if self.of(name, task):
+                yield name, row
+
+    @property
+    def devices(self) -> str:
+        """What the runs were measured on."""
+        every: Sequence[Record] = [record for some in self.records.values() for record in some]
+        return ", ".join(sorted({record.device for record in every}))
+
+
+def read_experiment(name: str, results: Path) -> Experiment:
+    """Reads the plan and the records of an experiment.
+
+    Args:
+        name: Name of the experiment.
+        results: Folder of all records.
+
+    Raises:
+        UserError: If the plan or a record cannot be read.
+    """
+    with resolved_arguments(["--config", f"reproduce/{name}.yaml"]) as (_, file):
+        plan = read_plan(file)
+    records: dict[str, list[Record]] = {}
+    for record in read_records(results / name):
+        records.setdefault(record.name, []).append(record)
+    return Experiment(plan, records)

@@ -1,0 +1,65 @@
+"""The tables of the full-rank experiment."""
+
+import statistics
+
+from dflows.exact import share_of_gap
+from dflows.experiments.plan import Row
+from dflows.reports.experiment import Experiment
+from dflows.reports.markdown import mean_and_spread, number, table
+
+__all__ = ["render"]
+
+HEAD = (
+    "model",
+    "published",
+    "ours, exact",
+    "tabular reference",
+    "above the reference",
+    "gap closed",
+)
+
+
+def render(experiment: Experiment) -> str:
+    """Renders a table for every task.
+
+    Args:
+        experiment: The plan and the records.
+
+    Returns:
+        Markdown.
+    """
+    return "\n\n".join(
+        _task(experiment, task) for task in experiment.plan.tasks if [*experiment.rows(task)]
+    )
+
+
+def _task(experiment: Experiment, task: str) -> str:
+    entropy = experiment.first(task, "entropy")
+    factorized = experiment.first(task, "factorized_entropy")
+    length, num_classes = task.split("x")
+    caption = (
+        f"**D = {length}, K = {num_classes}**: entropy {number(entropy)} nats, best factorized "
+        f"model {number(factorized)}."
+    )
+    rows = [_row(experiment, task, name, row) for name, row in experiment.rows(task)]
+    return f"{caption}\n\n{table(HEAD, rows)}"
+
+
+def _row(experiment: Experiment, task: str, name: str, row: Row) -> list[str]:
+    exact = experiment.values(name, task, "exact_nats")
+    reference = experiment.reference(row, task)
+    entropy = experiment.first(task, "entropy")
+    factorized = experiment.first(task, "factorized_entropy")
+    above = share = None
+    if exact and reference is not None:
+        above = statistics.fmean(exact) - reference
+    if exact and entropy is not None and factorized is not None:
+        share = share_of_gap(statistics.fmean(exact), entropy, factorized)
+    return [
+        row.label,
+        number(row.published.get(task), ".1f"),
+        mean_and_spread(exact),
+        number(reference),
+        number(above, "+.3f"),
+        number(share, ".0%"),
+    ]

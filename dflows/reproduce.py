@@ -1,0 +1,160 @@
+"""Runs an experiment of the paper, beside the exact answers.
+
+    python -m dflows.reproduce full-rank
+    python -m dflows.reproduce full-rank --smoke
+
+An experiment is a grid of runs of ``python -m dflows.fit``: its plan, ``configs/reproduce/``, says
+which configurations each lays over the others. A run whose record is there is not repeated, so that
+what was interrupted goes on. ``python -m dflows.report`` makes tables and figures of the records.
+"""
+
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+
+from dflows.cli.configs import Parser, resolved_arguments
+from dflows.cli.errors import run_command
+from dflows.cli.noise import quiet
+from dflows.cli.summary import stdout_console
+from dflows.errors import UserError
+from dflows.experiments.plan import Plan, Run, read_plan, reference_name
+from dflows.experiments.references import task_data, write_reference
+from dflows.fit import fit
+
+__all__ = ["EXPERIMENTS", "main", "reproduce"]
+
+EXPERIMENTS = ("full-rank", "estimators", "mixture", "addition", "potts")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Creates what the command was asked for.
+
+    Arguments:
+        smoke: Whether only what shows that the experiment works.
+        again: Whether runs are repeated whose records are there.
+        only: Pattern that the names of runs match.
+        results: Folder of all records.
+    """
+
+    smoke: bool
+    again: bool
+    only: str
+    results: Path
+
+
+def _parser() -> Parser:
+    parser = Parser(prog="python -m dflows.reproduce")
+    parser.add_argument("name", help=f"Experiment: {', '.join(EXPERIMENTS)}.")
+    parser.add_argument("--smoke", action="store_true", help="Run the part that takes a minute.")
+    parser.add_argument("--again", action="store_true", help="Repeat runs that have a record.")
+    parser.add_argument(
+        "--only", type=str, default="*", help="Pattern of the runs, for example '*rank*-5x5'."
+    )
+    parser.add_argument("--results", type=str, default="results", help="Folder of all records.")
+    return parser
+
+
+def merged(*mappings: dict[str, Any]) -> dict[str, Any]:
+    """Lays nested mappings over each other."""
+    result: dict[str, Any] = {}
+    for mapping in mappings:
+        for key, value in mapping.items():
+            old = result.get(key)
+            if isinstance(old, dict) and isinstance(value, dict):
+                value = merged(old, value)
+            result[key] = value
+    return result
+
+
+@contextmanager
+def _arguments(run: Run, folder: Path) -> Iterator[list[str]]:
+    """Writes the keys of a run as files, and gives the arguments of its fit."""
+    with tempfile.TemporaryDirectory() as place:
+        arguments = [part for config in run.configs for part in ("--config", config)]
+        for number, overlay in enumerate(run.overlays):
+            file = Path(place) / f"overlay{number}.yaml"
+            file.write_text(yaml.safe_dump(overlay), encoding="utf-8")
+            arguments += ["--config", str(file)]
+        arguments += ["--seed_everything", str(run.seed), "--name", run.name]
+        yield [*arguments, "--record", str(folder)]
+
+
+def _configs_of(names: Sequence[str]) -> list[dict[str, Any]]:
+    pairs = [part for name in names for part in ("--config", name)]
+    with resolved_arguments(pairs) as resolved:
+        return [yaml.safe_load(Path(path).read_text(encoding="utf-8")) for path in resolved[1::2]]
+
+
+def _references(plan: Plan, options: Options, folder: Path, console: Console) -> None:
+    """Finds the tabular references that are wanted and missing."""
+    for task, keys in plan.tasks.items():
+        if options.smoke and task not in plan.smoke.tasks:
+            continue
+        data = None
+        for name, reference in plan.references.items():
+            record = reference_name(name, task)
+            used = {plan.rows[row].reference for row in plan.smoke.rows}
+            if (
+                (reference.tasks is not None and task not in reference.tasks)
+                or not fnmatchcase(record, options.only)
+                or (options.smoke and name not in used)
+                or _kept(folder, record, 0, options, console)
+            ):
+                continue
+            data = data or task_data(merged(*_configs_of(plan.configs), keys))
+            file = write_reference(plan, name, task, data, folder)
+            console.print(f"reference: {file}", highlight=False)
+
+
+def _kept(folder: Path, name: str, seed: int, options: Options, console: Console) -> bool:
+    file = folder / f"{name}-{seed}.json"
+    if options.again or not file.is_file():
+        return False
+    console.print(f"kept: {file}; --again runs it anew", highlight=False)
+    return True
+
+
+def reproduce(arguments: Sequence[str]) -> None:
+    """Runs the command.
+
+    Args:
+        arguments: Its arguments.
+
+    Raises:
+        UserError: If there is no such experiment, or nothing of it is asked for.
+    """
+    quiet()
+    given = _parser().parse_args(list(arguments))
+    if given.name not in EXPERIMENTS:
+        raise UserError(f"no experiment {given.name}: give one of {', '.join(EXPERIMENTS)}")
+    options = Options(given.smoke, given.again, given.only, Path(given.results))
+    folder = options.results / given.name
+    console = stdout_console()
+    with resolved_arguments(["--config", f"reproduce/{given.name}.yaml"]) as (_, file):
+        plan = read_plan(file)
+    runs = [run for run in plan.runs(smoke=options.smoke) if fnmatchcase(run.name, options.only)]
+    _references(plan, options, folder, console)
+    for number, run in enumerate(runs, 1):
+        if _kept(folder, run.name, run.seed, options, console):
+            continue
+        console.rule(f"{plan.title}: {run.name}, seed {run.seed}, {number} of {len(runs)}")
+        with _arguments(run, folder) as line:
+            fit(line)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command and returns its exit code."""
+    return run_command(lambda: reproduce(sys.argv[1:] if arguments is None else arguments))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
