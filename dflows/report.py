@@ -13,17 +13,28 @@ from types import MappingProxyType
 from dflows.cli.errors import run_command
 from dflows.errors import UserError
 from dflows.records import read_records
-from dflows.reports import full_rank
+from dflows.reports import addition, estimators, full_rank, mixture, potts
 from dflows.reports.experiment import Experiment, read_experiment
 from dflows.reports.markdown import write_page
 from dflows.reports.text import draw_figure, render_table
 
-__all__ = ["RENDERERS", "main", "report"]
+__all__ = ["DRAWERS", "RENDERERS", "main", "report"]
 
 RENDERERS: Mapping[str, Callable[[Experiment], str]] = MappingProxyType(
-    {"full-rank": full_rank.render}
+    {
+        "full-rank": full_rank.render,
+        "estimators": estimators.render,
+        "mixture": mixture.render,
+        "addition": addition.render,
+        "potts": potts.render,
+    }
 )
-"""What renders each experiment, by its name."""
+"""What renders the tables of each experiment, by its name."""
+
+DRAWERS: Mapping[str, Callable[[Experiment, Path], None]] = MappingProxyType(
+    {"estimators": estimators.draw, "mixture": mixture.draw}
+)
+"""What draws the figures of those that have one."""
 
 
 def report(arguments: Sequence[str]) -> None:
@@ -58,7 +69,10 @@ def report(arguments: Sequence[str]) -> None:
             print(f"{options.readme} is made from {count} records")
         else:
             page = options.docs / "experiments" / f"{name}.md"
-            write_page(page, RENDERERS[name](read_experiment(name, options.results)))
+            experiment = read_experiment(name, options.results)
+            write_page(page, RENDERERS[name](experiment))
+            if name in DRAWERS:
+                DRAWERS[name](experiment, options.docs / "figures" / f"{name}.svg")
             print(f"{page} is made from {options.results / name}")
 
 

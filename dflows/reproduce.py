@@ -9,9 +9,7 @@ what was interrupted goes on. ``python -m dflows.report`` makes tables and figur
 """
 
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -25,7 +23,8 @@ from dflows.cli.errors import run_command
 from dflows.cli.noise import quiet
 from dflows.cli.summary import stdout_console
 from dflows.errors import UserError
-from dflows.experiments.plan import Plan, Run, read_plan, reference_name
+from dflows.experiments.gradients import write_gradients
+from dflows.experiments.plan import Plan, gradients_name, read_plan, reference_name
 from dflows.experiments.references import task_data, write_reference
 from dflows.fit import fit
 
@@ -75,19 +74,6 @@ def merged(*mappings: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-@contextmanager
-def _arguments(run: Run, folder: Path) -> Iterator[list[str]]:
-    """Writes the keys of a run as files, and gives the arguments of its fit."""
-    with tempfile.TemporaryDirectory() as place:
-        arguments = [part for config in run.configs for part in ("--config", config)]
-        for number, overlay in enumerate(run.overlays):
-            file = Path(place) / f"overlay{number}.yaml"
-            file.write_text(yaml.safe_dump(overlay), encoding="utf-8")
-            arguments += ["--config", str(file)]
-        arguments += ["--seed_everything", str(run.seed), "--name", run.name]
-        yield [*arguments, "--record", str(folder)]
-
-
 def _configs_of(names: Sequence[str]) -> list[dict[str, Any]]:
     pairs = [part for name in names for part in ("--config", name)]
     with resolved_arguments(pairs) as resolved:
@@ -113,6 +99,28 @@ def _references(plan: Plan, options: Options, folder: Path, console: Console) ->
             data = data or task_data(merged(*_configs_of(plan.configs), keys))
             file = write_reference(plan, name, task, data, folder)
             console.print(f"reference: {file}", highlight=False)
+
+
+def _gradients(plan: Plan, options: Options, folder: Path, console: Console) -> None:
+    """Compares the gradients that are wanted and missing."""
+    if plan.gradients is None:
+        return
+    wanted = plan.gradients.rows or [*plan.rows]
+    if options.smoke:
+        wanted = [row for row in wanted if row in plan.smoke.rows]
+    for task in plan.gradients.tasks:
+        if options.smoke and task not in plan.smoke.tasks:
+            continue
+        rows = [
+            row
+            for row in wanted
+            if fnmatchcase(gradients_name(row, task), options.only)
+            and not _kept(folder, gradients_name(row, task), 0, options, console)
+        ]
+        if rows:
+            console.rule(f"{plan.title}: gradients on {task}")
+            for file in write_gradients(plan, task, rows, folder):
+                console.print(f"gradients: {file}", highlight=False)
 
 
 def _kept(folder: Path, name: str, seed: int, options: Options, console: Console) -> bool:
@@ -147,8 +155,9 @@ def reproduce(arguments: Sequence[str]) -> None:
         if _kept(folder, run.name, run.seed, options, console):
             continue
         console.rule(f"{plan.title}: {run.name}, seed {run.seed}, {number} of {len(runs)}")
-        with _arguments(run, folder) as line:
-            fit(line)
+        with run.arguments() as line:
+            fit([*line, "--record", str(folder)])
+    _gradients(plan, options, folder, console)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,19 +7,38 @@ experiment, of the row and of the task.
 
 import itertools
 import re
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
+import yaml
 from jsonargparse import ArgumentParser
 
 from dflows.bijections import Bijection
 from dflows.errors import UserError
 from dflows.orderings import Ordering
 
-__all__ = ["Plan", "Reference", "Row", "Run", "Smoke", "read_plan", "reference_name"]
+__all__ = [
+    "Gradients",
+    "Plan",
+    "Reference",
+    "Row",
+    "Run",
+    "Smoke",
+    "gradients_name",
+    "read_plan",
+    "reference_name",
+]
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._]*(-[A-Za-z0-9._]+)*")
+
+
+def gradients_name(row: str, task: str) -> str:
+    """Returns the name of the record of a row's gradients on a task."""
+    return f"gradients-{row}-{task}"
 
 
 def reference_name(name: str, task: str) -> str:
@@ -72,6 +91,29 @@ class Row:
 
 
 @dataclass
+class Gradients:
+    """Creates the description of how gradients are compared, at the same networks for all rows.
+
+    Arguments:
+        trained_by: The row whose run trains the networks.
+        tasks: Tasks that gradients are compared on; nothing else is run on them.
+        rows: Rows whose estimators are compared; all by default.
+        config: Keys laid over those of the row: how long the networks are trained.
+        draws: Draws of an estimator's mean.
+        batches: Batches of its variance.
+        batch_size: Examples of such a batch.
+    """
+
+    trained_by: str
+    tasks: list[str]
+    rows: list[str] | None = None
+    config: dict[str, Any] = field(default_factory=dict)
+    draws: int = 64
+    batches: int = 64
+    batch_size: int = 256
+
+
+@dataclass
 class Smoke:
     """Creates the part of an experiment that runs within a minute.
 
@@ -109,6 +151,17 @@ class Run:
         """The name of its record."""
         return f"{self.row}-{self.task}"
 
+    @contextmanager
+    def arguments(self) -> Iterator[list[str]]:
+        """Gives the arguments of its `python -m dflows.fit`, which name files while it lasts."""
+        with tempfile.TemporaryDirectory() as place:
+            line = [part for config in self.configs for part in ("--config", config)]
+            for number, overlay in enumerate(self.overlays):
+                file = Path(place) / f"overlay{number}.yaml"
+                file.write_text(yaml.safe_dump(overlay), encoding="utf-8")
+                line += ["--config", str(file)]
+            yield [*line, "--seed_everything", str(self.seed), "--name", self.name]
+
 
 @dataclass
 class Plan:
@@ -121,6 +174,7 @@ class Plan:
         smoke: What of it runs within a minute.
         configs: Configurations beneath all others.
         references: Best tabular flows, by their names.
+        gradients: How the gradients of the rows' estimators are compared, if they are.
         seeds: A run for each.
 
     Raises:
@@ -133,6 +187,7 @@ class Plan:
     smoke: Smoke
     configs: list[str] = field(default_factory=list)
     references: dict[str, Reference] = field(default_factory=dict)
+    gradients: Gradients | None = None
     seeds: list[int] = field(default_factory=lambda: [0])
 
     def __post_init__(self) -> None:
@@ -150,6 +205,10 @@ class Plan:
             lists.append((f"rows.{name}.published", [*row.published], self.tasks))
             named = [] if row.reference is None else [row.reference]
             lists.append((f"rows.{name}.reference", named, self.references))
+        if self.gradients is not None:
+            lists.append(("gradients.tasks", self.gradients.tasks, self.tasks))
+            lists.append(("gradients.rows", self.gradients.rows or [], self.rows))
+            lists.append(("gradients.trained_by", [self.gradients.trained_by], self.rows))
         for name, reference in self.references.items():
             lists.append((f"references.{name}.tasks", reference.tasks or [], self.tasks))
         for key, named, known in lists:
@@ -173,9 +232,21 @@ class Plan:
                 continue
             if smoke and (index or task not in self.smoke.tasks or name not in self.smoke.rows):
                 continue
-            overlays = [row.config, self.tasks[task], self.smoke.config if smoke else {}]
-            configs = (*self.configs, *row.configs)
-            yield Run(name, task, seeds[index], configs, tuple(filter(None, overlays)))
+            if self.gradients is None or task not in self.gradients.tasks:
+                yield self.run(name, task, seeds[index], self.smoke.config if smoke else {})
+
+    def run(self, row: str, task: str, seed: int, config: dict[str, Any]) -> Run:
+        """Returns one run.
+
+        Args:
+            row: Name of the row.
+            task: Name of the task.
+            seed: The seed.
+            config: Keys laid over all others.
+        """
+        overlays = [self.rows[row].config, self.tasks[task], config]
+        configs = (*self.configs, *self.rows[row].configs)
+        return Run(row, task, seed, configs, tuple(filter(None, overlays)))
 
 
 def read_plan(file: str) -> Plan:

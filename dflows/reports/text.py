@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dflows.errors import UserError
-from dflows.files import replacing
 from dflows.records import Record
+from dflows.reports.figures import drawing
 from dflows.reports.markdown import MISSING, number, table
 
 __all__ = ["describe_figure", "draw_figure", "render_table"]
@@ -128,54 +128,41 @@ def draw_figure(records: Sequence[Record], file: Path) -> None:
     records = [record for record in records if "passes" in record.metrics]
     if not records:
         raise UserError("no record counts passes, so there is nothing to draw: run a flow")
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot as plt
-
-    mpl.rcParams["svg.hashsalt"] = "dflows"
-    figure, axes = plt.subplots(figsize=(7, 3.6), layout="constrained")
     most = max(1, *(record.metrics["passes"] for record in records))
-    for record in records:
-        passes, bpc = record.metrics["passes"], record.metrics["test_bpc"]
-        right = passes > most / 2
-        axes.scatter(passes, bpc, s=60, zorder=3)
-        axes.annotate(
-            f"{record.name}  {bpc:.2f}",
-            (passes, bpc),
-            textcoords="offset points",
-            xytext=(-9, 5) if right else (0, 9),
-            ha="right" if right else "center",
-        )
-    metrics = records[0].metrics
-    for key, label in (("unigram_bpc", "unigram"), ("bigram_bpc", "bigram")):
-        if key not in metrics:
-            continue
-        axes.axhline(metrics[key], linestyle="--", linewidth=1, color="grey")
-        axes.annotate(
-            f"{label} entropy  {metrics[key]:.2f}",
-            (most, metrics[key]),
-            xytext=(0, 3),
-            textcoords="offset points",
-            ha="right",
-            color="grey",
-        )
-    # Linear up to 1: a base without a network takes no pass at all.
-    axes.set_xscale("symlog", base=2, linthresh=1)
-    axes.xaxis.set_major_formatter("{x:.0f}")
-    axes.set_xlim(-0.1, 1.2 * most)
-    axes.set_ylim(0, 1.15 * max(metrics.get("unigram_bpc", 0), *_bits(records)))
-    axes.set_xlabel("passes: sequential network evaluations to generate a batch")
-    axes.set_ylabel("exact bits per character, test")
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    described = {"Date": None, "Description": describe_figure(records)}
-    try:
-        with replacing(file) as unfinished:
-            figure.savefig(unfinished, format="svg", metadata=described)
-    finally:
-        plt.close(figure)
+    with drawing(file, describe_figure(records), figsize=(7, 3.6)) as (_, axes):
+        for record in records:
+            passes, bpc = record.metrics["passes"], record.metrics["test_bpc"]
+            right = passes > most / 2
+            axes.scatter(passes, bpc, s=60, zorder=3)
+            axes.annotate(
+                f"{record.name}  {bpc:.2f}",
+                (passes, bpc),
+                textcoords="offset points",
+                xytext=(-9, 5) if right else (0, 9),
+                ha="right" if right else "center",
+            )
+        metrics = records[0].metrics
+        for key, label in (("unigram_bpc", "unigram"), ("bigram_bpc", "bigram")):
+            if key not in metrics:
+                continue
+            axes.axhline(metrics[key], linestyle="--", linewidth=1, color="grey")
+            axes.annotate(
+                f"{label} entropy  {metrics[key]:.2f}",
+                (most, metrics[key]),
+                xytext=(0, 3),
+                textcoords="offset points",
+                ha="right",
+                color="grey",
+            )
+        # Linear up to 1: a base without a network takes no pass at all.
+        axes.set_xscale("symlog", base=2, linthresh=1)
+        axes.xaxis.set_major_formatter("{x:.0f}")
+        axes.set_xlim(-0.1, 1.2 * most)
+        axes.set_ylim(0, 1.15 * max(metrics.get("unigram_bpc", 0), *_bits(records)))
+        axes.set_xlabel("passes: sequential network evaluations to generate a batch")
+        axes.set_ylabel("exact bits per character, test")
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
 
 
 def _bits(records: Sequence[Record]) -> list[float]:

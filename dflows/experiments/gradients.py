@@ -1,0 +1,97 @@
+"""The gradients of estimators against the exact one, at the same trained networks, as records."""
+
+import copy
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from datamodules import EnumerableDataModule
+from dflows.cli.configs import FlowCLI
+from dflows.errors import UserError
+from dflows.estimators import Estimator
+from dflows.exact import compare_estimators
+from dflows.experiments.plan import Gradients, Plan, gradients_name
+from dflows.provenance import describe_device
+from dflows.records import Record, write_record
+from lightning_modules import DiscreteFlowModule
+
+__all__ = ["write_gradients"]
+
+
+def _trained(plan: Plan, gradients: Gradients, task: str, seed: int) -> FlowCLI:
+    """Trains the networks that gradients are compared at."""
+    with plan.run(gradients.trained_by, task, seed, gradients.config).arguments() as line:
+        cli = FlowCLI(line)
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule, weights_only=True)
+    return cli
+
+
+def _estimator_of(plan: Plan, row: str, task: str, seed: int) -> Estimator:
+    with plan.run(row, task, seed, {}).arguments() as line:
+        module: DiscreteFlowModule = FlowCLI(line).model
+    return module.flow.conditional_transforms[0].estimator
+
+
+def write_gradients(
+    plan: Plan, task: str, rows: list[str], folder: Path, seed: int = 0
+) -> Iterator[Path]:
+    """Compares the estimators of rows on a task, and writes a record for each.
+
+    Args:
+        plan: The experiment.
+        task: Name of the task.
+        rows: Names of the rows whose estimators are compared.
+        folder: Where the records go.
+        seed: The seed.
+
+    Returns:
+        The records' files.
+
+    Raises:
+        UserError: If the experiment compares no gradients, the task's states are not enumerated, or
+            its model is no flow.
+    """
+    begin = time.perf_counter()
+    gradients = plan.gradients
+    if gradients is None:
+        raise UserError("the experiment compares no gradients: give it the key `gradients`")
+    cli = _trained(plan, gradients, task, seed)
+    module, data = cli.model, cli.datamodule
+    if not isinstance(module, DiscreteFlowModule) or not isinstance(data, EnumerableDataModule):
+        raise UserError(
+            f"gradients are compared on {task}, which trains a {type(module).__name__} on a "
+            f"{type(data).__name__}: give a flow and a distribution whose states are enumerated"
+        )
+    estimators = {row: _estimator_of(plan, row, task, seed) for row in rows}
+    compared = compare_estimators(
+        module.flow,
+        {row: partial(copy.deepcopy, estimator) for row, estimator in estimators.items()},
+        data.probabilities,
+        batch_size=gradients.batch_size,
+        draws=gradients.draws,
+        batches=gradients.batches,
+        seed=seed,
+    )
+    for row, comparison in compared.items():
+        record = Record(
+            name=gradients_name(row, task),
+            kind="gradients",
+            config={"trained": cli.resolved_config(), "estimator": repr(estimators[row])},
+            seed=seed,
+            device=describe_device(torch.device("cpu")),
+            precision="64-true",
+            seconds=time.perf_counter() - begin,
+            parameters=sum(parameter.numel() for parameter in module.parameters()),
+            metrics={
+                "gradient_cosine": comparison.cosine,
+                "gradient_norm_ratio": comparison.norm_ratio,
+                "gradient_mixture_cosine": comparison.mixture_cosine,
+                "gradient_mixture_norm_ratio": comparison.mixture_norm_ratio,
+                "gradient_variance": comparison.variance,
+                "gradient_standard_error": comparison.standard_error,
+            },
+        )
+        yield write_record(folder, record)

@@ -1,0 +1,150 @@
+"""The tables and the figure of the experiment on estimators."""
+
+import re
+from pathlib import Path
+
+from dflows.experiments.plan import gradients_name
+from dflows.reports.experiment import Experiment
+from dflows.reports.figures import drawing
+from dflows.reports.markdown import mean_and_spread, number, table
+
+__all__ = ["draw", "render"]
+
+_TASK = re.compile(r"(?P<size>\d+x\d+)-(?P<flows>\d+)(?P<timed>-timed)?")
+_GRADIENTS = re.compile(r"gradients-3x(?P<classes>\d+)-(?P<flows>\d+)")
+
+
+def _tasks(experiment: Experiment) -> dict[tuple[str, bool], dict[int, str]]:
+    """Groups the tasks by size and by what ends their runs: number of flows → task."""
+    groups: dict[tuple[str, bool], dict[int, str]] = {}
+    for task in experiment.plan.tasks:
+        if (found := _TASK.fullmatch(task)) and [*experiment.rows(task)]:
+            key = (found["size"], found["timed"] is not None)
+            groups.setdefault(key, {})[int(found["flows"])] = task
+    return groups
+
+
+def render(experiment: Experiment) -> str:
+    """Renders the likelihoods by the number of flows, and the gradients.
+
+    Args:
+        experiment: The plan and the records.
+
+    Returns:
+        Markdown.
+    """
+    parts = [
+        _likelihoods(experiment, size, timed, tasks)
+        for (size, timed), tasks in _tasks(experiment).items()
+    ]
+    return "\n\n".join([*parts, *_gradients(experiment)])
+
+
+def _distance(experiment: Experiment, name: str, task: str) -> float | None:
+    """Returns how far a row ends from the best tabular flow."""
+    exact = experiment.values(name, task, "exact_nats")
+    found = experiment.reference(experiment.plan.rows[name], task)
+    return sum(exact) / len(exact) - found if exact and found is not None else None
+
+
+def _likelihoods(experiment: Experiment, size: str, timed: bool, tasks: dict[int, str]) -> str:
+    length, num_classes = size.split("x")
+    entropy = number(experiment.first(next(iter(tasks.values())), "entropy"))
+    ends = "equal seconds" if timed else "equal steps"
+    lines = []
+    for name, row in experiment.plan.rows.items():
+        cells = [
+            mean_and_spread(experiment.values(name, task, "exact_nats")) for task in tasks.values()
+        ]
+        lines.append([row.label, *cells])
+    references = [
+        number(_reference_of(experiment, task.removesuffix("-timed"))) for task in tasks.values()
+    ]
+    lines.append(["*best tabular flow*", *references])
+    head = ["estimator", *(f"{flows} flow{'s' if flows > 1 else ''}" for flows in tasks)]
+    return (
+        f"**D = {length}, K = {num_classes}, {ends}**: exact nats; entropy {entropy}.\n\n"
+        f"{table(head, lines)}"
+    )
+
+
+def _reference_of(experiment: Experiment, task: str) -> float | None:
+    for name, reference in experiment.plan.references.items():
+        if reference.tasks is None or task in reference.tasks:
+            found = experiment.records.get(f"reference-{name}-{task}", [])
+            if found:
+                value: float = found[0].metrics["reference_nats"]
+                return value
+    return None
+
+
+def _gradients(experiment: Experiment) -> list[str]:
+    head = ["estimator", "cosine", "norm ratio", "with the mixture's", "norm ratio", "variance"]
+    parts = []
+    for task in experiment.plan.tasks:
+        lines = []
+        for name, row in experiment.plan.rows.items():
+            for record in experiment.records.get(gradients_name(name, task), []):
+                metrics = record.metrics
+                lines.append(
+                    [
+                        row.label,
+                        f"{metrics['gradient_cosine']:.3f}",
+                        f"{metrics['gradient_norm_ratio']:.3g}",
+                        f"{metrics['gradient_mixture_cosine']:.3f}",
+                        f"{metrics['gradient_mixture_norm_ratio']:.3g}",
+                        f"{metrics['gradient_variance']:.3g}",
+                    ]
+                )
+        if lines and (found := _GRADIENTS.fullmatch(task)):
+            caption = f"**Gradients, D = 3, K = {found['classes']}, {found['flows']} flows**"
+            parts.append(f"{caption}\n\n{table(head, lines)}")
+    return parts
+
+
+def draw(experiment: Experiment, file: Path) -> None:
+    """Draws the distance to the tabular reference and the gradients' cosine.
+
+    Args:
+        experiment: The plan and the records.
+        file: The SVG file.
+    """
+    groups = _tasks(experiment)
+    with drawing(file, "", ncols=3, figsize=(11, 3.8)) as (figure, axes):
+        for name, row in experiment.plan.rows.items():
+            tasks = groups.get(("5x5", False), {})
+            pairs = [(flows, _distance(experiment, name, task)) for flows, task in tasks.items()]
+            _line(axes[0], pairs, row.label)
+            found = [
+                (_GRADIENTS.fullmatch(task), experiment.records.get(gradients_name(name, task), []))
+                for task in experiment.plan.tasks
+            ]
+            measured = [
+                (int(match["classes"]), int(match["flows"]), records[0].metrics["gradient_cosine"])
+                for match, records in found
+                if match and records
+            ]
+            _line(axes[1], [(flows, value) for k, flows, value in measured if k == 5], row.label)
+            _line(axes[2], sorted((k, value) for k, flows, value in measured if flows == 2), None)
+        for place, (x, y) in zip(
+            axes,
+            (
+                ("flows", "nats above the best tabular flow, D = 5, K = 5"),
+                ("flows", "cosine with the exact gradient, D = 3, K = 5"),
+                ("classes K", "cosine with the exact gradient, D = 3, 2 flows"),
+            ),
+            strict=True,
+        ):
+            place.set_xlabel(x)
+            place.set_ylabel(y)
+            place.set_xscale("log", base=2)
+            place.xaxis.set_major_formatter("{x:.0f}")
+        axes[0].set_ylim(bottom=0)
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize="small")
+
+
+def _line(axes: object, pairs: list[tuple[int, float | None]], label: str | None) -> None:
+    known = [(x, y) for x, y in pairs if y is not None]
+    if known:
+        axes.plot(*zip(*known, strict=True), marker="o", label=label)  # type: ignore[attr-defined]

@@ -1,0 +1,91 @@
+"""The table and the figure of the mixture experiment."""
+
+import math
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from datamodules import MixtureDataModule
+from dflows.reports.experiment import Experiment
+from dflows.reports.figures import drawing
+from dflows.reports.markdown import mean_and_spread, number, table
+
+__all__ = ["draw", "render"]
+
+SHOWN = (
+    "factorized-base",
+    "affine-paper-1",
+    "affine-1",
+    "rank-1",
+    "affine-paper-6",
+    "affine-6",
+    "rank-6",
+)
+"""Rows that the figure has a panel of."""
+
+
+def render(experiment: Experiment) -> str:
+    """Renders a table of the divergences on every arrangement.
+
+    Args:
+        experiment: The plan and the records.
+
+    Returns:
+        Markdown.
+    """
+    parts = []
+    for task in experiment.plan.tasks:
+        rows = [
+            [
+                row.label,
+                mean_and_spread(experiment.values(name, task, "kl")),
+                number(experiment.reference(row, task, "reference_kl")),
+            ]
+            for name, row in experiment.rows(task)
+        ]
+        if rows:
+            caption = (
+                f"**{task}**: entropy {number(experiment.first(task, 'entropy'))} nats, best "
+                f"factorized model {number(experiment.first(task, 'factorized_kl'))} above it."
+            )
+            head = ["model", "KL, exact nats", "KL of the best tabular flow"]
+            parts.append(f"{caption}\n\n{table(head, rows)}")
+    return "\n\n".join(parts)
+
+
+def draw(experiment: Experiment, file: Path) -> None:
+    """Draws the exact probabilities of the data and of the models, side by side.
+
+    Args:
+        experiment: The plan and the records.
+        file: The SVG file.
+    """
+    tasks = [task for task in experiment.plan.tasks if [*experiment.rows(task)]]
+    shown = [name for name in SHOWN if name in experiment.plan.rows]
+    size = (2 * (1 + len(shown)), 2.3 * len(tasks))
+    options = {"nrows": len(tasks), "ncols": 1 + len(shown), "squeeze": False}
+    with drawing(file, "Heat maps of probabilities", figsize=size, **options) as (_, axes):
+        for line, task in zip(axes, tasks, strict=True):
+            arranged: Literal["circle", "grid"] = "grid" if task == "grid" else "circle"
+            truth = MixtureDataModule(arrangement=arranged).probabilities
+            most = float(truth.max())
+            _panel(line[0], truth, most, f"data, {task}")
+            for axis, name in zip(line[1:], shown, strict=True):
+                records = experiment.of(name, task)
+                if not records or "probabilities" not in records[0].metrics:
+                    axis.set_axis_off()
+                    continue
+                values = torch.tensor(records[0].metrics["probabilities"])
+                side = math.isqrt(len(values))
+                kl = records[0].metrics["kl"]
+                title = f"{experiment.plan.rows[name].label}\nKL {kl:.3f}"
+                _panel(axis, values.reshape(side, side), most, title)
+
+
+def _panel(axes: object, table: torch.Tensor, most: float, title: str) -> None:
+    # Square roots, so that what little is between the modes can be seen.
+    axes.imshow(table.sqrt().T.numpy(), origin="lower", cmap="magma", vmin=0, vmax=most**0.5)  # type: ignore[attr-defined]
+    axes.set_title(title, fontsize=8)  # type: ignore[attr-defined]
+    axes.set_xticks([])  # type: ignore[attr-defined]
+    axes.set_yticks([])  # type: ignore[attr-defined]

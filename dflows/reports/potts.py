@@ -1,0 +1,54 @@
+"""The table of the Potts experiment."""
+
+import re
+
+from dflows.reports.experiment import Experiment
+from dflows.reports.markdown import mean_and_spread, number, table
+
+__all__ = ["render"]
+
+_TASK = re.compile(r"side(?P<side>\d+)-K(?P<classes>\d+)-J(?P<coupling>[\d.]+)")
+HEAD = ("model", "published", "ours", "above the entropy", "passes")
+
+
+def render(experiment: Experiment) -> str:
+    """Renders a table for every lattice, number of states and coupling.
+
+    Args:
+        experiment: The plan and the records.
+
+    Returns:
+        Markdown.
+    """
+    parts = []
+    for task in experiment.plan.tasks:
+        found = _TASK.fullmatch(task)
+        lines = [_row(experiment, task, name) for name, _ in experiment.rows(task)]
+        if found and lines:
+            side, entropy = int(found["side"]), experiment.first(task, "entropy")
+            parts.append(
+                f"**D = {side**2}, K = {found['classes']}, J = {found['coupling']}**: exact "
+                f"entropy {number(entropy)} nats, factorized "
+                f"{number(experiment.first(task, 'factorized_entropy'))}.\n\n{table(HEAD, lines)}"
+            )
+    return "\n\n".join(parts)
+
+
+def _row(experiment: Experiment, task: str, name: str) -> list[str]:
+    row = experiment.plan.rows[name]
+    exact = experiment.values(name, task, "exact_nats")
+    values = exact or experiment.values(name, task, "test_nats")
+    entropy = experiment.first(task, "entropy")
+    above = None
+    if values and entropy is not None:
+        above = sum(values) / len(values) - entropy
+    shown = mean_and_spread(values) + ("" if exact else " (test draws)")
+    published = row.published.get(task)
+    below = published is not None and entropy is not None and published < entropy
+    return [
+        row.label,
+        number(published, ".2f") + (" (below the entropy)" if below else ""),
+        shown,
+        number(above, "+.4f"),
+        mean_and_spread(experiment.values(name, task, "passes")[:1], ".0f"),
+    ]
