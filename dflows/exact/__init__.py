@@ -13,17 +13,21 @@ from dflows.exact.measures import (
     share_of_gap,
     states,
 )
+from dflows.exact.tabular import TabularFlow, exhaustive_optimum, tabular_flow
 
 __all__ = [
     "MOST_STATES",
+    "TabularFlow",
     "check_enumerable",
     "check_probabilities",
     "cross_entropy",
     "divergence",
     "entropy",
+    "exhaustive_optimum",
     "factorized_entropy",
     "marginals",
     "probabilities",
     "share_of_gap",
     "states",
+    "tabular_flow",
 ]
