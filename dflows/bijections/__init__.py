@@ -2,7 +2,15 @@
 
 from dflows.bijections.affine import ModularAffine
 from dflows.bijections.bijection import Bijection, Choose
+from dflows.bijections.matched import MatchedAffine
 from dflows.bijections.rank import RankPermutation
 from dflows.bijections.shift import ModularShift
 
-__all__ = ["Bijection", "Choose", "ModularAffine", "ModularShift", "RankPermutation"]
+__all__ = [
+    "Bijection",
+    "Choose",
+    "MatchedAffine",
+    "ModularAffine",
+    "ModularShift",
+    "RankPermutation",
+]

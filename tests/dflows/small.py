@@ -8,7 +8,7 @@ from torch import nn
 
 from dflows import DiscreteFlow, FactorizedBase
 from dflows.backbones import DilatedConvolution, LevelConvolution, Transformer
-from dflows.bijections import ModularAffine, ModularShift, RankPermutation
+from dflows.bijections import MatchedAffine, ModularAffine, ModularShift, RankPermutation
 from dflows.estimators import (
     GumbelStraightThrough,
     LocalObjective,
@@ -35,6 +35,7 @@ BIJECTIONS = {
     "shift": ModularShift,
     "affine": ModularAffine,
     "affine-prime": lambda num_classes: ModularAffine(num_classes, prime=True),
+    "matched": MatchedAffine,
     "rank": RankPermutation,
 }
 

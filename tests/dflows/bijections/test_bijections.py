@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from dflows import modular
-from dflows.bijections import ModularAffine, ModularShift, RankPermutation
+from dflows.bijections import MatchedAffine, ModularAffine, ModularShift, RankPermutation
 from dflows.errors import UserError
 from dflows.estimators import PosteriorRule, SoftmaxStraightThrough
 from tests.dflows.small import BIJECTIONS
@@ -49,7 +49,7 @@ class TestEach:
         initial = bijection.initial_logits()
         assert initial.shape == (bijection.num_logits,)
         x, logits = every_value(bijection, initial.expand(1, 1, -1))
-        for noise in (0.0, 0.04 if name != "rank" else 0.04 / num_classes):
+        for noise in (0.0, 0.04 / num_classes if name in ("rank", "matched") else 0.04):
             noisy = logits + noise * (2 * torch.rand_like(logits) - 1)
             assert torch.equal(bijection(x, noisy), x)
             assert torch.equal(bijection.inverse(x, noisy), x)
@@ -104,8 +104,8 @@ class TestEach:
     def test_it_shows_its_classes_and_holds_no_parameters(self, name):
         bijection = BIJECTIONS[name](6)
         assert "num_classes=6" in repr(bijection)
-        assert not list(bijection.parameters())
-        assert not bijection.state_dict()
+        held = {"target"} if name == "matched" else set()
+        assert set(bijection.state_dict()) == dict(bijection.named_parameters()).keys() == held
 
 
 @given(
@@ -214,6 +214,49 @@ class TestAffine:
         assert affine.modulus == modulus
         assert affine.unit.tolist() == [False] + [True] * (modulus - 1)
         assert affine.num_logits == 2 * modulus
+
+
+class TestMatched:
+    @pytest.mark.parametrize("num_classes", [2, 5, 6])
+    def test_its_map_is_the_one_under_which_x_is_expected_to_be_likeliest(self, num_classes):
+        affine = MatchedAffine(num_classes)
+        with torch.no_grad():
+            affine.target.normal_()
+        log_target, classes = affine.target.detach().log_softmax(-1), torch.arange(num_classes)
+        maps = [
+            modular.affine_inverse(classes, torch.tensor(loc), scale, num_classes)
+            for loc in range(num_classes)
+            for scale in modular.units(num_classes)
+        ]
+        for logits in torch.randn(30, num_classes):
+            expected = torch.stack([logits.softmax(-1) @ log_target[x] for x in maps])
+            x = affine.inverse(classes, logits.expand(num_classes, -1))
+            assert torch.equal(x, maps[expected.argmax()])
+
+    def test_its_local_likelihood_is_a_cross_entropy_and_that_of_x(self):
+        affine, logits, y = MatchedAffine(5), torch.randn(7, 3, 5), torch.randint(5, (7, 3))
+        x = affine.inverse(y, logits)
+        expected = -F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="none")
+        expected = expected + affine.target.log_softmax(-1)[x.flatten()]
+        torch.testing.assert_close(affine.local_log_likelihood(y, logits, None).flatten(), expected)
+
+    @pytest.mark.parametrize("inverse", [False, True])
+    def test_its_gradient_is_that_of_the_mean_over_all_maps(self, inverse):
+        affine = MatchedAffine(5).double()
+        logits = torch.randn(4, 3, 5, dtype=torch.float64, requires_grad=True)
+        value = F.one_hot(torch.randint(5, (4, 3)), 5).double().requires_grad_()
+        weight = torch.randn(4, 3, 5, dtype=torch.float64)
+        through = affine.inverse_through if inverse else affine.forward_through
+        mapped, _ = through(value, logits, torch.zeros(4), SoftmaxStraightThrough(1.0).choose)
+        inputs = [logits, value, affine.target]
+        actual = torch.autograd.grad((mapped * weight).sum(), inputs)
+        scores = affine._scores(logits)
+        every = F.one_hot(affine._table(inverse), 5).double()  # (C, K, K)
+        hard = F.one_hot(scores.argmax(-1), scores.shape[-1]).double()
+        chosen = hard + scores.softmax(-1) - scores.softmax(-1).detach()
+        dense = torch.einsum("ndc,ndk,ckj->ndj", chosen, value, every)
+        torch.testing.assert_close(mapped, dense)
+        torch.testing.assert_close(actual, torch.autograd.grad((dense * weight).sum(), inputs))
 
 
 class TestRank:

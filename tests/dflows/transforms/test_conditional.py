@@ -46,10 +46,10 @@ def assert_bijection_of_all_states(transform, num_classes, length):
 @pytest.mark.parametrize(("num_classes", "length"), [(2, 5), (3, 4), (4, 3)])
 def test_all_states_are_met_once(bijection, ordering, backbone, num_classes, length):
     transform = make_transform(num_classes, length, ordering, bijection, backbone=backbone)
-    shaken(transform)
     x = states(num_classes, length)
+    shaken(transform)
     if num_classes > 2:  # where a map is the identity by chance, but not every one
-        assert not torch.equal(transform(x), x)
+        assert any(not torch.equal(shaken(transform, seed)(x), x) for seed in range(4))
     assert_bijection_of_all_states(transform, num_classes, length)
 
 
