@@ -1,5 +1,12 @@
-"""Tiny problems of which everything is known: exact measures, and the best tabular flow."""
+"""Tiny problems of which everything is known: measures, gradients, and the best tabular flow."""
 
+from dflows.exact.gradients import (
+    GradientComparison,
+    compare_estimators,
+    compare_gradients,
+    expected_log_likelihood,
+    mixture_log_likelihood,
+)
 from dflows.exact.measures import (
     MOST_STATES,
     check_enumerable,
@@ -17,15 +24,20 @@ from dflows.exact.tabular import TabularFlow, exhaustive_optimum, tabular_flow
 
 __all__ = [
     "MOST_STATES",
+    "GradientComparison",
     "TabularFlow",
     "check_enumerable",
     "check_probabilities",
+    "compare_estimators",
+    "compare_gradients",
     "cross_entropy",
     "divergence",
     "entropy",
     "exhaustive_optimum",
+    "expected_log_likelihood",
     "factorized_entropy",
     "marginals",
+    "mixture_log_likelihood",
     "probabilities",
     "share_of_gap",
     "states",

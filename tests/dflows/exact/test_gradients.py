@@ -4,10 +4,10 @@ from itertools import product
 import pytest
 import torch
 
+import dflows.exact.gradients as exact
 from dflows import DiscreteFlow, FactorizedBase, PermutationTransform
 from dflows.errors import UserError
 from dflows.estimators import LocalObjective, PosteriorRule, ReinMax, SoftmaxStraightThrough
-from dflows.exact import gradients as exact
 from dflows.exact import states
 from dflows.exact.gradients import (
     compare_estimators,
