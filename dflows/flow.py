@@ -14,7 +14,7 @@ from torch.distributions import Distribution, constraints
 
 from dflows.bases import Base
 from dflows.errors import UserError
-from dflows.estimators import Estimator
+from dflows.estimators import Draw, Estimator
 from dflows.orderings import untransformed
 from dflows.representations import flatten_batch, is_one_hot, repeat_context, to_one_hot
 from dflows.transforms import Composition, ConditionalTransform, DiscreteTransform, Inverse
@@ -117,11 +117,17 @@ class DiscreteFlow(nn.Module):
                     f"a bijection of {transform.bijection.num_classes} classes stands on a base of "
                     f"{base.num_classes}: give both the same num_classes"
                 )
-        draws = {transform.estimator.draw == "flow" for transform in conditional}
-        if len(draws) > 1:
+        draws = {transform.estimator.draw for transform in conditional}
+        if len(draws) > 1 and not draws.isdisjoint(("flow", "turn")):
             raise UserError(
-                "some flows of the stack draw a flow to train and others do not: give every "
-                "estimator draw='flow', or none"
+                "some flows of the stack are trained one at a time and others are not: give every "
+                "flow an estimator with draw='flow', or every one LocalInTurn, or none"
+            )
+        backbones = {id(transform.conditioner.backbone) for transform in conditional}
+        if draws == {"turn"} and len(backbones) < len(conditional):
+            raise UserError(
+                "flows that are trained in turn share a backbone, so that each would undo what the "
+                "one before it has learnt: give every flow its own, or LocalObjective"
             )
         self._estimators = list(_estimators(stack))
         for part in stack:
@@ -146,10 +152,9 @@ class DiscreteFlow(nn.Module):
     def _through(self) -> bool:
         return any(estimator.through for estimator in self._estimators)
 
-    @property
-    def _draws_flow(self) -> bool:
+    def _draws(self, what: Draw) -> bool:
         draws = [transform.estimator.draw for transform in self.conditional_transforms]
-        return len(draws) > 1 and set(draws) == {"flow"}
+        return len(draws) > 1 and set(draws) == {what}
 
     @property
     def _draws_maps(self) -> bool:
@@ -274,8 +279,10 @@ class DiscreteFlow(nn.Module):
 
     def _objective(self, y: Tensor, context: Tensor | None) -> Tensor:
         flat, context, shape = flatten_batch(y, context)
-        if self._draws_flow:
+        if self._draws("flow"):
             return self._drawn_flow(flat, context).reshape(shape)
+        if self._draws("turn"):
+            return self._flow_in_turn(flat, context).reshape(shape)
         x, total, weight = flat, torch.zeros(flat.shape[0], device=flat.device), None
         if self._through:
             x = to_one_hot(x, self.num_classes)

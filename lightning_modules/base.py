@@ -40,6 +40,9 @@ class Optimization:
             line. It reaches 0 with `trainer.max_steps`, or with `trainer.max_time` if that comes
             first; by time, a resumed run goes on where it was but does not repeat the
             uninterrupted one bit by bit.
+        cycles: Equal parts of the training; in each the learning rate takes its whole course,
+            warm-up included, as flows that are trained in turn need it
+            (:class:`dflows.estimators.LocalInTurn`).
         hold_base_steps: First steps in which the base is left as it is.
 
     Raises:
@@ -52,6 +55,7 @@ class Optimization:
     betas: tuple[float, float] = (0.9, 0.99)
     warmup_steps: int = 0
     schedule: Literal["constant", "cosine", "linear"] = "constant"
+    cycles: int = 1
     hold_base_steps: int = 0
 
     def __post_init__(self) -> None:
@@ -68,6 +72,8 @@ class Optimization:
         ):
             if value < 0:
                 raise UserError(f"optimization.{name} is {value}: give at least 0")
+        if self.cycles < 1:
+            raise UserError(f"optimization.cycles is {self.cycles}: give at least 1")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise UserError(f"optimization.betas is {self.betas}: give numbers from 0 to below 1")
         if self.schedule not in ("constant", "cosine", "linear"):
@@ -85,7 +91,13 @@ class Optimization:
         Example:
             >>> Optimization(warmup_steps=10, schedule="linear").factor(4, progress=0.2)
             0.4
+            >>> Optimization(schedule="linear", cycles=2).factor(75, progress=0.75)
+            0.5
         """
+        if self.cycles > 1 and 0 < progress < 1:
+            part = progress * self.cycles % 1
+            step = round(step * part / (progress * self.cycles))
+            progress = part
         warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
         match self.schedule:
             case "cosine":

@@ -15,13 +15,14 @@ So the same line trains with every estimator: ``(-flow.objective(y).mean()).back
 
 from dflows.estimators.drawn import GumbelStraightThrough, ReinMax
 from dflows.estimators.estimator import Draw, Estimator
-from dflows.estimators.local import LocalObjective, LocalThenJoint
+from dflows.estimators.local import LocalInTurn, LocalObjective, LocalThenJoint
 from dflows.estimators.through import PosteriorRule, SoftmaxStraightThrough
 
 __all__ = [
     "Draw",
     "Estimator",
     "GumbelStraightThrough",
+    "LocalInTurn",
     "LocalObjective",
     "LocalThenJoint",
     "PosteriorRule",

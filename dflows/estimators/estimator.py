@@ -10,7 +10,7 @@ from dflows.errors import UserError
 
 __all__ = ["Draw", "Estimator", "check_positive", "check_softmax"]
 
-Draw = Literal["all", "level", "flow"]
+Draw = Literal["all", "level", "flow", "turn"]
 
 
 class Estimator(nn.Module, ABC):
@@ -22,7 +22,10 @@ class Estimator(nn.Module, ABC):
     through: bool
     """Whether the gradient crosses flows, which then run on one-hot vectors while training."""
     draw: Draw = "all"
-    """What is trained in one step: all flows and levels, one level of each flow, or one flow."""
+    """What is trained in one step: all flows and levels, one level of each flow, one flow, or the
+    flow whose turn it is."""
+    turn: int = 0
+    """Number of the flow whose turn it is, the data's side first, where `draw` says so."""
     draws_maps: ClassVar[bool] = False
     """Whether the objective draws the maps in training mode, in place of taking the chosen ones.
 

@@ -8,36 +8,11 @@ from dflows.estimators.estimator import Draw, Estimator
 from dflows.estimators.through import PosteriorRule
 from dflows.representations import is_one_hot, to_indices, to_one_hot
 
-__all__ = ["LocalObjective", "LocalThenJoint"]
+__all__ = ["LocalInTurn", "LocalObjective", "LocalThenJoint"]
 
 
-class LocalObjective(Estimator):
-    """Creates the local objective: every flow is trained at once, each on a likelihood of its own.
-
-    No gradient crosses flows, so nothing is biased by depth and the graph is a layer deep. What a
-    flow maximises is its bijection's `local_log_likelihood`: the cross-entropy of its classes for
-    rank permutations and shifts, the mixture's likelihood for the location-scale map.
-
-    Arguments:
-        draw: What one training step of a flow whose backbone runs masked evaluates, an example at
-            a time: ``all`` levels, one ``level`` of each flow (an unbiased estimate at one
-            evaluation a flow), or one level of one ``flow`` alone. A level-causal backbone
-            supervises all levels in one evaluation, and only ``flow`` makes a difference to it.
-
-    Raises:
-        UserError: If `draw` is none of these.
-    """
-
+class _Local(Estimator):
     through = False
-
-    def __init__(self, draw: Draw = "all") -> None:
-        super().__init__()
-        if draw not in ("all", "level", "flow"):
-            raise UserError(f"draw is {draw!r}: give 'all', 'level' or 'flow'")
-        self.draw = draw
-
-    def extra_repr(self) -> str:
-        return f"draw={self.draw!r}"
 
     def inverse(
         self, bijection: Bijection, y: Tensor, logits: Tensor, ladj: Tensor, target: Tensor | None
@@ -54,6 +29,73 @@ class LocalObjective(Estimator):
     ) -> tuple[Tensor, Tensor]:
         y = bijection(to_indices(x), logits.detach())
         return to_one_hot(y, bijection.num_classes, x.dtype), ladj
+
+
+class LocalObjective(_Local):
+    """Creates the local objective: every flow is trained at once, each on a likelihood of its own.
+
+    No gradient crosses flows, so nothing is biased by depth and the graph is a layer deep. What a
+    flow maximises is its bijection's `local_log_likelihood`: the cross-entropy of its classes for
+    rank permutations and shifts, the mixture's likelihood for the location-scale map.
+
+    Arguments:
+        draw: What one training step of a flow whose backbone runs masked evaluates, an example at
+            a time: ``all`` levels, one ``level`` of each flow (an unbiased estimate at one
+            evaluation a flow), or one level of one ``flow`` alone. A level-causal backbone
+            supervises all levels in one evaluation, and only ``flow`` makes a difference to it.
+
+    Raises:
+        UserError: If `draw` is none of these.
+    """
+
+    def __init__(self, draw: Draw = "all") -> None:
+        super().__init__()
+        if draw not in ("all", "level", "flow"):
+            raise UserError(f"draw is {draw!r}: give 'all', 'level' or 'flow'")
+        self.draw = draw
+
+    def extra_repr(self) -> str:
+        return f"draw={self.draw!r}"
+
+
+class LocalInTurn(_Local):
+    """Creates the local objective of one flow after the other, the one next to the data first.
+
+    Trained all at once, a flow learns from what the flows on its data's side make of the data, and
+    this goes on changing while they learn. In turn, each flow learns from what is settled, and a
+    step costs the training of one flow, however many there are. It asks for as many steps as all
+    flows need together. A learning rate that takes its course once a turn settles each: give
+    :class:`lightning_modules.Optimization` as many `cycles` as there are flows, and a warm-up.
+
+    Whose turn it is follows from the number of the step alone, as for :class:`LocalThenJoint`. Of a
+    backbone that runs masked, one level an example is trained in a step.
+
+    Arguments:
+        steps: Optimizer steps of one turn. When all flows had theirs, the last goes on.
+
+    Raises:
+        UserError: If the number of steps is below 1.
+
+    Example:
+        >>> estimator = LocalInTurn(steps=100)
+        >>> estimator.at_step(250)
+        >>> estimator.turn
+        2
+    """
+
+    draw = "turn"
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        if steps < 1:
+            raise UserError(f"steps is {steps}: give at least 1")
+        self.steps = steps
+
+    def extra_repr(self) -> str:
+        return f"steps={self.steps}"
+
+    def at_step(self, step: int) -> None:
+        self.turn = step // self.steps
 
 
 class LocalThenJoint(Estimator):

@@ -11,6 +11,7 @@ from dflows.backbones import DilatedConvolution, LevelConvolution, Transformer
 from dflows.bijections import MatchedAffine, ModularAffine, ModularShift, RankPermutation
 from dflows.estimators import (
     GumbelStraightThrough,
+    LocalInTurn,
     LocalObjective,
     LocalThenJoint,
     PosteriorRule,
@@ -60,6 +61,7 @@ ESTIMATORS = {
     "local": LocalObjective,
     "one-level": lambda: LocalObjective("level"),
     "one-flow": lambda: LocalObjective("flow"),
+    "in-turn": lambda: LocalInTurn(1),
     "gumbel": GumbelStraightThrough,
     "reinmax": ReinMax,
     "local-then-joint": lambda: LocalThenJoint(1),

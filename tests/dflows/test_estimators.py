@@ -2,12 +2,13 @@ import pytest
 import torch
 from torch import nn
 
-from dflows import DiscreteFlow, FactorizedBase
+from dflows import DiscreteFlow, FactorizedBase, PermutationTransform
 from dflows.backbones import DilatedConvolution
 from dflows.bijections import ModularAffine, ModularShift, RankPermutation
 from dflows.errors import UserError
 from dflows.estimators import (
     GumbelStraightThrough,
+    LocalInTurn,
     LocalObjective,
     LocalThenJoint,
     PosteriorRule,
@@ -269,6 +270,63 @@ class TestDrawnMaps:
             untouched = flow.base.log_prob(y)[:, [0, 2]].sum()
         drawn = flow.objective(y.expand(20_000, 5, 4)).mean(0).sum().detach()
         torch.testing.assert_close(drawn, expected + untouched, rtol=0, atol=0.05)
+
+
+class TestLocalInTurn:
+    @pytest.mark.parametrize("where", [0, 1, 3])
+    @pytest.mark.parametrize("backbone", ["causal", "masked"])
+    def test_one_flow_learns_as_by_the_local_objective_and_the_base(
+        self, monkeypatch, where, backbone
+    ):
+        y = torch.randint(4, (6, 5))
+        options = {"num_classes": 4, "length": 5, "orderings": STACK, "backbone": backbone}
+        results = []
+        for name in ("in-turn", "local"):
+            stack = list(make_flow(estimator=name, **options).transforms)
+            stack.insert(where, PermutationTransform([2, 0, 3, 1, 4]))
+            results.append(shaken(DiscreteFlow(FactorizedBase(4, 5, STACK), stack)))
+        flow, whole = results
+        (-whole.objective(y).mean()).backward()
+        expected = gradients(whole)
+        for step in range(4):
+            flow.at_step(step)
+
+            def run():
+                objective = flow.objective(y)
+                (-objective.mean()).backward()
+                return {"value": objective.detach()} | gradients(flow)
+
+            mean = expectation(monkeypatch, run)  # of a masked backbone a level is drawn
+            torch.testing.assert_close(mean.pop("value"), flow.log_prob(y).detach())
+            turn = flow.conditional_transforms[2 - min(step, 2)]
+            learns = next(f"{n}." for n, part in flow.named_modules() if part is turn)
+            for name, grad in mean.items():
+                if name.startswith(("base", learns)):
+                    torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-6)
+                else:
+                    assert not grad.any(), name  # and there: distributed training awaits it
+
+    def test_one_flow_alone_is_trained_as_ever(self):
+        y = torch.randint(4, (6, 5))
+        flow = make_flow(4, 5, [Natural()], estimator="in-turn", backbone="causal")
+        (-flow.objective(y).mean()).backward()
+        actual = gradients(flow)
+        (-_local_loss(flow, y).mean()).backward()
+        assert_gradients_close(actual, gradients(flow), rtol=1e-4, atol=1e-6)
+
+    def test_what_does_not_stand_in_a_row_is_refused(self):
+        with pytest.raises(UserError, match="at least 1"):
+            LocalInTurn(0)
+        shared = DilatedConvolution(8)
+        transforms = [
+            ConditionalTransform(4, RankPermutation(3), Parity(), shared, LocalInTurn(5))
+            for _ in range(2)
+        ]
+        with pytest.raises(UserError, match="share a backbone"):
+            DiscreteFlow(FactorizedBase(3, 4), transforms)
+        transforms[0].train_by(LocalObjective())
+        with pytest.raises(UserError, match="every one LocalInTurn, or none"):
+            DiscreteFlow(FactorizedBase(3, 4), transforms)
 
 
 class TestLocalThenJoint:
