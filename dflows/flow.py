@@ -286,8 +286,8 @@ class DiscreteFlow(nn.Module):
         x, total, weight = flat, torch.zeros(flat.shape[0], device=flat.device), None
         if self._through:
             x = to_one_hot(x, self.num_classes)
-        for transform in reversed(self.transforms):
-            last = transform is self.transforms[0]
+        for position, transform in reversed([*enumerate(self.transforms)]):
+            last = position == 0
             x, ladj, weight = self._train(transform, x, context, last)
             total = total + ladj
         return (self.base.objective(x, context, weight) + total).reshape(shape)
@@ -312,24 +312,24 @@ class DiscreteFlow(nn.Module):
 
     def _drawn_flow(self, y: Tensor, context: Tensor | None) -> Tensor:
         """Trains one flow an example; the base, by the examples that reach it."""
-        candidates = self.conditional_transforms
-        choice = torch.randint(len(candidates), y.shape[:1], device=y.device)
+        number = num_flows = len(self.conditional_transforms)
+        choice = torch.randint(num_flows, y.shape[:1], device=y.device)
         total = torch.zeros(y.shape[0], device=y.device)
         rows = torch.arange(y.shape[0], device=y.device)
         weight: Tensor | None = None
-        for transform in reversed(self.transforms):
+        for position, transform in reversed([*enumerate(self.transforms)]):
             part = None if context is None else context[rows]
             if not isinstance(transform, ConditionalTransform):
                 y = transform.inverse(y, part)
                 continue
-            number = next(n for n, candidate in enumerate(candidates) if candidate is transform)
+            number -= 1
             chosen = choice[rows] == number
-            last = number == 0 and transform is self.transforms[0]
+            last = position == 0
             if chosen.any():
                 trained, ladj, weight = self._train(
                     transform, y[chosen], None if part is None else part[chosen], last
                 )
-                total = _add_at(total, rows[chosen], len(candidates) * ladj)
+                total = _add_at(total, rows[chosen], num_flows * ladj)
             else:
                 total = total + _idle(transform)
             if number == 0:
@@ -342,7 +342,26 @@ class DiscreteFlow(nn.Module):
         if not len(rows):
             return total + _idle(self.base)
         score = self.base.objective(y, None if context is None else context[rows], weight)
-        return _add_at(total, rows, len(candidates) * score)
+        return _add_at(total, rows, num_flows * score)
+
+    def _flow_in_turn(self, y: Tensor, context: Tensor | None) -> Tensor:
+        """Trains the flow whose turn it is, all others being as they are, and the base."""
+        flows = self.conditional_transforms
+        number, turn = 0, min(flows[0].estimator.turn, len(flows) - 1)
+        total = torch.zeros(y.shape[0], device=y.device)
+        for transform in reversed(self.transforms):
+            if not isinstance(transform, ConditionalTransform):
+                y = transform.inverse(y, context)
+                continue
+            if number == turn:
+                y, ladj, _ = self._train(transform, y, context, last=False)
+                total = total + ladj
+            else:
+                with torch.no_grad():
+                    y = transform.inverse(y, context)
+                total = total + _idle(transform)
+            number += 1
+        return self.base.objective(y, context) + total
 
     def residuals(self, y: Tensor, context: Tensor | None = None) -> list[Tensor]:
         """Returns what is left of y after each transform was undone, the data's side first.

@@ -698,6 +698,17 @@ class TestObject:
         flow.objective(y).sum().backward()
 
 
+def test_one_transform_twice_in_a_stack_is_drawn_as_two_flows():
+    single = make_flow(3, 4, [Natural()], "rank", "one-flow")
+    (transform,) = single.conditional_transforms
+    flow = DiscreteFlow(single.base, [transform, PermutationTransform([3, 2, 1, 0]), transform])
+    y = torch.randint(3, (3, 1, 4)).expand(3, 20_000, 4)
+    with torch.no_grad():
+        drawn, exact = flow.objective(y), flow.log_prob(y)[:, 0]
+    error = drawn.std(1) / drawn.shape[1] ** 0.5
+    assert ((drawn.mean(1) - exact).abs() < 4 * error + 1e-5).all()
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_a_flow_that_no_example_draws_gets_a_gradient_of_zero(seed):
     # Of one example one flow alone is drawn, and distributed training waits for every gradient.
