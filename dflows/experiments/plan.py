@@ -10,9 +10,9 @@ import re
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from jsonargparse import ArgumentParser
@@ -53,17 +53,17 @@ class Reference:
     Arguments:
         orderings: Orderings of its transforms, base → data.
         bijection: Called with K.
-        base: Its base.
-        restarts: Random restarts of the ascent.
-        sweeps: Largest number of sweeps through the stack.
+        base: Ordering of an autoregressive base; the factorized base without one.
+        restarts: Ascents after the first.
+        sweeps: Most sweeps of an ascent.
         tasks: Tasks that it is found for; all by default.
     """
 
     orderings: list[Ordering]
     bijection: Callable[[int], Bijection]
-    base: Literal["factorized", "autoregressive"] = "factorized"
+    base: Ordering | None = None
     restarts: int = 1
-    sweeps: int = 20
+    sweeps: int = 40
     tasks: list[str] | None = None
 
 
@@ -249,6 +249,32 @@ class Plan:
         return Run(row, task, seed, configs, tuple(filter(None, overlays)))
 
 
+def _make(kind: type[Any], keys: Any, where: str) -> Any:
+    """Makes a part of a plan of the keys of a file."""
+    known = {entry.name: entry for entry in fields(kind)}
+    if not isinstance(keys, dict):
+        raise UserError(f"{where} is {keys!r}: give the keys {', '.join(known)}")
+    if unknown := sorted(set(keys) - set(known)):
+        raise UserError(f"{where} has no key {', '.join(unknown)}: its keys are {', '.join(known)}")
+    missing = [
+        name
+        for name, entry in known.items()
+        if name not in keys and entry.default is MISSING and entry.default_factory is MISSING
+    ]
+    if missing:
+        raise UserError(f"{where} lacks {', '.join(missing)}: every one has it")
+    return kind(**keys)
+
+
+def _references(keys: Any) -> dict[str, Reference]:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--references", type=dict[str, Reference])
+    found: dict[str, Reference] = parser.instantiate_classes(
+        parser.parse_object({"references": keys})
+    ).references
+    return found
+
+
 def read_plan(file: str) -> Plan:
     """Reads the plan of an experiment.
 
@@ -259,10 +285,17 @@ def read_plan(file: str) -> Plan:
         The plan.
 
     Raises:
-        UserError: If the plan names what there is not.
-        argparse.ArgumentError: If the file does not fit the keys.
+        UserError: If a key is unknown or missing, or names what there is not.
+        argparse.ArgumentError: If a reference does not fit its keys.
     """
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_class_arguments(Plan)
-    plan: Plan = Plan(**vars(parser.instantiate_classes(parser.parse_path(file))))
+    keys = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    if isinstance(keys, dict):
+        # What is laid over a configuration stays as it is written; fit says what does not fit.
+        rows = keys.get("rows") or {}
+        keys["rows"] = {name: _make(Row, row, f"rows.{name}") for name, row in rows.items()}
+        keys["references"] = _references(keys.get("references") or {})
+        for name, kind in (("smoke", Smoke), ("gradients", Gradients)):
+            if name in keys:
+                keys[name] = _make(kind, keys[name], name)
+    plan: Plan = _make(Plan, keys, Path(file).name)
     return plan

@@ -12,7 +12,7 @@ from datamodules import EnumerableDataModule
 from datamodules.module import StreamDataModule
 from dflows.cli.configs import Parser
 from dflows.errors import UserError
-from dflows.exact.tabular import tabular_flow
+from dflows.exact import tabular_flow
 from dflows.experiments.plan import Plan, Reference, reference_name
 from dflows.provenance import describe_device
 from dflows.records import Record, write_record
@@ -70,7 +70,7 @@ def write_reference(
     config = {
         "orderings": [repr(ordering) for ordering in reference.orderings],
         "bijection": repr(bijection),
-        "base": reference.base,
+        "base": None if reference.base is None else repr(reference.base),
         "restarts": reference.restarts,
         "sweeps": reference.sweeps,
         "data": plan.tasks[task],

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from dflows.experiments.plan import gradients_name
+from dflows.experiments.plan import gradients_name, reference_name
 from dflows.reports.experiment import Experiment
 from dflows.reports.figures import drawing
 from dflows.reports.markdown import mean_and_spread, number, table
@@ -43,7 +43,7 @@ def render(experiment: Experiment) -> str:
 def _distance(experiment: Experiment, name: str, task: str) -> float | None:
     """Returns how far a row ends from the best tabular flow."""
     exact = experiment.values(name, task, "exact_nats")
-    found = experiment.reference(experiment.plan.rows[name], task)
+    found = _reference_of(experiment, task)
     return sum(exact) / len(exact) - found if exact and found is not None else None
 
 
@@ -57,9 +57,7 @@ def _likelihoods(experiment: Experiment, size: str, timed: bool, tasks: dict[int
             mean_and_spread(experiment.values(name, task, "exact_nats")) for task in tasks.values()
         ]
         lines.append([row.label, *cells])
-    references = [
-        number(_reference_of(experiment, task.removesuffix("-timed"))) for task in tasks.values()
-    ]
+    references = [number(_reference_of(experiment, task)) for task in tasks.values()]
     lines.append(["*best tabular flow*", *references])
     head = ["estimator", *(f"{flows} flow{'s' if flows > 1 else ''}" for flows in tasks)]
     return (
@@ -69,9 +67,11 @@ def _likelihoods(experiment: Experiment, size: str, timed: bool, tasks: dict[int
 
 
 def _reference_of(experiment: Experiment, task: str) -> float | None:
+    """Returns what the best tabular flow of so many flows reaches, however long runs take."""
+    task = task.removesuffix("-timed")
     for name, reference in experiment.plan.references.items():
         if reference.tasks is None or task in reference.tasks:
-            found = experiment.records.get(f"reference-{name}-{task}", [])
+            found = experiment.records.get(reference_name(name, task), [])
             if found:
                 value: float = found[0].metrics["reference_nats"]
                 return value

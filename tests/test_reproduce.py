@@ -1,0 +1,69 @@
+"""``python -m dflows.reproduce``: every experiment runs, and its tables come of its records."""
+
+import shutil
+
+import pytest
+
+from dflows.records import read_records
+from dflows.report import RENDERERS
+from dflows.report import main as report
+from dflows.reports.markdown import BEGIN, END, update_page
+from dflows.reproduce import EXPERIMENTS, main
+from tests.commands import ROOT
+
+
+@pytest.fixture(scope="module", params=EXPERIMENTS)
+def ran(request, tmp_path_factory):
+    """The folder in which an experiment's smoke has run."""
+    folder = tmp_path_factory.mktemp(request.param)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        assert main([request.param, "--smoke"]) == 0
+    return request.param, folder
+
+
+def test_every_run_has_a_record_and_the_report_a_page(ran, monkeypatch, capsys):
+    name, folder = ran
+    monkeypatch.chdir(folder)
+    records = read_records(folder / "results" / name)
+    assert {"fit"} <= {record.kind for record in records}
+    for record in records:
+        if record.kind == "fit" and "exact_nats" in record.metrics:
+            assert record.metrics["exact_nats"] > record.metrics["entropy"] - 1e-6
+    page = folder / "docs" / "experiments" / f"{name}.md"
+    page.parent.mkdir(parents=True, exist_ok=True)
+    page.write_text(f"{BEGIN}\n{END}\n", encoding="utf-8")
+    assert report([]) == 0
+    table = page.read_text(encoding="utf-8")
+    assert table.count("\n| ") > 2
+    # What is there is kept.
+    capsys.readouterr()
+    assert main([name, "--smoke"]) == 0
+    assert capsys.readouterr().out.count("kept: ") == len(records)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["fullrank"], 1, "no experiment fullrank: give one of full-rank, estimators"),
+        (["potts", "--smok"], 2, "--smok"),
+        ([], 2, "name"),
+    ],
+)
+def test_wrong_arguments_are_one_line(arguments, code, message, capsys):
+    assert main(arguments) == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert message in line
+
+
+@pytest.mark.parametrize("name", [name for name in RENDERERS if (ROOT / "results" / name).is_dir()])
+def test_pages_and_records_agree(name, tmp_path):
+    for folder in ("docs/experiments", "docs/figures", "results"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    shutil.rmtree(tmp_path / "results" / "text")
+    options = ["--results", tmp_path / "results", "--docs", tmp_path / "docs"]
+    assert report([str(option) for option in options]) == 0
+    page = f"docs/experiments/{name}.md"
+    ours = (ROOT / page).read_text(encoding="utf-8")
+    assert update_page(ours, "", page) != ours
+    assert (tmp_path / page).read_text(encoding="utf-8") == ours, "run python -m dflows.report"
