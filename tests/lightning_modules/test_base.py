@@ -98,6 +98,7 @@ class TestOptimization:
             ("hold_base_steps", -1),
             ("betas", (0.9, 1.0)),
             ("schedule", "exponential"),
+            ("cycles", 0),
         ],
     )
     def test_bad_values_are_named(self, key, value):
@@ -116,6 +117,14 @@ class TestOptimization:
     def test_warm_up(self):
         settings = Optimization(warmup_steps=4)
         assert [settings.factor(step, 0.0) for step in (0, 1, 3, 4)] == [0.25, 0.5, 1, 1]
+
+    @pytest.mark.parametrize("schedule", ["constant", "cosine", "linear"])
+    def test_a_cycle_is_a_whole_course(self, schedule):
+        one = Optimization(schedule=schedule, warmup_steps=4)
+        three = Optimization(schedule=schedule, warmup_steps=4, cycles=3)
+        course = [one.factor(step, step / 20) for step in range(20)]
+        assert [three.factor(step, step / 60) for step in range(60)] == pytest.approx(3 * course)
+        assert three.factor(60, 1.0) == pytest.approx(one.factor(20, 1.0))
 
 
 class TestOptimizer:
