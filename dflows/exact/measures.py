@@ -107,7 +107,8 @@ def states(num_classes: int, length: int, first: int = 0, last: int | None = Non
                 [2, 0]])
     """
     check_enumerable(num_classes, length)
-    last = num_classes**length if last is None else last
+    count = num_classes**length
+    last = count if last is None else min(last, count)
     powers = num_classes ** torch.arange(length - 1, -1, -1)
     return torch.arange(first, last).unsqueeze(-1) // powers % num_classes
 

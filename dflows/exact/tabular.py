@@ -46,13 +46,16 @@ MOST_PERMUTED = 9
 MOST_REACHED = 1_000_000
 
 TRIES = 5
-"""Random distributions that a layer's greedy fit begins with."""
+"""Random distributions that the greedy fit of a dimension begins with."""
+
+HEAVIEST = 4096
+"""Contexts on which the best of these is found."""
 
 HEAT = 0.01
 """Noise at the start of an ascent that cools, in standard deviations of a context's gains."""
 
 GAIN = 1e-6
-"""Nats that a sweep must gain for another to follow."""
+"""Nats that a step or sweep must gain for another to follow."""
 
 FLOOR = 1e-12
 """Smallest probability of a base's class during the ascent, so that an empty one can be filled."""
@@ -175,12 +178,14 @@ def _maps_of(bijection: Bijection) -> _Maps:
             )
         return maps
 
-    some = torch.rand(64, num_classes, generator=Generator().manual_seed(0)).argsort(dim=-1)
+    generator = Generator().manual_seed(0)
+    some = torch.rand(64, num_classes, generator=generator).argsort(dim=-1)
     if num_logits == num_classes and torch.equal(evaluate(-some.double()), some):
         return _Permutations(num_classes)
     raised = torch.eye(num_logits, dtype=torch.float64)
-    probes = bijection.initial_logits().double() + raised.unsqueeze(1) + 2 * raised
-    probes = probes.flatten(0, 1)
+    raised = (raised.unsqueeze(1) + 2 * raised).flatten(0, 1)
+    spread = torch.randn(MOST_LISTED, num_logits, generator=generator, dtype=torch.float64)
+    probes = torch.cat([bijection.initial_logits().double() + raised, spread])
     listed, kind = evaluate(probes).unique(dim=0, return_inverse=True)
     first = torch.full((len(listed),), len(probes))
     first = first.scatter_reduce(0, kind, torch.arange(len(probes)), "amin")
@@ -295,22 +300,30 @@ class _Layer:
         """
         for site in self.sites:
             weights = site.total(table)
-            found = [self._alone(weights, generator) for _ in range(TRIES)]
-            self._set(site, min(found, key=lambda pair: pair[0])[1])
+            # What to begin with is found on the contexts that matter most.
+            heaviest = weights.sum(dim=-1).topk(min(HEAVIEST, len(weights))).indices
+            begin = 2 * torch.randn(TRIES, site.num_classes, generator=generator).double()
+            tried = [self._alone(weights[heaviest], log_probs) for log_probs in begin]
+            _, _, log_probs = min(tried, key=lambda found: found[0])
+            self._set(site, self._alone(weights, log_probs)[1])
 
-    def _alone(self, weights: Tensor, generator: Generator) -> tuple[float, Tensor]:
-        """Goes back and forth between maps and the distribution of the output."""
-        num_classes = weights.shape[1]
-        log_probs = 2 * torch.randn(num_classes, generator=generator, dtype=torch.float64)
-        best, choice = math.inf, torch.empty(0)
+    def _alone(self, weights: Tensor, log_probs: Tensor) -> tuple[float, Tensor, Tensor]:
+        """Goes back and forth between maps and the distribution of the output.
+
+        Returns:
+            The entropy of the output, the maps, and the log-probabilities (K,) that they came of.
+        """
+        best, choice, of = math.inf, torch.empty(0), log_probs
         while True:
             candidate = self.maps.best_alone(weights, log_probs)
-            probs = weights.new_zeros(num_classes)
+            probs = weights.new_zeros(len(log_probs))
             probs.index_add_(0, self.maps.of(candidate).flatten(), weights.flatten())
+            probs /= probs.sum()
             entropy = float(torch.special.entr(probs).sum())
-            if not entropy < best - 1e-9:
-                return best, choice
-            best, choice, log_probs = entropy, candidate, probs.clamp(min=FLOOR).log()
+            if not entropy < best - GAIN:
+                return best, choice, of
+            best, choice, of = entropy, candidate, log_probs
+            log_probs = probs.clamp(min=FLOOR).log()
 
     def ascend(self, table: Tensor, log_probs: Tensor, heat: float, generator: Generator) -> None:
         """Chooses the best maps, one dimension after the other.
@@ -438,7 +451,7 @@ def tabular_flow(
         orderings: The ordering of each transform, base → data.
         bijection: What is done to one variable. Of one that ranks its logits all permutations are
             considered; of others the maps that result when one or two logits are raised, which are
-            all maps of those that one or two categorical variables choose.
+            all where one or two categorical variables choose the map, and those of random logits.
         base: The ordering of an autoregressive base; the factorized base without one.
         restarts: Ascents after the first.
         sweeps: Most sweeps of an ascent; none leaves the flow as it begins.

@@ -1,0 +1,379 @@
+import math
+from itertools import permutations
+
+import numpy as np
+import pytest
+import torch
+
+from dflows import DiscreteFlow
+from dflows.backbones import Table
+from dflows.bijections import Bijection, ModularAffine, ModularShift, RankPermutation
+from dflows.errors import UserError
+from dflows.exact import (
+    cross_entropy,
+    divergence,
+    entropy,
+    exhaustive_optimum,
+    factorized_entropy,
+    probabilities,
+    states,
+    tabular_flow,
+)
+from dflows.exact.tabular import _maps_of, _swapped
+from dflows.orderings import Blocks, Halves, Natural, Ordering, Reversed
+from tests.dflows.small import BIJECTIONS, ORDERINGS
+
+
+def full_rank(length, num_classes, seed=0):
+    """The distribution of the published experiments."""
+    draw = np.random.default_rng(seed).dirichlet(np.ones(num_classes**length))
+    return torch.from_numpy(draw.reshape((num_classes,) * length))
+
+
+def mixture(num_classes=91, modes=8):
+    """Gaussians on a circle, on a grid."""
+    angle = torch.arange(modes, dtype=torch.float64) * (2 * math.pi / modes)
+    grid = torch.arange(num_classes, dtype=torch.float64)
+    axes = []
+    for direction in (angle.cos(), angle.sin()):
+        centre = (num_classes - 1) / 2 + 0.32 * num_classes * direction
+        axes.append((-(((grid - centre[:, None]) / (0.035 * num_classes)) ** 2) / 2).exp())
+    table = torch.einsum("mi,mj->ij", *axes)
+    return table / table.sum()
+
+
+class Part(Ordering):
+    """Some dimensions condition the others."""
+
+    def __init__(self, first):
+        self.first = first
+
+    def levels(self, length):
+        return torch.tensor([0 if d in self.first else 1 for d in range(length)])
+
+
+def autoregressive(flows):
+    return [Reversed() if number % 2 else Natural() for number in range(flows)]
+
+
+def bipartite(flows, length):
+    """Both halves, and then random ones, from the data on."""
+    draw = np.random.default_rng(0)
+    parts = [range(length // 2), range(length // 2, length)]
+    while len(parts) < flows:
+        order = draw.permutation(length).tolist()
+        parts += [order[: length // 2], order[length // 2 :]]
+    return [Part(sorted(part)) for part in reversed(parts[:flows])]
+
+
+class Reflection(Bijection):
+    """A user's own: the classes as they are, or the other way round."""
+
+    categorical = True
+    needs_target = False
+
+    def __init__(self, num_classes):
+        super().__init__(num_classes, num_logits=2)
+
+    def initial_logits(self):
+        return torch.tensor([0.1, 0.0])
+
+    def forward(self, x, logits):
+        return torch.where(logits[..., 1] > logits[..., 0], self.num_classes - 1 - x, x)
+
+    inverse = forward
+    forward_through = inverse_through = local_log_likelihood = None
+
+
+class TestMaps:
+    @pytest.mark.parametrize(
+        ("bijection", "count"),
+        [
+            (ModularShift(6), 6),
+            (ModularAffine(6), 12),
+            (ModularAffine(7), 42),
+            (ModularAffine(6, prime=True), 42),
+            (Reflection(6), 2),
+            (RankPermutation(4), 24),
+        ],
+        ids=repr,
+    )
+    def test_all_are_found_and_taken_by_their_logits(self, bijection, count):
+        maps = _maps_of(bijection)
+        assert len(maps.listed.unique(dim=0)) == len(maps.listed) == count
+        generator = torch.Generator().manual_seed(0)
+        gains = torch.rand(50, *[bijection.num_classes] * 2, generator=generator).double()
+        choice = maps.best(gains, maps.listed[:50])
+        logits = maps.logits(choice).unsqueeze(1).expand(-1, bijection.num_classes, -1)
+        classes = torch.arange(bijection.num_classes).expand(len(choice), -1)
+        assert torch.equal(bijection.inverse(classes, logits), maps.of(choice))
+
+    @pytest.mark.parametrize("bijection", [ModularAffine(5), RankPermutation(5)], ids=repr)
+    def test_the_best_is_the_best_of_all(self, bijection):
+        maps = _maps_of(bijection)
+        gains = torch.rand(20, 5, 5, dtype=torch.float64)
+        best = maps.of(maps.best(gains, maps.listed[:20]))
+        total = [gains[:, range(5), listed].sum(-1) for listed in maps.listed]
+        found = gains.gather(-1, best.unsqueeze(-1)).sum((1, 2))
+        torch.testing.assert_close(found, torch.stack(total).amax(0))
+
+    @pytest.mark.parametrize("bijection", [ModularAffine(5), RankPermutation(5)], ids=repr)
+    def test_the_best_of_products_is_the_best(self, bijection):
+        maps = _maps_of(bijection)
+        weights, log_probs = torch.rand(20, 5).double(), torch.rand(5).double().log()
+        gains = weights.unsqueeze(-1) * log_probs
+        alone = maps.of(maps.best_alone(weights, log_probs))
+        assert torch.equal(alone, maps.of(maps.best(gains, maps.listed[:20])))
+
+    def test_swaps_end_where_no_swap_gains(self):
+        gains = torch.rand(30, 9, 9, dtype=torch.float64)
+        begin = torch.rand(30, 9).argsort(-1)
+        maps = _swapped(gains, begin)
+        assert torch.equal(maps.sort(-1).values, torch.arange(9).expand(30, -1))
+
+        def total(maps):
+            return gains.gather(-1, maps.unsqueeze(-1)).sum((1, 2))
+
+        assert (total(maps) > total(begin)).all()
+        for one, other in permutations(range(9), 2):
+            swapped = maps.clone()
+            swapped[:, [one, other]] = maps[:, [other, one]]
+            assert (total(swapped) <= total(maps) + 1e-12).all()
+
+
+class TestTabularFlow:
+    @pytest.mark.parametrize("bijection", BIJECTIONS)
+    @pytest.mark.parametrize("ordering", ORDERINGS.values(), ids=ORDERINGS)
+    def test_every_ordering_and_bijection(self, ordering, bijection):
+        table = full_rank(5, 3)
+        flow, nats = tabular_flow(table, [ordering, Natural()], BIJECTIONS[bijection](3), sweeps=4)
+        assert cross_entropy(flow, table) == pytest.approx(nats, abs=1e-9)
+        assert entropy(table) < nats < factorized_entropy(table)
+        assert float(probabilities(flow).sum()) == pytest.approx(1)
+        y = states(3, 5)
+        for transform in flow.transforms:
+            assert torch.equal(transform(transform.inv(y)), y)
+
+    @pytest.mark.parametrize("base", [None, Blocks(size=2), Natural()], ids=repr)
+    def test_every_base(self, base):
+        table = full_rank(4, 3)
+        flow, nats = tabular_flow(table, [Halves()], RankPermutation(3), base=base)
+        assert cross_entropy(flow, table) == pytest.approx(nats, abs=1e-9)
+        if base == Natural():
+            assert nats == pytest.approx(entropy(table), abs=1e-9)
+
+    def test_without_transforms_it_is_the_best_base(self):
+        table = full_rank(3, 3)
+        flow, nats = tabular_flow(table, [], ModularShift(3))
+        assert nats == pytest.approx(factorized_entropy(table))
+        assert cross_entropy(flow, table) == pytest.approx(nats)
+
+    def test_of_a_users_own_bijection(self):
+        table = full_rank(3, 4)
+        flow, nats = tabular_flow(table, [Natural(), Reversed()], Reflection(4))
+        assert cross_entropy(flow, table) == pytest.approx(nats, abs=1e-9)
+        assert nats < factorized_entropy(table)
+
+    def test_a_better_bijection_and_more_flows_are_better(self):
+        table = full_rank(4, 4)
+        found = [
+            tabular_flow(table, autoregressive(flows), bijection(4))[1]
+            for flows, bijection in [
+                (1, ModularShift),
+                (1, ModularAffine),
+                (1, RankPermutation),
+                (3, RankPermutation),
+            ]
+        ]
+        assert found == sorted(found, reverse=True)
+
+    def test_what_is_deterministic_is_reached(self):
+        table = torch.eye(5, dtype=torch.float64) / 5
+        flow, nats = tabular_flow(table, [Natural()], ModularShift(5))
+        assert nats == pytest.approx(math.log(5))
+        assert divergence(flow, table) == pytest.approx(0, abs=1e-9)
+
+    def test_equal_seeds_give_equal_flows(self):
+        table = full_rank(3, 4)
+        one, other = (tabular_flow(table, [Natural()], ModularAffine(4), seed=3) for _ in range(2))
+        assert one.cross_entropy == other.cross_entropy
+        for name, value in one.flow.state_dict().items():
+            assert torch.equal(value, other.flow.state_dict()[name])
+
+    @pytest.mark.parametrize("base", [None, Blocks(size=2)], ids=repr)
+    def test_it_is_saved_loaded_and_sampled(self, base, tmp_path):
+        table = full_rank(3, 3)
+        arguments = ([Natural(), Reversed()], RankPermutation(3))
+        flow, nats = tabular_flow(table, *arguments, base=base)
+        torch.save(flow.state_dict(), tmp_path / "flow.pt")
+        empty, _ = tabular_flow(torch.full_like(table, 1 / 27), *arguments, base=base, sweeps=0)
+        empty.load_state_dict(torch.load(tmp_path / "flow.pt"))
+        assert cross_entropy(empty, table) == pytest.approx(nats, abs=1e-9)
+        assert cross_entropy(empty.float(), table) == pytest.approx(nats, abs=1e-6)
+        y = flow.sample((20_000,), generator=torch.Generator().manual_seed(0))
+        counts = (y @ torch.tensor([9, 3, 1])).bincount(minlength=27)
+        torch.testing.assert_close(
+            counts / 20_000, probabilities(flow).flatten().float(), atol=0.01, rtol=0
+        )
+
+    def test_it_is_an_ordinary_flow_and_leaves_the_bijection_alone(self):
+        bijection = ModularAffine(3)
+        flow, _ = tabular_flow(full_rank(3, 3), [Natural()], bijection)
+        assert type(flow) is DiscreteFlow
+        assert isinstance(flow.transforms[0].conditioner.backbone, Table)
+        assert flow.transforms[0].bijection is not bijection
+        flow.objective(states(3, 3)).sum().backward()
+
+    @pytest.mark.parametrize(
+        ("arguments", "options", "message"),
+        [
+            ((full_rank(3, 3), [Natural()], ModularShift(4)), {}, "bijection of 4 classes"),
+            ((full_rank(3, 3), [Natural()], ModularShift(3)), {"restarts": -1}, "restarts is -1"),
+            ((full_rank(3, 3), [Natural()], ModularShift(3)), {"sweeps": -1}, "sweeps is -1"),
+            ((full_rank(1, 3), [Natural()], ModularShift(3)), {}, "the same level"),
+            ((full_rank(3, 3) * 2, [Natural()], ModularShift(3)), {}, "sum to 2"),
+            (
+                (torch.full((3300, 3300), 3300.0**-2), [Natural()], ModularShift(3300)),
+                {},
+                "at most 10,000,000",
+            ),
+        ],
+    )
+    def test_bad_input_is_refused(self, arguments, options, message):
+        with pytest.raises(UserError, match=message):
+            tabular_flow(*arguments, **options)
+
+
+class TestReferences:
+    """The best tabular flows that were known before: to within 0.01 nats, or better."""
+
+    def check(self, table, orderings, bijection, known, **options):
+        flow, nats = tabular_flow(table, orderings, bijection(table.shape[0]), **options)
+        assert entropy(table) <= nats <= known + 0.01
+        if table.numel() < 10**6:
+            assert cross_entropy(flow, table) == pytest.approx(nats, abs=1e-9)
+
+    @pytest.mark.parametrize(
+        ("bijection", "flows", "known"),
+        [
+            (ModularAffine, 1, 7.739),
+            (ModularAffine, 2, 7.666),
+            (ModularAffine, 8, 7.644),
+            (RankPermutation, 1, 7.696),
+            (RankPermutation, 2, 7.643),
+            (RankPermutation, 8, 7.632),
+        ],
+    )
+    def test_autoregressive(self, bijection, flows, known):
+        self.check(full_rank(5, 5), autoregressive(flows), bijection, known, sweeps=20)
+
+    @pytest.mark.parametrize(
+        ("bijection", "known"), [(ModularAffine, 7.793), (RankPermutation, 7.776)]
+    )
+    def test_bipartite(self, bijection, known):
+        self.check(full_rank(5, 5), bipartite(8, 5), bijection, known)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        ("bijection", "flows", "known"),
+        [
+            (ModularAffine, 1, 11.294),
+            (ModularAffine, 2, 11.205),
+            (ModularAffine, 8, 11.144),
+            (RankPermutation, 1, 11.135),
+            (RankPermutation, 2, 11.097),
+            (RankPermutation, 8, 11.092),
+        ],
+    )
+    def test_autoregressive_of_ten_classes(self, bijection, flows, known):
+        options = {"restarts": 0, "sweeps": 20}
+        self.check(full_rank(5, 10), autoregressive(flows), bijection, known, **options)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        ("bijection", "known"), [(ModularAffine, 11.395), (RankPermutation, 11.328)]
+    )
+    def test_bipartite_of_ten_classes(self, bijection, known):
+        self.check(full_rank(5, 10), bipartite(8, 5), bijection, known)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        ("bijection", "flows", "known"),
+        [
+            (ModularAffine, 1, 15.796),
+            (ModularAffine, 2, 15.720),
+            (RankPermutation, 1, 15.750),
+            (RankPermutation, 2, 15.693),
+        ],
+    )
+    def test_autoregressive_of_ten_dimensions(self, bijection, flows, known):
+        options = {"restarts": 0, "sweeps": 0}
+        self.check(full_rank(10, 5), autoregressive(flows), bijection, known, **options)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize(
+        ("bijection", "known"), [(ModularAffine, 16.083), (RankPermutation, 16.079)]
+    )
+    def test_bipartite_of_ten_dimensions(self, bijection, known):
+        options = {"restarts": 0, "sweeps": 0}
+        self.check(full_rank(10, 5), bipartite(8, 10), bijection, known, **options)
+
+    @pytest.mark.parametrize(
+        ("bijection", "flows", "known"),
+        [
+            (ModularShift, 6, 0.307),
+            (RankPermutation, 1, 0.061),
+            pytest.param(ModularAffine, 6, 0.276, marks=pytest.mark.slow),
+            pytest.param(RankPermutation, 6, 0.020, marks=pytest.mark.slow),
+        ],
+    )
+    def test_mixture(self, bijection, flows, known):
+        table = mixture()
+        assert factorized_entropy(table) - entropy(table) == pytest.approx(0.732, abs=0.001)
+        orderings = [Halves(first=number % 2) for number in range(flows)]
+        options = {"restarts": 0, "sweeps": 5}
+        self.check(table, orderings, bijection, entropy(table) + known, **options)
+
+
+class TestExhaustiveOptimum:
+    @pytest.mark.parametrize("seed", range(4))
+    def test_of_all_bijections_is_that_of_all_permutations(self, seed):
+        table = full_rank(2, 2, seed)
+        best = min(
+            factorized_entropy(table.flatten()[list(order)].reshape(2, 2))
+            for order in permutations(range(4))
+        )
+        assert exhaustive_optimum(table) == pytest.approx(best, abs=1e-12)
+
+    @pytest.mark.parametrize("seed", range(3))
+    @pytest.mark.parametrize(("flows", "bijection"), [(1, ModularShift), (3, RankPermutation)])
+    def test_ascent_finds_it(self, seed, flows, bijection):
+        table = full_rank(2, 2, seed)
+        arguments = (table, autoregressive(flows), bijection(2))
+        best = exhaustive_optimum(*arguments)
+        assert exhaustive_optimum(table) <= best + 1e-12
+        assert tabular_flow(*arguments, restarts=8).cross_entropy == pytest.approx(best, abs=1e-9)
+
+    def test_ascent_never_goes_below_it(self):
+        for seed in range(3):
+            arguments = (full_rank(2, 3, seed), autoregressive(1), ModularAffine(3))
+            best = exhaustive_optimum(*arguments)
+            assert tabular_flow(*arguments).cross_entropy == pytest.approx(best, abs=1e-9)
+
+    def test_without_transforms_it_is_the_factorized_entropy(self):
+        table = full_rank(3, 2)
+        best = exhaustive_optimum(table, [], ModularShift(2))
+        assert best == pytest.approx(factorized_entropy(table))
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ((full_rank(4, 2),), "more than 9 states"),
+            ((full_rank(2, 2), [Natural()]), "given alone"),
+            ((full_rank(2, 2), [Natural()], ModularShift(3)), "bijection of 3 classes"),
+            ((full_rank(2, 3), autoregressive(3), RankPermutation(3)), "too many flows"),
+        ],
+    )
+    def test_bad_input_is_refused(self, arguments, message):
+        with pytest.raises(UserError, match=message):
+            exhaustive_optimum(*arguments)
