@@ -208,6 +208,7 @@ class TestComparison:
             "reinmax",
             "one-level",
             "one-flow",
+            "in-turn",
         }
         for one in compared.values():
             assert one.metrics.keys() <= METRICS.keys()
