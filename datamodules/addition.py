@@ -64,9 +64,6 @@ class AdditionDataModule(StreamDataModule):
         . . . .
     """
 
-    entropy = 0.0
-    """The exact entropy given the addends, in nats."""
-
     def __init__(
         self,
         length: int = 10,
@@ -95,6 +92,11 @@ class AdditionDataModule(StreamDataModule):
     def vocabulary(self) -> IntegerVocabulary:
         """The digits 0..K-1."""
         return self._vocabulary
+
+    @property
+    def entropy(self) -> float:
+        """The exact entropy given the addends: 0 nats, since nothing is uncertain."""
+        return 0.0
 
     @property
     def row_length(self) -> int:

@@ -66,7 +66,7 @@ def fit(arguments: Sequence[str]) -> None:
         figures.add_exact(module, data)
         figures.add_flows(module)
         figures.add_speed(cli.stopwatch, module, steps)
-        figures.add_generation(module, data.length)
+        figures.add_generation(module, data)
         figures.print(console, f"{cli.config.name}, {best.best_model_path or 'not saved'}")
         print_sample(console, module, data, cli.config.seed_everything or 0)
         record = make_record(

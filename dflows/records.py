@@ -55,7 +55,7 @@ METRICS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "factorized_kl": ("number", "kl of the best factorized base, nats"),
         "reference_kl": ("number", "kl of the best tabular flow found, nats"),
         "probabilities": ("numbers", "the model's of every state, the last dimension first"),
-        "accuracy": ("number", "share of test examples that the model's mode equals"),
+        "accuracy": ("number", "share of test examples told exactly by greedy decoding"),
         # The flows.
         "residual_bpc": ("numbers", "bits per dimension after each flow was undone, on test"),
         "untransformed": ("count", "dimensions that no flow transforms"),

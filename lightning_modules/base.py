@@ -156,8 +156,9 @@ class BaseModule(pl.LightningModule, ABC):
         temperature: float = 1.0,
         generator: Generator | None = None,
         method: Literal["levels", "fixed_point"] = "levels",
+        context: Tensor | None = None,
     ) -> Tensor:
-        """Draws indices (num_samples, length)."""
+        """Draws indices (num_samples, length), each given a context of its own or all none."""
 
     def base_parameters(self) -> Iterable[nn.Parameter]:
         """Returns the parameters that have `base_learning_rate` and are held at first."""

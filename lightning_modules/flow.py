@@ -93,9 +93,15 @@ class DiscreteFlowModule(BaseModule):
         temperature: float = 1.0,
         generator: Generator | None = None,
         method: Literal["levels", "fixed_point"] = "levels",
+        context: Tensor | None = None,
     ) -> Tensor:
+        if context is not None and len(context) != num_samples:
+            raise UserError(
+                f"{num_samples} samples and {len(context)} contexts: give every sample its own"
+            )
         return self.flow.sample(
-            (num_samples,),
+            (num_samples,) if context is None else (),
+            context,
             length=length,
             temperature=temperature,
             generator=generator,
@@ -141,13 +147,13 @@ class DiscreteFlowModule(BaseModule):
         """Notes the step: of accumulated batches only the last makes one."""
         super().on_train_batch_start(batch, batch_idx)
         self._step_before = self.trainer.global_step
+        self.flow.at_step(self._step_before)
 
     def on_train_batch_end(self, outputs: object, batch: Batch, batch_idx: int) -> None:
         """Refits the base."""
         step = self.trainer.global_step
         base = self.flow.base
         if not self.base_refit_every or step == self._step_before or step % self.base_refit_every:
-        self.flow.at_step(self._step_before)
             return
         if isinstance(base, FactorizedBase):
             y, context = self.indices_of(batch), self.context_of(batch)

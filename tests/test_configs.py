@@ -14,7 +14,9 @@ OVERLAYS = [name for name in ALL if name.startswith("data/") or name == "smoke/d
 PARTS = [
     name
     for name in ALL
-    if name.startswith(("reproduce/", "full-rank/", "estimators/", "mixture/", "potts/", "addition/"))
+    if name.startswith(
+        ("reproduce/", "addition/", "full-rank/", "estimators/", "mixture/", "potts/", "addition/")
+    )
 ]
 EXPERIMENTS = [name for name in ALL if name not in (*OVERLAYS, *PARTS)]
 

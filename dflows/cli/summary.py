@@ -10,6 +10,7 @@ import pytorch_lightning as pl
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor
 
 from datamodules import EnumerableDataModule, TextDataModule
 from datamodules.module import StreamDataModule
@@ -18,6 +19,7 @@ from dflows.cli.callbacks import Stopwatch
 from dflows.exact import states
 from dflows.metrics import GenerationLatency, entropy_in_bits
 from lightning_modules import BaseModule, DiscreteFlowModule
+from lightning_modules.base import Batch
 
 __all__ = [
     "Figures",
@@ -77,16 +79,33 @@ def exact_nats(module: BaseModule, data: EnumerableDataModule) -> float:
     return nll
 
 
+def contexts(module: BaseModule, data: StreamDataModule, number: int) -> Tensor | None:
+    """Returns so many contexts of the test split to sample with, if the model takes any."""
+    if not isinstance(module, DiscreteFlowModule) or not module.conditional:
+        return None
+    batch: Batch = next(iter(data.test_dataloader()))
+    given = module.context_of(batch)
+    if given is None:
+        return None
+    return given[torch.arange(number) % len(given)].to(module.device)
+
+
 def measure_generation(
-    module: BaseModule, num_samples: int, *, repeats: int = 10, warmup: int = 2
+    module: BaseModule,
+    num_samples: int,
+    *,
+    context: Tensor | None = None,
+    repeats: int = 10,
+    warmup: int = 2,
 ) -> dict[str, float]:
     """Times the generation of so many sequences at once, median and 95th percentile."""
+    given: dict[str, Any] = {} if context is None else {"context": context[:num_samples]}
     latency = GenerationLatency().to(module.device)
     with (
         torch.random.fork_rng([module.device] if module.device.type == "cuda" else []),
         torch.no_grad(),
     ):
-        latency.measure(lambda: module.sample(num_samples), repeats=repeats, warmup=warmup)
+        latency.measure(lambda: module.sample(num_samples, **given), repeats=repeats, warmup=warmup)
     return {name: float(value) for name, value in latency.compute().items()}
 
 
@@ -124,7 +143,8 @@ class Figures:
         self.rows.append((f"{split}, bits per character", f"{bpc:.4f}", remark))
         if isinstance(data, TextDataModule) and split == "test" and characters > 1:
             self.metrics["bigram_bpc"] = bigram_bpc(data, split)
-        if split == "test" and (accuracy := module.trainer.callback_metrics.get("test_accuracy")):
+        accuracy = module.trainer.callback_metrics.get("test_accuracy")
+        if split == "test" and accuracy is not None:
             self.metrics["accuracy"] = float(accuracy)
             self.rows.append(("test, told exactly", f"{float(accuracy):.4f}", "share of examples"))
         if data.entropy is not None:
@@ -190,11 +210,13 @@ class Figures:
             speed = module.counted["characters"]["test"] / stopwatch.test_seconds
             self.rows.append(("evaluation, characters a second", f"{speed:,.0f}", "test"))
 
-    def add_generation(self, module: BaseModule, length: int, repeats: int = 10) -> None:
+    def add_generation(self, module: BaseModule, data: StreamDataModule, repeats: int = 10) -> None:
         """Times generation and adds the latencies."""
+        length = data.length
         self.metrics["generation_length"] = length
+        context = contexts(module, data, 32)
         for number in (1, 32):
-            timed = measure_generation(module, number, repeats=repeats)
+            timed = measure_generation(module, number, context=context, repeats=repeats)
             key = f"generation_seconds_{number}"
             self.metrics |= {key: timed["median"], f"{key}_p95": timed["p95"]}
             if timed["peak_bytes"]:
@@ -229,11 +251,13 @@ def stdout_console() -> Console:
 
 
 def print_sample(
-    console: Console, module: BaseModule, data: Any, seed: int, number: int = 4
+    console: Console, module: BaseModule, data: StreamDataModule, seed: int, number: int = 4
 ) -> str:
     """Prints independent windows of generated text, and returns them."""
     generator = torch.Generator(module.device).manual_seed(seed)
-    samples = module.sample(number, generator=generator)
+    context = contexts(module, data, number)
+    given: dict[str, Any] = {} if context is None else {"context": context}
+    samples = module.sample(number, generator=generator, **given)
     text = "\n".join(data.decode(row) for row in samples.cpu())
     console.rule("sample", align="left", style="dim")
     console.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -8,12 +8,13 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from datamodules import FullRankDataModule
+from datamodules import AdditionDataModule, FullRankDataModule
 from dflows.backbones import LSTM, DilatedConvolution, Transformer
 from dflows.bases import AutoregressiveBase, FactorizedBase
 from dflows.bijections import ModularAffine, ModularShift, RankPermutation
 from dflows.checks import CertificateError
 from dflows.cli.noise import quiet
+from dflows.encoders import SequenceEncoder
 from dflows.errors import UserError
 from dflows.estimators import (
     GumbelStraightThrough,
@@ -23,7 +24,7 @@ from dflows.estimators import (
     ReinMax,
     SoftmaxStraightThrough,
 )
-from dflows.orderings import Natural, Parity, Strided
+from dflows.orderings import BehindContext, Natural, Parity, Reversed, Strided
 from lightning_modules import FlowModule, LanguageModel, Optimization
 
 K, D = 4, 6
@@ -239,6 +240,85 @@ def test_a_conditional_flow_trains_on_pairs(tmp_path):
     assert run.callback_metrics["valid_bpc"].isfinite()
     with pytest.raises(UserError, match="no context was given"):
         module.sample(2)
+
+
+def conditional(orderings, base, width=32):
+    """A module that adds digits, with all addends read by an LSTM and aligned with the sum."""
+    return FlowModule(
+        3,
+        3,
+        orderings,
+        partial(LSTM, width=width, bidirectional=base is FactorizedBase),
+        ModularAffine,
+        base=base,
+        context_encoder=SequenceEncoder(3, 16),
+        context_features=16,
+        align_context=True,
+        optimization=Optimization(learning_rate=0.01, base_learning_rate=0.03),
+    )
+
+
+BASE = partial(AutoregressiveBase, backbone=LSTM(width=16), context_features=16, align_context=True)
+
+
+@pytest.fixture(scope="module")
+def sums():
+    return AdditionDataModule(length=3, num_classes=3, batch_size=64, eval_examples=100)
+
+
+class TestAddition:
+    def test_a_flow_learns_to_add(self, sums, tmp_path):
+        pl.seed_everything(0)
+        module = conditional([BehindContext(Strided(1))], FactorizedBase)
+        run = trainer(tmp_path, steps=120)
+        run.fit(module, datamodule=sums)
+        (result,) = run.test(module, datamodule=sums, verbose=False)
+        assert result["test_accuracy"] > 0.6  # 0.04 by chance
+        assert result["test_nats"] < 1.7  # 3.3 without the addends
+        assert module.counted["characters"]["test"] == 300
+        total, addends = next(iter(sums.test_dataloader()))
+        told = module.flow(addends).mode
+        assert (told == total).all(-1).double().mean() == pytest.approx(result["test_accuracy"])
+        samples = module.sample(100, context=addends)
+        assert (samples == told).all(-1).double().mean() > 0.3
+        with pytest.raises(UserError, match="2 samples and 100 contexts"):
+            module.sample(2, context=addends)
+
+    @pytest.mark.parametrize(
+        ("orderings", "base"),
+        [([Reversed()], BASE), ([], BASE), ([Parity(), Parity(first=1)], FactorizedBase)],
+    )
+    def test_accuracy_is_the_share_that_greedy_decoding_tells(
+        self, orderings, base, sums, tmp_path
+    ):
+        module = conditional(orderings, base, width=8)
+        run = trainer(tmp_path, steps=2)
+        run.fit(module, datamodule=sums)
+        (result,) = run.test(module, datamodule=sums, verbose=False)
+        total, addends = next(iter(sums.test_dataloader()))
+        told = module.flow.greedy(addends)
+        assert result["test_accuracy"] == pytest.approx((told == total).all(-1).double().mean())
+        nats = -module.flow.log_prob(total, addends).mean()
+        assert result["test_nats"] == pytest.approx(nats.item(), rel=1e-5)
+
+    def test_a_language_model_may_have_a_context(self, sums, tmp_path):
+        module = LanguageModel(
+            3,
+            3,
+            partial(LSTM, width=8),
+            context_encoder=SequenceEncoder(3, 4),
+            context_features=4,
+            align_context=True,
+        )
+        run = trainer(tmp_path, steps=2)
+        run.fit(module, datamodule=sums)
+        (result,) = run.test(module, datamodule=sums, verbose=False)
+        assert {"test_nats", "test_accuracy"} <= set(result)
+
+    def test_without_a_context_there_is_no_accuracy(self, data, tmp_path):
+        module = FlowModule(K, D, [Parity()], CONVOLUTION)
+        (result,) = trainer(tmp_path).test(module, datamodule=data, verbose=False)
+        assert "test_accuracy" not in result
 
 
 class TestLanguageModel:
