@@ -1,5 +1,7 @@
 """Addition: two numbers are given, digit by digit, and their sum is to be told."""
 
+import math
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -59,9 +61,9 @@ class AdditionDataModule(StreamDataModule):
         (torch.Size([2, 4]), torch.Size([2, 2, 4]))
         >>> for number in (*addends[0], total[0]):
         ...     print(data.decode(number))
-        . . . .
-        . . . .
-        . . . .
+        6 6 1 4
+        4 8 4 9
+        1 4 6 3
     """
 
     def __init__(
@@ -97,6 +99,21 @@ class AdditionDataModule(StreamDataModule):
     def entropy(self) -> float:
         """The exact entropy given the addends: 0 nats, since nothing is uncertain."""
         return 0.0
+
+    @property
+    def entropy_from_left(self) -> float:
+        """The least loss in nats of a model that reads addends and sum from the left, together.
+
+        A digit of the sum is uncertain by the carry from all digits to the right, unless the
+        addends' digits are K - 1 together: then it is the carry to the left, which is known.
+        """
+        total = 0.0
+        for place in range(self.length):
+            carry = (1 - float(self.num_classes) ** (place + 1 - self.length)) / 2
+            if carry:
+                known = 1 / self.num_classes if place else 0.0
+                total -= (1 - known) * (carry * math.log(carry) + (1 - carry) * math.log(1 - carry))
+        return total
 
     @property
     def row_length(self) -> int:

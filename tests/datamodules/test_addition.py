@@ -1,3 +1,5 @@
+import math
+from collections import Counter
 from itertools import islice, product
 
 import numpy as np
@@ -69,6 +71,24 @@ class TestSums:
                 for digits in (*addends[example], total[example])
             )
             assert found == (one + other) % 10**length
+
+
+@pytest.mark.parametrize(("length", "base"), [(1, 3), (2, 3), (3, 3), (4, 2), (2, 10)])
+def test_what_is_uncertain_from_the_left(length, base):
+    told, known = Counter(), Counter()
+    for digits in product(range(base), repeat=2 * length):
+        one, other = digits[:length], digits[length:]
+        total, carry = [], 0
+        for a, b in zip(one[::-1], other[::-1], strict=True):
+            carry, digit = divmod(a + b + carry, base)
+            total.insert(0, digit)
+        for place in range(length):
+            seen = one[: place + 1], other[: place + 1], tuple(total[:place])
+            known[seen] += 1
+            told[seen, total[place]] += 1
+    nats = -sum(n * math.log(n / known[seen]) for (seen, _), n in told.items())
+    data = AdditionDataModule(length, base, eval_examples=1)
+    assert data.entropy_from_left == pytest.approx(nats / base ** (2 * length))
 
 
 class TestOrder:
