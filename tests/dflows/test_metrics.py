@@ -10,6 +10,7 @@ from torch import multiprocessing, nn
 
 from dflows.metrics import (
     BitsPerCharacter,
+    ExactMatch,
     GenerationLatency,
     NatsPerExample,
     ResidualEntropy,
@@ -60,12 +61,23 @@ def reference_entropy(flow, groups, shapes=SHAPES):
     return -sum(n * math.log2(n / of_group[group]) for (group, _), n in pairs.items()) / len(seen)
 
 
+def reference_match(shapes=SHAPES):
+    firsts = [
+        (one[0], other[0])
+        for _, residuals in batches(shapes)
+        for one, other in zip(residuals[0].tolist(), residuals[1].tolist(), strict=True)
+    ]
+    return sum(one == other for one, other in firsts) / len(firsts)
+
+
 def updated(metric, shapes=SHAPES, take=slice(None)):
     for log_prob, residuals in list(batches(shapes))[take]:
         if isinstance(metric, BitsPerCharacter):
             metric.update(log_prob, residuals[0].numel())
         elif isinstance(metric, NatsPerExample):
             metric.update(log_prob)
+        elif isinstance(metric, ExactMatch):
+            metric.update(residuals[0][:, :1], residuals[1][:, :1])
         else:
             metric.update(residuals)
     return metric
@@ -75,6 +87,7 @@ def metrics():
     return {
         "bpc": BitsPerCharacter(),
         "nats": NatsPerExample(),
+        "match": ExactMatch(),
         "residual": ResidualEntropy(NUM_FLOWS, NUM_CLASSES, GROUPS),
     }
 
@@ -83,6 +96,7 @@ def expected(shapes=SHAPES):
     return {
         "bpc": torch.tensor(reference_bpc(shapes), dtype=torch.float64),
         "nats": torch.tensor(reference_nats(shapes), dtype=torch.float64),
+        "match": torch.tensor(reference_match(shapes), dtype=torch.float64),
         "residual": torch.tensor(
             [reference_entropy(flow, GROUPS, shapes) for flow in range(NUM_FLOWS)],
             dtype=torch.float64,
@@ -114,6 +128,7 @@ def test_forward_returns_the_value_of_the_batch(name):
     inputs = {
         "bpc": (log_prob, residuals[0].numel()),
         "nats": (log_prob,),
+        "match": (residuals[0][:, :1], residuals[1][:, :1]),
         "residual": (residuals,),
     }
     value = metric(*inputs[name])
@@ -180,6 +195,17 @@ def test_log_prob_of_any_floating_dtype_and_shape(dtype):
     metric.update(log_prob, torch.tensor([7, 8]))
     assert float(metric.compute()) == pytest.approx(1 / math.log(2))
     assert metric.num_characters.dtype == torch.long
+
+
+def test_an_example_is_told_right_in_whole_or_not():
+    metric = ExactMatch()
+    y = torch.tensor([[0, 1, 2], [0, 1, 1], [2, 2, 2]])
+    metric.update(torch.tensor([[0, 1, 2], [0, 1, 2], [2, 2, 2]]), y)
+    metric.update(y[1], y[1])
+    assert metric.compute() == 0.75
+    assert metric.num_examples == 4
+    with pytest.raises(ValueError, match=r"told of .* expected equal"):
+        metric.update(y[:2], y)
 
 
 def test_update_keeps_no_graph():
