@@ -286,7 +286,7 @@ class TestReferences:
         ],
     )
     def test_autoregressive_of_ten_classes(self, bijection, flows, known):
-        options = {"restarts": 0, "sweeps": 20}
+        options = {"restarts": flows // 8, "sweeps": 40}
         self.check(full_rank(5, 10), autoregressive(flows), bijection, known, **options)
 
     @pytest.mark.slow
