@@ -20,13 +20,13 @@ from rich.console import Console
 
 from dflows.cli.configs import Parser, resolved_arguments
 from dflows.cli.errors import run_command
+from dflows.cli.fitting import fit
 from dflows.cli.noise import quiet
 from dflows.cli.summary import stdout_console
 from dflows.errors import UserError
 from dflows.experiments.gradients import write_gradients
 from dflows.experiments.plan import Plan, gradients_name, read_plan, reference_name
 from dflows.experiments.references import task_data, write_reference
-from dflows.fit import fit
 
 __all__ = ["EXPERIMENTS", "main", "reproduce"]
 

@@ -38,8 +38,8 @@ class DiscreteFlowModule(BaseModule):
         base_refit_decay: What the counts are multiplied by before each further batch.
 
     Raises:
-        UserError: If a base that is no factorized one is to be refitted, or a number is out of
-            range.
+        UserError: If a base that is no factorized one is to be refitted, or nothing is left to
+            train beside it; or a number is out of range.
     """
 
     started: Tensor
@@ -69,6 +69,11 @@ class DiscreteFlowModule(BaseModule):
                     "no closed form: set it to 0, or choose FactorizedBase"
                 )
             flow.base.requires_grad_(False)
+            if not any(parameter.requires_grad for parameter in flow.parameters()):
+                raise UserError(
+                    f"base_refit_every is {base_refit_every}, and beside the base the model has "
+                    "nothing to train: set it to 0, or give it flows"
+                )
             counts = torch.zeros_like(flow.base.logits, dtype=torch.float64)
             self.register_buffer("base_counts", counts)
         orderings = [transform.ordering for transform in flow.conditional_transforms]

@@ -151,6 +151,11 @@ def test_the_base_is_refitted_once_a_step_where_gradients_accumulate(every, refi
     assert module.base_counts.sum() == 16 * D * refits
 
 
+def test_a_refitted_base_alone_leaves_nothing_to_train():
+    with pytest.raises(UserError, match="nothing to train: set it to 0"):
+        FlowModule(K, D, [], CONVOLUTION, base_refit_every=1)
+
+
 def test_only_a_factorized_base_can_be_refitted():
     base = partial(AutoregressiveBase, backbone=LSTM(width=8))
     with pytest.raises(UserError, match="AutoregressiveBase has no closed form"):

@@ -1,0 +1,75 @@
+"""A run from its arguments to its record."""
+
+import time
+from collections.abc import Sequence
+
+from dflows.cli.callbacks import BestCheckpoint
+from dflows.cli.configs import FlowCLI
+from dflows.cli.noise import quiet
+from dflows.cli.recording import make_record
+from dflows.cli.summary import Figures, end_processes, print_sample, stdout_console, trainer_device
+from dflows.errors import UserError
+from dflows.records import write_record
+
+__all__ = ["fit"]
+
+
+def fit(arguments: Sequence[str]) -> None:
+    """Trains, tests the best checkpoint, prints the figures and records them.
+
+    Args:
+        arguments: Those of `python -m dflows.fit`; `sys.argv` must hold them too where several
+            processes train.
+
+    Raises:
+        UserError: If something that the user asked for cannot be had.
+    """
+    begin = time.perf_counter()
+    quiet()
+    if not arguments:
+        raise UserError("nothing is given to fit: add --config quickstart.yaml, or another")
+    cli = FlowCLI(arguments)
+    trainer, module, data = cli.trainer, cli.model, cli.datamodule
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=cli.config.ckpt_path, weights_only=True)
+    except BaseException:
+        cli.forget_unused_folder()
+        raise
+    best = next(
+        entry for entry in trainer.checkpoint_callbacks if isinstance(entry, BestCheckpoint)
+    )
+    steps = trainer.global_step
+    validated = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    if best.best_model_path:
+        weights = trainer.strategy.load_checkpoint(best.best_model_path, weights_only=True)
+        module.load_state_dict(weights["state_dict"])
+        if best.best_model_score is not None and best.monitor == "valid_bpc":
+            validated["valid_bpc"] = float(best.best_model_score)
+    (tested,) = trainer.test(module, datamodule=data, verbose=False)
+    folders = [trainer.log_dir, cli.config.record]  # a collective call, as all of the above
+    end_processes()
+    if trainer.is_global_zero:
+        figures = Figures(exact_states=cli.config.exact_states)
+        module.to(trainer_device(trainer))
+        console = stdout_console()
+        if "valid_bpc" in validated:
+            figures.add_likelihood(module, data, "valid", validated["valid_bpc"])
+        figures.add_likelihood(module, data, "test", tested["test_bpc"])
+        figures.add_exact(module, data)
+        figures.add_flows(module)
+        figures.add_speed(cli.stopwatch, module, steps)
+        figures.add_generation(module, data)
+        figures.print(console, f"{cli.config.name}, {best.best_model_path or 'not saved'}")
+        print_sample(console, module, data, cli.config.seed_everything or 0)
+        record = make_record(
+            trainer,
+            figures,
+            name=cli.config.name,
+            kind="fit",
+            config=cli.resolved_config(),
+            seconds=time.perf_counter() - begin,
+            budget=cli.config.budget,
+        )
+        for folder in folders:
+            if folder is not None:
+                console.print(f"record: {write_record(folder, record)}", highlight=False)
