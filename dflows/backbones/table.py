@@ -8,12 +8,25 @@ from torch.nn import functional as F
 
 from dflows.backbones.backbone import Backbone, check_positive
 from dflows.errors import UserError
-from dflows.orderings import Ordering
+from dflows.orderings import Natural, Ordering
 from dflows.representations import is_one_hot, to_indices
 
 __all__ = ["Table"]
 
 LARGEST = 10**7
+
+
+def _layout(levels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Lays out the rows of all dimensions one after the other.
+
+    Returns:
+        Strides (D, D): by how much the row of d moves when e goes to its next class, 0 where d does
+        not depend on e; and the first row (D,) of each dimension.
+    """
+    lower = levels < levels.unsqueeze(-1)
+    powers = num_classes ** (lower.cumsum(dim=-1) - 1).clamp(min=0)
+    states = num_classes ** lower.sum(dim=-1)
+    return powers * lower, states.cumsum(dim=0) - states
 
 
 class Table(Backbone):
@@ -31,7 +44,9 @@ class Table(Backbone):
         width: Features of one dimension.
         num_classes: K.
         length: D; the table takes no other.
-        ordering: Which dimensions condition which. A stack has a table for every flow.
+        ordering: Which dimensions condition which, and so how many rows there are. Without one the
+            table has as many as any ordering needs, and takes that of each call. A stack has a
+            table for every flow.
 
     Raises:
         UserError: If there would be more than ten million rows, or a size is below 1.
@@ -51,28 +66,29 @@ class Table(Backbone):
     strides: Tensor
     offsets: Tensor
 
-    def __init__(self, width: int, num_classes: int, length: int, ordering: Ordering) -> None:
+    def __init__(
+        self, width: int, num_classes: int, length: int, ordering: Ordering | None = None
+    ) -> None:
         super().__init__(width, level_causal=True)
         check_positive(num_classes=num_classes, length=length)
         self.num_classes = num_classes
         self.length = length
         self.ordering = ordering
-        levels = ordering.levels(length)
-        lower = levels < levels.unsqueeze(-1)
-        states = [num_classes**count for count in lower.sum(dim=-1).tolist()]
-        if sum(states) > LARGEST:
+        # Distinct levels condition the most.
+        levels = (ordering or Natural()).levels(length)
+        lower = (levels < levels.unsqueeze(-1)).sum(dim=-1)
+        count = sum(num_classes ** int(number) for number in lower)
+        if count > LARGEST:
             raise UserError(
                 f"a Table of length={length} and num_classes={num_classes} under {ordering!r} has "
-                f"{sum(states):,} rows, more than {LARGEST:,}: it is for tiny problems, take "
-                "another backbone"
+                f"{count:,} rows, more than {LARGEST:,}: it is for tiny problems, take another "
+                "backbone"
             )
-        # Entry (d, e): by how much the row of d moves when e goes to its next class.
-        powers = num_classes ** (lower.cumsum(dim=-1) - 1).clamp(min=0)
-        offsets = torch.tensor([0, *states]).cumsum(dim=0)[:-1]
         self.register_buffer("levels", levels, persistent=False)
-        self.register_buffer("strides", powers * lower, persistent=False)
+        strides, offsets = _layout(levels, num_classes)
+        self.register_buffer("strides", strides, persistent=False)
         self.register_buffer("offsets", offsets, persistent=False)
-        self.rows = nn.Parameter(torch.randn(sum(states), width) * width**-0.5)
+        self.rows = nn.Parameter(torch.randn(count, width) * width**-0.5)
 
     def extra_repr(self) -> str:
         return (
@@ -84,19 +100,22 @@ class Table(Backbone):
         self, content: Tensor, query: Tensor | None = None, levels: Tensor | None = None
     ) -> Tensor:
         self._check(content, levels)
+        strides, offsets = self.strides, self.offsets
+        if self.ordering is None and levels is not None:
+            strides, offsets = _layout(levels, self.num_classes)
         states = to_indices(content)
-        rows = self.offsets + (states.unsqueeze(1) * self.strides).sum(dim=-1)
+        rows = offsets + (states.unsqueeze(1) * strides).sum(dim=-1)
         features = F.embedding(rows, self.rows)
         if content.requires_grad and torch.is_grad_enabled():
-            features = features + self._derivative(content, states, rows)
+            features = features + self._derivative(content, states, rows, strides)
         return features
 
-    def _derivative(self, content: Tensor, states: Tensor, rows: Tensor) -> Tensor:
+    def _derivative(self, content: Tensor, states: Tensor, rows: Tensor, strides: Tensor) -> Tensor:
         """Returns zeros (B, D, width) whose derivative by the one-hot vectors is the features'."""
-        dimensions, lower = (self.strides > 0).nonzero(as_tuple=True)
-        strides = self.strides[dimensions, lower]
+        dimensions, lower = (strides > 0).nonzero(as_tuple=True)
+        steps = strides[dimensions, lower]
         classes = torch.arange(self.num_classes, device=rows.device)
-        steps = (classes - states[:, lower].unsqueeze(-1)) * strides.unsqueeze(-1)
+        steps = (classes - states[:, lower].unsqueeze(-1)) * steps.unsqueeze(-1)
         others = F.embedding(rows[:, dimensions].unsqueeze(-1) + steps, self.rows.detach())
         zeros = (content - content.detach())[:, lower]
         change = torch.einsum("bnk,bnkw->bnw", zeros, others.to(zeros.dtype))
@@ -111,7 +130,9 @@ class Table(Backbone):
                 f"values {tuple(content.shape)}: give indices (batch, length) or one-hot vectors "
                 "(batch, length, num_classes), of its own length"
             )
-        if levels is not None and not torch.equal(levels, self.levels):
+        if levels is None or self.ordering is None:
+            return
+        if not torch.equal(levels, self.levels):
             raise UserError(
                 f"a Table made for {self.ordering!r} was called with the levels {levels.tolist()}, "
                 f"and its own are {self.levels.tolist()}: make one for each ordering, and give no "

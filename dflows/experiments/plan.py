@@ -244,7 +244,7 @@ class Plan:
             seed: The seed.
             config: Keys laid over all others.
         """
-        overlays = [self.rows[row].config, self.tasks[task], config]
+        overlays = [self.tasks[task], self.rows[row].config, config]
         configs = (*self.configs, *self.rows[row].configs)
         return Run(row, task, seed, configs, tuple(filter(None, overlays)))
 

@@ -40,10 +40,13 @@ def render(experiment: Experiment) -> str:
     return "\n\n".join([*parts, *_gradients(experiment)])
 
 
-def _distance(experiment: Experiment, name: str, task: str) -> float | None:
-    """Returns how far a row ends from the best tabular flow."""
-    exact = experiment.values(name, task, "exact_nats")
-    found = _reference_of(experiment, task)
+def _exact(experiment: Experiment, names: list[str], task: str) -> list[float]:
+    return [nats for name in names for nats in experiment.values(name, task, "exact_nats")]
+
+
+def _distance(experiment: Experiment, names: list[str], task: str) -> float | None:
+    """Returns how far some rows end from the best tabular flow."""
+    exact, found = _exact(experiment, names, task), _reference_of(experiment, task)
     return sum(exact) / len(exact) - found if exact and found is not None else None
 
 
@@ -52,11 +55,10 @@ def _likelihoods(experiment: Experiment, size: str, timed: bool, tasks: dict[int
     entropy = number(experiment.first(next(iter(tasks.values())), "entropy"))
     ends = "equal seconds" if timed else "equal steps"
     lines = []
-    for name, row in experiment.plan.rows.items():
-        cells = [
-            mean_and_spread(experiment.values(name, task, "exact_nats")) for task in tasks.values()
-        ]
-        lines.append([row.label, *cells])
+    for label, names in experiment.labels.items():
+        exact = [_exact(experiment, names, task) for task in tasks.values()]
+        if any(exact):
+            lines.append([label, *map(mean_and_spread, exact)])
     references = [number(_reference_of(experiment, task)) for task in tasks.values()]
     lines.append(["*best tabular flow*", *references])
     head = ["estimator", *(f"{flows} flow{'s' if flows > 1 else ''}" for flows in tasks)]
@@ -111,20 +113,12 @@ def draw(experiment: Experiment, file: Path) -> None:
     """
     groups = _tasks(experiment)
     with drawing(file, "", ncols=3, figsize=(11, 3.8)) as (figure, axes):
-        for name, row in experiment.plan.rows.items():
+        for label, names in experiment.labels.items():
             tasks = groups.get(("5x5", False), {})
-            pairs = [(flows, _distance(experiment, name, task)) for flows, task in tasks.items()]
-            _line(axes[0], pairs, row.label)
-            found = [
-                (_GRADIENTS.fullmatch(task), experiment.records.get(gradients_name(name, task), []))
-                for task in experiment.plan.tasks
-            ]
-            measured = [
-                (int(match["classes"]), int(match["flows"]), records[0].metrics["gradient_cosine"])
-                for match, records in found
-                if match and records
-            ]
-            _line(axes[1], [(flows, value) for k, flows, value in measured if k == 5], row.label)
+            pairs = [(flows, _distance(experiment, names, task)) for flows, task in tasks.items()]
+            _line(axes[0], pairs, label)
+            measured = _cosines(experiment, names)
+            _line(axes[1], [(flows, value) for k, flows, value in measured if k == 5], label)
             _line(axes[2], sorted((k, value) for k, flows, value in measured if flows == 2), None)
         for place, (x, y) in zip(
             axes,
@@ -142,6 +136,19 @@ def draw(experiment: Experiment, file: Path) -> None:
         axes[0].set_ylim(bottom=0)
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize="small")
+
+
+def _cosines(experiment: Experiment, names: list[str]) -> list[tuple[int, int, float]]:
+    """Returns classes, flows and cosine of each task that gradients were compared on."""
+    measured = []
+    for task in experiment.plan.tasks:
+        found = _GRADIENTS.fullmatch(task)
+        for name in names:
+            for record in experiment.records.get(gradients_name(name, task), []):
+                if found:
+                    cosine = record.metrics["gradient_cosine"]
+                    measured.append((int(found["classes"]), int(found["flows"]), cosine))
+    return measured
 
 
 def _line(axes: object, pairs: list[tuple[int, float | None]], label: str | None) -> None:

@@ -38,6 +38,14 @@ class Experiment:
         found = self.records.get(reference_name(row.reference, task), [])
         return found[0].metrics[metric] if found else None
 
+    @property
+    def labels(self) -> dict[str, list[str]]:
+        """The names of the rows of each label: a row may have others for other tasks."""
+        names: dict[str, list[str]] = {}
+        for name, row in self.plan.rows.items():
+            names.setdefault(row.label, []).append(name)
+        return names
+
     def first(self, task: str, metric: str) -> float | None:
         """Returns a metric that all records of a task share."""
         for row in self.plan.rows:

@@ -1,4 +1,5 @@
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from dflows.backbones import Table
 from dflows.errors import UserError
 from dflows.orderings import Halves, Natural, Parity, Permutation, Reversed, Strided
 from dflows.representations import to_one_hot
+from lightning_modules import FlowModule
 
 ORDERINGS = [
     Natural(),
@@ -157,3 +159,25 @@ def test_values_of_another_shape_are_refused(value):
 def test_bad_sizes_are_refused(num_classes, length):
     with pytest.raises(UserError, match="give at least 1"):
         Table(1, num_classes, length, Natural())
+
+
+@pytest.mark.parametrize("ordering", ORDERINGS, ids=repr)
+def test_without_an_ordering_it_takes_that_of_the_call(ordering):
+    free, bound = Table(5, 3, length=4), Table(5, 3, length=4, ordering=ordering)
+    assert len(free.rows) == 1 + 3 + 9 + 27 >= len(bound.rows)
+    with torch.no_grad():
+        bound.rows.copy_(free.rows[: len(bound.rows)])
+    levels = ordering.levels(4)
+    one_hot = to_one_hot(states(3, 4), 3, torch.float32).requires_grad_()
+    torch.testing.assert_close(free(one_hot, levels=levels), bound(one_hot, levels=levels))
+    ours, theirs = (
+        torch.autograd.grad(table(one_hot, levels=levels).square().sum(), one_hot)[0]
+        for table in (free, bound)
+    )
+    torch.testing.assert_close(ours, theirs)
+
+
+def test_a_stack_of_any_orderings_is_made_of_one_key():
+    module = FlowModule(3, 4, [Natural(), Parity(), Reversed()], partial(Table, 8, 3, 4))
+    total = module.flow().log_prob(states(3, 4)).exp().sum()
+    assert total.item() == pytest.approx(1, abs=1e-5)

@@ -58,7 +58,7 @@ def test_the_grid_is_run_seed_after_seed(plan_of):
         ("flow-2x3", 5),
     ]
     assert runs[2].configs == ("common.yaml", "flow.yaml")
-    assert runs[2].overlays == (PLAN["rows"]["flow"]["config"], PLAN["tasks"]["2x3"])
+    assert runs[2].overlays == (PLAN["tasks"]["2x3"], PLAN["rows"]["flow"]["config"])
 
 
 def test_a_row_may_have_seeds_of_its_own(plan_of):
