@@ -12,12 +12,15 @@ from datamodules import EnumerableDataModule
 from datamodules.module import StreamDataModule
 from dflows.cli.configs import Parser
 from dflows.errors import UserError
-from dflows.exact import tabular_flow
+from dflows.exact import exhaustive_optimum, tabular_flow
 from dflows.experiments.plan import Plan, Reference, reference_name
 from dflows.provenance import describe_device
 from dflows.records import Record, write_record
 
 __all__ = ["task_data", "write_reference"]
+
+EXHAUSTIBLE = 4
+"""States up to which the best of all their bijections is found as well."""
 
 
 def task_data(config: Mapping[str, Any]) -> EnumerableDataModule:
@@ -67,6 +70,14 @@ def write_reference(
         restarts=reference.restarts,
         sweeps=reference.sweeps,
     )
+    metrics = {
+        "reference_nats": found.cross_entropy,
+        "reference_kl": found.cross_entropy - data.entropy,
+        "entropy": data.entropy,
+        "factorized_entropy": data.factorized_entropy,
+    }
+    if data.num_classes**data.length <= EXHAUSTIBLE:
+        metrics["exhaustive_nats"] = exhaustive_optimum(data.probabilities)
     config = {
         "orderings": [repr(ordering) for ordering in reference.orderings],
         "bijection": repr(bijection),
@@ -84,11 +95,6 @@ def write_reference(
         precision="64-true",
         seconds=time.perf_counter() - begin,
         parameters=sum(parameter.numel() for parameter in found.flow.parameters()),
-        metrics={
-            "reference_nats": found.cross_entropy,
-            "reference_kl": found.cross_entropy - data.entropy,
-            "entropy": data.entropy,
-            "factorized_entropy": data.factorized_entropy,
-        },
+        metrics=metrics,
     )
     return write_record(folder, record)
