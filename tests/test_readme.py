@@ -6,7 +6,8 @@ import shlex
 import pytest
 import yaml
 
-from tests.commands import MAINS, ROOT, run_apart, run_here, write_text
+from dflows.reproduce import EXPERIMENTS
+from tests.commands import ROOT, run_apart, run_here, write_text
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -49,9 +50,11 @@ def test_the_backbone_of_one_s_own_trains_in_the_quickstart(tmp_path):
 
 @pytest.mark.parametrize(("command", "arguments"), command_lines())
 def test_the_commands_are_taken(command, arguments, tmp_path, monkeypatch, capsys):
-    assert command in MAINS
     monkeypatch.chdir(tmp_path)
-    if command == "fit":
+    if command == "reproduce":
+        # tests/test_reproduce.py runs it.
+        assert arguments == [EXPERIMENTS[0], "--smoke"]
+    elif command == "fit":
         (tmp_path / "mine.yaml").write_text("name: mine\n", encoding="utf-8")
         arguments = [*arguments, "--print_config"]
         assert run_here(command, *arguments) == 0
