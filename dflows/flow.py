@@ -157,6 +157,25 @@ class DiscreteFlow(nn.Module):
         return len(draws) > 1 and set(draws) == {what}
 
     @property
+    def _turn(self) -> int:
+        """Number of the flow whose turn it is, the data's side first."""
+        flows = self.conditional_transforms
+        return min(flows[0].estimator.turn, len(flows) - 1)
+
+    @property
+    def waiting(self) -> list[ConditionalTransform]:
+        """The transforms that do not learn, where flows are trained in turn.
+
+        Their gradients are zeros, which distributed training needs and an optimizer with a memory
+        would still step by; :class:`lightning_modules.DiscreteFlowModule` takes them away before
+        each step.
+        """
+        if not self._draws("turn"):
+            return []
+        flows = self.conditional_transforms[::-1]
+        return [flow for number, flow in enumerate(flows) if number != self._turn]
+
+    @property
     def _draws_maps(self) -> bool:
         return any(estimator.draws_maps and estimator.training for estimator in self._estimators)
 
@@ -346,8 +365,7 @@ class DiscreteFlow(nn.Module):
 
     def _flow_in_turn(self, y: Tensor, context: Tensor | None) -> Tensor:
         """Trains the flow whose turn it is, all others being as they are, and the base."""
-        flows = self.conditional_transforms
-        number, turn = 0, min(flows[0].estimator.turn, len(flows) - 1)
+        number, turn = 0, self._turn
         total = torch.zeros(y.shape[0], device=y.device)
         for transform in reversed(self.transforms):
             if not isinstance(transform, ConditionalTransform):

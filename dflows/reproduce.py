@@ -3,9 +3,10 @@
     python -m dflows.reproduce full-rank
     python -m dflows.reproduce full-rank --smoke
 
-An experiment is a grid of runs of ``python -m dflows.fit``: its plan, ``configs/reproduce/``, says
-which configurations each lays over the others. A run whose record is there is not repeated, so that
-what was interrupted goes on. ``python -m dflows.report`` makes tables and figures of the records.
+An experiment is a grid of runs of ``python -m dflows.fit``: its plan, in ``configs/reproduce/``,
+says which configurations each lays over the others. A run whose record is there is not repeated, so
+that what was interrupted goes on; whoever changes a plan or its configurations adds ``--again``.
+``python -m dflows.report`` makes tables and figures of the records.
 """
 
 import sys
@@ -80,8 +81,9 @@ def _configs_of(names: Sequence[str]) -> list[dict[str, Any]]:
         return [yaml.safe_load(Path(path).read_text(encoding="utf-8")) for path in resolved[1::2]]
 
 
-def _references(plan: Plan, options: Options, folder: Path, console: Console) -> None:
-    """Finds the tabular references that are wanted and missing."""
+def _references(plan: Plan, options: Options, folder: Path, console: Console) -> int:
+    """Finds the tabular references that are missing, and counts all that are asked for."""
+    wanted = 0
     for task, keys in plan.tasks.items():
         if options.smoke and task not in plan.smoke.tasks:
             continue
@@ -93,34 +95,42 @@ def _references(plan: Plan, options: Options, folder: Path, console: Console) ->
                 (reference.tasks is not None and task not in reference.tasks)
                 or not fnmatchcase(record, options.only)
                 or (options.smoke and name not in used)
-                or _kept(folder, record, 0, options, console)
             ):
                 continue
-            data = data or task_data(merged(*_configs_of(plan.configs), keys))
-            file = write_reference(plan, name, task, data, folder)
+            wanted += 1
+            if _kept(folder, record, 0, options, console):
+                continue
+            config = merged(*_configs_of(plan.configs), keys)
+            data = data or task_data(config)
+            with console.status(f"{plan.title}: best tabular flow {name} on {task}"):
+                file = write_reference(plan, name, task, data, config["data"], folder)
             console.print(f"reference: {file}", highlight=False)
+    return wanted
 
 
-def _gradients(plan: Plan, options: Options, folder: Path, console: Console) -> None:
-    """Compares the gradients that are wanted and missing."""
+def _gradients(plan: Plan, options: Options, folder: Path, console: Console) -> int:
+    """Compares the gradients that are missing, and counts all that are asked for."""
     if plan.gradients is None:
-        return
+        return 0
+    count = 0
     wanted = plan.gradients.rows or [*plan.rows]
     if options.smoke:
         wanted = [row for row in wanted if row in plan.smoke.rows]
     for task in plan.gradients.tasks:
         if options.smoke and task not in plan.smoke.tasks:
             continue
+        asked = [row for row in wanted if fnmatchcase(gradients_name(row, task), options.only)]
+        count += len(asked)
         rows = [
             row
-            for row in wanted
-            if fnmatchcase(gradients_name(row, task), options.only)
-            and not _kept(folder, gradients_name(row, task), 0, options, console)
+            for row in asked
+            if not _kept(folder, gradients_name(row, task), 0, options, console)
         ]
         if rows:
             console.rule(f"{plan.title}: gradients on {task}")
             for file in write_gradients(plan, task, rows, folder):
                 console.print(f"gradients: {file}", highlight=False)
+    return count
 
 
 def _kept(folder: Path, name: str, seed: int, options: Options, console: Console) -> bool:
@@ -145,19 +155,24 @@ def reproduce(arguments: Sequence[str]) -> None:
     if given.name not in EXPERIMENTS:
         raise UserError(f"no experiment {given.name}: give one of {', '.join(EXPERIMENTS)}")
     options = Options(given.smoke, given.again, given.only, Path(given.results))
-    folder = options.results / given.name
+    # What a smoke leaves is no finished run, and must not stand for one.
+    folder = options.results / (f"{given.name}-smoke" if options.smoke else given.name)
     console = stdout_console()
     with resolved_arguments(["--config", f"reproduce/{given.name}.yaml"]) as (_, file):
         plan = read_plan(file)
     runs = [run for run in plan.runs(smoke=options.smoke) if fnmatchcase(run.name, options.only)]
-    _references(plan, options, folder, console)
+    found = _references(plan, options, folder, console)
     for number, run in enumerate(runs, 1):
         if _kept(folder, run.name, run.seed, options, console):
             continue
         console.rule(f"{plan.title}: {run.name}, seed {run.seed}, {number} of {len(runs)}")
         with run.arguments() as line:
             fit([*line, "--record", str(folder)])
-    _gradients(plan, options, folder, console)
+    found += len(runs) + _gradients(plan, options, folder, console)
+    if not found:
+        raise UserError(
+            f"nothing of {given.name} matches {options.only}: leave --only away"
+        )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

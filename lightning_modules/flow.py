@@ -6,13 +6,14 @@ from typing import Literal
 import torch
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Generator, Tensor, nn
+from torch.optim import Optimizer
 
 from dflows.bases import Base, FactorizedBase
 from dflows.bijections import Bijection, RankPermutation
 from dflows.checks import check_flow
 from dflows.conditioner import Conditioner, Execution
 from dflows.errors import UserError
-from dflows.estimators import Estimator, LocalObjective
+from dflows.estimators import Estimator, LocalInTurn, LocalObjective
 from dflows.flow import DiscreteFlow
 from dflows.metrics import ExactMatch, ResidualEntropy
 from dflows.orderings import Ordering, alike
@@ -124,7 +125,28 @@ class DiscreteFlowModule(BaseModule):
     def base_parameters(self) -> Iterable[nn.Parameter]:
         return self.flow.base.parameters()
 
+    def _check_turns(self) -> None:
+        """Refuses turns that do not fit the run.
+
+        Raises:
+            UserError: If flows are trained in turns of unequal length, or some never.
+        """
+        flows = self.flow.conditional_transforms
+        turns = [flow.estimator for flow in flows if isinstance(flow.estimator, LocalInTurn)]
+        steps = {estimator.steps for estimator in turns}
+        if len(steps) > 1:
+            raise UserError(f"turns are of {sorted(steps)} steps: give every flow the same number")
+        most = self.trainer.max_steps
+        for length in steps:
+            if 0 <= most <= length * (len(flows) - 1):
+                raise UserError(
+                    f"trainer.max_steps is {most}, and with turns of {length} steps the last of "
+                    f"{len(flows)} flows begins after {length * (len(flows) - 1)}: give more "
+                    "steps, or shorter turns"
+                )
+
     def prepare(self) -> None:
+        self._check_turns()
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         if not self.started:
             self.flow.start(data.class_counts())
@@ -153,6 +175,13 @@ class DiscreteFlowModule(BaseModule):
         super().on_train_batch_start(batch, batch_idx)
         self._step_before = self.trainer.global_step
         self.flow.at_step(self._step_before)
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Keeps flows still whose turn it is not."""
+        super().on_before_optimizer_step(optimizer)
+        for transform in self.flow.waiting:
+            for parameter in transform.parameters():
+                parameter.grad = None
 
     def on_train_batch_end(self, outputs: object, batch: Batch, batch_idx: int) -> None:
         """Refits the base."""

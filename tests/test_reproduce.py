@@ -25,11 +25,14 @@ def ran(request, tmp_path_factory):
 def test_every_run_has_a_record_and_the_report_a_page(ran, monkeypatch, capsys):
     name, folder = ran
     monkeypatch.chdir(folder)
-    records = read_records(folder / "results" / name)
+    records = read_records(folder / "results" / f"{name}-smoke")
     assert {"fit"} <= {record.kind for record in records}
     for record in records:
         if record.kind == "fit" and "exact_nats" in record.metrics:
             assert record.metrics["exact_nats"] > record.metrics["entropy"] - 1e-6
+    # No page shows what a smoke leaves: it has to be asked for.
+    assert report([]) == 1
+    shutil.copytree(folder / "results" / f"{name}-smoke", folder / "results" / name)
     page = folder / "docs" / "experiments" / f"{name}.md"
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(f"{BEGIN}\n{END}\n", encoding="utf-8")
@@ -47,6 +50,7 @@ def test_every_run_has_a_record_and_the_report_a_page(ran, monkeypatch, capsys):
     [
         (["fullrank"], 1, "no experiment fullrank: give one of full-rank, estimators"),
         (["potts", "--smok"], 2, "--smok"),
+        (["potts", "--only", "nonsense"], 1, "nothing of potts matches nonsense"),
         ([], 2, "name"),
     ],
 )

@@ -96,8 +96,10 @@ class MatchedAffine(Bijection):
 
     def _scores(self, logits: Tensor) -> Tensor:
         """Computes the expected log-probabilities (…, C) of x under every map."""
-        target = self.target.log_softmax(dim=-1)[self._table(inverse=True)]
-        return logits.softmax(dim=-1).to(target.dtype) @ target.T
+        # In bfloat16 scores tie, and which of the tied maps is taken would depend on the batch.
+        with torch.autocast(logits.device.type, enabled=False):
+            target = self.target.log_softmax(dim=-1)[self._table(inverse=True)]
+            return logits.to(target.dtype).softmax(dim=-1) @ target.T
 
     def forward(self, x: Tensor, logits: Tensor) -> Tensor:
         best = self._scores(logits).argmax(dim=-1)

@@ -1,7 +1,8 @@
 """The interface of all estimators."""
 
+import math
 from abc import ABC, abstractmethod
-from typing import ClassVar, Literal
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -26,7 +27,7 @@ class Estimator(nn.Module, ABC):
     flow whose turn it is."""
     turn: int = 0
     """Number of the flow whose turn it is, the data's side first, where `draw` says so."""
-    draws_maps: ClassVar[bool] = False
+    draws_maps: bool = False
     """Whether the objective draws the maps in training mode, in place of taking the chosen ones.
 
     Its value is then an estimate of the expected log-likelihood of drawn maps.
@@ -86,6 +87,6 @@ def check_positive(temperature: float) -> float:
     Raises:
         UserError: If it is not positive.
     """
-    if temperature <= 0:
+    if not 0 < temperature < math.inf:
         raise UserError(f"temperature is {temperature}: give a positive number")
     return temperature

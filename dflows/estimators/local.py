@@ -158,6 +158,10 @@ class LocalThenJoint(Estimator):
     def draw(self) -> Draw:  # type: ignore[override]
         return self._now.draw
 
+    @property
+    def draws_maps(self) -> bool:  # type: ignore[override]
+        return self._now.draws_maps
+
     def check(self, bijection: Bijection) -> None:
         self.joint.check(bijection)
 

@@ -378,7 +378,10 @@ def compare_estimators(
         transforms = list(copy.deepcopy(flow).transforms)
         for transform in transforms:
             if isinstance(transform, ConditionalTransform):
+                target = transform.target
                 transform.train_by(make())
+                if target is not None and transform.target is not None:
+                    transform.target = target
         comparisons[name] = compare_gradients(
             DiscreteFlow(flow.base, transforms),
             probabilities,

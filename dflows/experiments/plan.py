@@ -56,6 +56,7 @@ class Reference:
         base: Ordering of an autoregressive base; the factorized base without one.
         restarts: Ascents after the first.
         sweeps: Most sweeps of an ascent.
+        greedy: Tasks on which the ascent's beginning is taken, for the sake of time.
         tasks: Tasks that it is found for; all by default.
     """
 
@@ -64,6 +65,7 @@ class Reference:
     base: Ordering | None = None
     restarts: int = 1
     sweeps: int = 40
+    greedy: list[str] = field(default_factory=list)
     tasks: list[str] | None = None
 
 
@@ -211,6 +213,7 @@ class Plan:
             lists.append(("gradients.trained_by", [self.gradients.trained_by], self.rows))
         for name, reference in self.references.items():
             lists.append((f"references.{name}.tasks", reference.tasks or [], self.tasks))
+            lists.append((f"references.{name}.greedy", reference.greedy, self.tasks))
         for key, named, known in lists:
             if missing := [entry for entry in named if entry not in known]:
                 raise UserError(

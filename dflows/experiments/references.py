@@ -45,7 +45,12 @@ def task_data(config: Mapping[str, Any]) -> EnumerableDataModule:
 
 
 def write_reference(
-    plan: Plan, name: str, task: str, data: EnumerableDataModule, folder: Path
+    plan: Plan,
+    name: str,
+    task: str,
+    data: EnumerableDataModule,
+    config: Mapping[str, Any],
+    folder: Path,
 ) -> Path:
     """Finds the best tabular flow of a task, and writes its record.
 
@@ -54,6 +59,7 @@ def write_reference(
         name: Name of the reference.
         task: Name of the task.
         data: The data of the task.
+        config: The keys that they are made of.
         folder: Where the record goes.
 
     Returns:
@@ -67,8 +73,8 @@ def write_reference(
         reference.orderings,
         bijection,
         base=reference.base,
-        restarts=reference.restarts,
-        sweeps=reference.sweeps,
+        restarts=0 if task in reference.greedy else reference.restarts,
+        sweeps=0 if task in reference.greedy else reference.sweeps,
     )
     metrics = {
         "reference_nats": found.cross_entropy,
@@ -78,18 +84,19 @@ def write_reference(
     }
     if data.num_classes**data.length <= EXHAUSTIBLE:
         metrics["exhaustive_nats"] = exhaustive_optimum(data.probabilities)
-    config = {
+    settings = {
         "orderings": [repr(ordering) for ordering in reference.orderings],
         "bijection": repr(bijection),
         "base": None if reference.base is None else repr(reference.base),
         "restarts": reference.restarts,
         "sweeps": reference.sweeps,
-        "data": plan.tasks[task],
+        "greedy": task in reference.greedy,
+        "data": config,
     }
     record = Record(
         name=reference_name(name, task),
         kind="reference",
-        config=config,
+        config=settings,
         seed=0,
         device=describe_device(torch.device("cpu")),
         precision="64-true",

@@ -1,14 +1,15 @@
 """The tables and the figure of the experiment on estimators."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from dflows.experiments.plan import gradients_name, reference_name
 from dflows.reports.experiment import Experiment
 from dflows.reports.figures import drawing
-from dflows.reports.markdown import mean_and_spread, number, table
+from dflows.reports.markdown import MISSING, mean_and_spread, number, table
 
-__all__ = ["draw", "render"]
+__all__ = ["describe_figure", "draw", "render"]
 
 _TASK = re.compile(r"(?P<size>\d+x\d+)-(?P<flows>\d+)(?P<timed>-timed)?")
 _GRADIENTS = re.compile(r"gradients-3x(?P<classes>\d+)-(?P<flows>\d+)")
@@ -50,20 +51,28 @@ def _distance(experiment: Experiment, names: list[str], task: str) -> float | No
     return sum(exact) / len(exact) - found if exact and found is not None else None
 
 
+def _cell(experiment: Experiment, names: list[str], task: str) -> str:
+    """Returns the likelihood and the seconds of training."""
+    exact = _exact(experiment, names, task)
+    seconds = [value for name in names for value in experiment.values(name, task, "train_seconds")]
+    return f"{mean_and_spread(exact)} ({min(seconds):.0f} s)" if exact else MISSING
+
+
 def _likelihoods(experiment: Experiment, size: str, timed: bool, tasks: dict[int, str]) -> str:
     length, num_classes = size.split("x")
     entropy = number(experiment.first(next(iter(tasks.values())), "entropy"))
     ends = "equal seconds" if timed else "equal steps"
     lines = []
     for label, names in experiment.labels.items():
-        exact = [_exact(experiment, names, task) for task in tasks.values()]
-        if any(exact):
-            lines.append([label, *map(mean_and_spread, exact)])
+        cells = [_cell(experiment, names, task) for task in tasks.values()]
+        if any(cell != MISSING for cell in cells):
+            lines.append([label, *cells])
     references = [number(_reference_of(experiment, task)) for task in tasks.values()]
     lines.append(["*best tabular flow*", *references])
     head = ["estimator", *(f"{flows} flow{'s' if flows > 1 else ''}" for flows in tasks)]
     return (
-        f"**D = {length}, K = {num_classes}, {ends}**: exact nats; entropy {entropy}.\n\n"
+        f"**D = {length}, K = {num_classes}, {ends}**: exact nats, and seconds of training; "
+        f"entropy {entropy}.\n\n"
         f"{table(head, lines)}"
     )
 
@@ -81,7 +90,15 @@ def _reference_of(experiment: Experiment, task: str) -> float | None:
 
 
 def _gradients(experiment: Experiment) -> list[str]:
-    head = ["estimator", "cosine", "norm ratio", "with the mixture's", "norm ratio", "variance"]
+    head = [
+        "estimator",
+        "cosine",
+        "norm ratio",
+        "with the mixture's",
+        "norm ratio",
+        "standard error",
+        "variance",
+    ]
     parts = []
     for task in experiment.plan.tasks:
         lines = []
@@ -95,6 +112,7 @@ def _gradients(experiment: Experiment) -> list[str]:
                         f"{metrics['gradient_norm_ratio']:.3g}",
                         f"{metrics['gradient_mixture_cosine']:.3f}",
                         f"{metrics['gradient_mixture_norm_ratio']:.3g}",
+                        f"{metrics['gradient_standard_error']:.2g}",
                         f"{metrics['gradient_variance']:.3g}",
                     ]
                 )
@@ -102,6 +120,17 @@ def _gradients(experiment: Experiment) -> list[str]:
             caption = f"**Gradients, D = 3, K = {found['classes']}, {found['flows']} flows**"
             parts.append(f"{caption}\n\n{table(head, lines)}")
     return parts
+
+
+def describe_figure(experiment: Experiment) -> str:
+    """Returns what the figure shows first, in words."""
+    parts = []
+    tasks = _tasks(experiment).get(("5x5", False), {})
+    for label, names in experiment.labels.items():
+        distances = [_distance(experiment, names, task) for task in tasks.values()]
+        if any(distance is not None for distance in distances):
+            parts.append(f"{label}: {', '.join(number(distance) for distance in distances)}")
+    return "Nats above the best tabular flow. " + "; ".join(parts)
 
 
 def draw(experiment: Experiment, file: Path) -> None:
@@ -112,14 +141,16 @@ def draw(experiment: Experiment, file: Path) -> None:
         file: The SVG file.
     """
     groups = _tasks(experiment)
-    with drawing(file, "", ncols=3, figsize=(11, 3.8)) as (figure, axes):
-        for label, names in experiment.labels.items():
+    with drawing(file, describe_figure(experiment), ncols=3, figsize=(11, 3.8)) as (figure, axes):
+        for number_of, (label, names) in enumerate(experiment.labels.items()):
+            color = f"C{number_of}"
             tasks = groups.get(("5x5", False), {})
             pairs = [(flows, _distance(experiment, names, task)) for flows, task in tasks.items()]
-            _line(axes[0], pairs, label)
+            _line(axes[0], pairs, label, color)
             measured = _cosines(experiment, names)
-            _line(axes[1], [(flows, value) for k, flows, value in measured if k == 5], label)
-            _line(axes[2], sorted((k, value) for k, flows, value in measured if flows == 2), None)
+            _line(axes[1], [(flows, value) for k, flows, value in measured if k == 5], label, color)
+            by_classes = sorted((k, value) for k, flows, value in measured if flows == 2)
+            _line(axes[2], by_classes, None, color)
         for place, (x, y) in zip(
             axes,
             (
@@ -133,7 +164,7 @@ def draw(experiment: Experiment, file: Path) -> None:
             place.set_ylabel(y)
             place.set_xscale("log", base=2)
             place.xaxis.set_major_formatter("{x:.0f}")
-        axes[0].set_ylim(bottom=0)
+        axes[0].axhline(0, color="grey", linewidth=1, linestyle="--")
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize="small")
 
@@ -151,7 +182,9 @@ def _cosines(experiment: Experiment, names: list[str]) -> list[tuple[int, int, f
     return measured
 
 
-def _line(axes: object, pairs: list[tuple[int, float | None]], label: str | None) -> None:
+def _line(
+    axes: object, pairs: Sequence[tuple[int, float | None]], label: str | None, color: str
+) -> None:
     known = [(x, y) for x, y in pairs if y is not None]
     if known:
-        axes.plot(*zip(*known, strict=True), marker="o", label=label)  # type: ignore[attr-defined]
+        axes.plot(*zip(*known, strict=True), marker="o", label=label, color=color)  # type: ignore[attr-defined]

@@ -16,6 +16,8 @@ HEAD = (
     "tabular reference",
     "above the reference",
     "gap closed",
+    "steps",
+    "seconds",
 )
 
 
@@ -48,7 +50,10 @@ def _task(experiment: Experiment, task: str) -> str:
         if "exhaustive_nats" in record.metrics
     ]
     if best:
-        caption += f" The best of all bijections of the states reaches {number(best[0])}."
+        caption += (
+            " The best of all bijections of the states, on a factorized base, reaches "
+            f"{number(best[0])}."
+        )
     rows = [_row(experiment, task, name, row) for name, row in experiment.rows(task)]
     return f"{caption}\n\n{table(HEAD, rows)}"
 
@@ -70,4 +75,6 @@ def _row(experiment: Experiment, task: str, name: str, row: Row) -> list[str]:
         number(reference),
         number(above, "+.3f"),
         number(share, ".0%"),
+        mean_and_spread(experiment.values(name, task, "steps")[:1], ",.0f"),
+        mean_and_spread(experiment.values(name, task, "train_seconds")[:1], ".0f"),
     ]

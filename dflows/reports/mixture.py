@@ -11,7 +11,7 @@ from dflows.reports.experiment import Experiment
 from dflows.reports.figures import drawing
 from dflows.reports.markdown import mean_and_spread, number, table
 
-__all__ = ["draw", "render"]
+__all__ = ["describe_figure", "draw", "render"]
 
 SHOWN = (
     "factorized-base",
@@ -54,6 +54,17 @@ def render(experiment: Experiment) -> str:
     return "\n\n".join(parts)
 
 
+def describe_figure(experiment: Experiment) -> str:
+    """Returns the divergences that the panels have in their titles."""
+    parts = [
+        f"{task}, {row.label}: {mean_and_spread(experiment.values(name, task, 'kl'))}"
+        for task in experiment.plan.tasks
+        for name, row in experiment.rows(task)
+        if name in SHOWN
+    ]
+    return "Heat maps of probabilities, with KL in nats. " + "; ".join(parts)
+
+
 def draw(experiment: Experiment, file: Path) -> None:
     """Draws the exact probabilities of the data and of the models, side by side.
 
@@ -65,7 +76,7 @@ def draw(experiment: Experiment, file: Path) -> None:
     shown = [name for name in SHOWN if name in experiment.plan.rows]
     size = (2 * (1 + len(shown)), 2.3 * len(tasks))
     options = {"nrows": len(tasks), "ncols": 1 + len(shown), "squeeze": False}
-    with drawing(file, "Heat maps of probabilities", figsize=size, **options) as (_, axes):
+    with drawing(file, describe_figure(experiment), figsize=size, **options) as (_, axes):
         for line, task in zip(axes, tasks, strict=True):
             arranged: Literal["circle", "grid"] = "grid" if task == "grid" else "circle"
             truth = MixtureDataModule(arrangement=arranged).probabilities
@@ -79,7 +90,10 @@ def draw(experiment: Experiment, file: Path) -> None:
                 values = torch.tensor(records[0].metrics["probabilities"])
                 side = math.isqrt(len(values))
                 kl = records[0].metrics["kl"]
-                title = f"{experiment.plan.rows[name].label}\nKL {kl:.3f}"
+                row = experiment.plan.rows[name]
+                title = f"{row.label}\nKL {kl:.3f}"
+                if (best := experiment.reference(row, task, "reference_kl")) is not None:
+                    title += f", best table {best:.3f}"
                 _panel(axis, values.reshape(side, side), most, title)
 
 
