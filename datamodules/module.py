@@ -80,6 +80,10 @@ class StreamDataModule(pl.LightningDataModule, ABC):
     def evaluation_chunks(self, split: str) -> Chunks:
         """Returns the classes of the split "valid" or "test", read in their order."""
 
+    def training_chunks(self) -> Chunks | None:
+        """Returns the classes of the training split in their order, where it is a text."""
+        return None
+
     @property
     def entropy(self) -> float | None:
         """The exact entropy of an example in nats, given what it is conditioned on, where known."""

@@ -162,6 +162,10 @@ class TextDataModule(StreamDataModule):
         (values,) = chunks
         return ShuffledWindows(values, self.length, self.seed)
 
+    def training_chunks(self) -> Chunks:
+        """Returns the classes of the training split in their order."""
+        return self._load("train")
+
     def evaluation_chunks(self, split: str) -> Chunks:
         """Returns the classes of a split in their order."""
         return self._load(split)

@@ -1,6 +1,6 @@
 """Discrete normalizing flows: exact-likelihood generative models of discrete data."""
 
-from dflows.bases import AutoregressiveBase, FactorizedBase
+from dflows.bases import AutoregressiveBase, FactorizedBase, NGramBase
 from dflows.flow import DiscreteFlow, FlowDistribution
 from dflows.transforms import (
     AutoregressiveTransform,
@@ -17,5 +17,6 @@ __all__ = [
     "DiscreteFlow",
     "FactorizedBase",
     "FlowDistribution",
+    "NGramBase",
     "PermutationTransform",
 ]

@@ -10,6 +10,7 @@ import copy
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain
 from typing import TypeVar
 
 import torch
@@ -43,6 +44,11 @@ MOST_PASSES = 64
 NEAR_TIES = 1e-3
 
 
+def _device(module: nn.Module) -> torch.device:
+    tensors = chain(module.parameters(), module.buffers())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+
 class CertificateError(UserError):
     """A flow that is not what its likelihood presumes, with where it shows."""
 
@@ -51,7 +57,7 @@ class CertificateError(UserError):
 def _quiet(module: nn.Module) -> Iterator[None]:
     """Evaluates without gradients or dropout, and leaves mode and random state as they were."""
     training = [(part, part.training) for part in module.modules()]
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    device = _device(module)
     devices = [device] if device.type == "cuda" else []
     try:
         module.eval()
@@ -272,7 +278,7 @@ def check_normalized(
     states = flow.num_classes**flow.length
     if states > max_states:
         return None
-    device = next(flow.parameters()).device
+    device = _device(flow)
     with _quiet(flow):
         probed = _shaken(flow)
         powers = flow.num_classes ** torch.arange(flow.length, device=device)
@@ -327,7 +333,7 @@ def check_shorter(flow: DiscreteFlow, context: Tensor | None = None) -> None:
     length = flow.length - 1
     if not length:
         return
-    device = next(flow.parameters()).device
+    device = _device(flow)
     with _quiet(flow):
         try:
             flow._log_prob(torch.zeros(1, length, dtype=torch.long, device=device), context)

@@ -14,7 +14,7 @@ from torch.distributions import Distribution, constraints
 
 from dflows.bases import Base
 from dflows.errors import UserError
-from dflows.estimators import Draw, Estimator
+from dflows.estimators import Draw, Estimator, LocalThenJoint
 from dflows.orderings import untransformed
 from dflows.representations import flatten_batch, is_one_hot, repeat_context, to_one_hot
 from dflows.transforms import Composition, ConditionalTransform, DiscreteTransform, Inverse
@@ -122,6 +122,14 @@ class DiscreteFlow(nn.Module):
             raise UserError(
                 "some flows of the stack are trained one at a time and others are not: give every "
                 "flow an estimator with draw='flow', or every one LocalInTurn, or none"
+            )
+        if not base.differentiable and any(
+            part.estimator.through or isinstance(part.estimator, LocalThenJoint)
+            for part in conditional
+        ):
+            raise UserError(
+                f"the base has to hand a gradient to the flows, and a {type(base).__name__} has "
+                "none: give every flow LocalObjective, whose loss is its own, or another base"
             )
         backbones = {id(transform.conditioner.backbone) for transform in conditional}
         if draws == {"turn"} and len(backbones) < len(conditional):

@@ -3,6 +3,7 @@
 from lightning_modules.base import BaseModule, Batch, Optimization
 from lightning_modules.flow import DiscreteFlowModule, FlowModule
 from lightning_modules.language_model import LanguageModel
+from lightning_modules.ngram import NGramModule
 
 __all__ = [
     "BaseModule",
@@ -10,5 +11,6 @@ __all__ = [
     "DiscreteFlowModule",
     "FlowModule",
     "LanguageModel",
+    "NGramModule",
     "Optimization",
 ]

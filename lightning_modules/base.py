@@ -199,6 +199,11 @@ class BaseModule(pl.LightningModule, ABC):
         self.log("train_bpc", self._smoothed, prog_bar=True)
         return loss
 
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Computes gradients, where there is anything to train by them."""
+        if loss.requires_grad:
+            super().backward(loss, *args, **kwargs)
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds a batch to the validation metrics."""
         self._update("valid", batch, self.log_prob(batch))
@@ -235,7 +240,10 @@ class BaseModule(pl.LightningModule, ABC):
         return int(self.trainer.strategy.reduce(count.clone(), reduce_op="sum"))
 
     def configure_optimizers(self) -> Any:
-        """Returns AdamW with groups for matrices, for what does not decay, and for the base."""
+        """Returns AdamW with groups for matrices, for what does not decay, and for the base.
+
+        Where there is nothing to train by gradients there is no optimizer.
+        """
         settings = self.optimization
         base = {id(parameter) for parameter in self.base_parameters()}
         groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
@@ -249,6 +257,8 @@ class BaseModule(pl.LightningModule, ABC):
                     "weight" in name and parameter.ndim > 1 and not isinstance(module, nn.Embedding)
                 )
                 groups.setdefault((id(parameter) in base, decays), []).append(parameter)
+        if not groups:
+            return None
         optimizer = torch.optim.AdamW(
             [
                 {

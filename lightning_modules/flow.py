@@ -1,14 +1,14 @@
 """Modules that train discrete flows: any one, and one that is made of five choices."""
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
-from dflows.bases import Base, FactorizedBase
+from dflows.bases import Base, FactorizedBase, NGramBase
 from dflows.bijections import Bijection, RankPermutation
 from dflows.checks import check_flow
 from dflows.conditioner import Conditioner, Execution
@@ -31,12 +31,17 @@ class DiscreteFlowModule(BaseModule):
     every flow as well, and, given a context, logs `test_accuracy`: the share of examples that
     :meth:`dflows.flow.DiscreteFlow.greedy` tells right, which is the mode on a factorized base.
 
+    An n-gram base is counted where training begins: on the whole training split of a text, else on
+    draws. Under flows it is counted on what they leave of training windows, and anew before every
+    validation.
+
     Arguments:
         flow: The flow.
         optimization: Settings of the optimizer.
         base_refit_every: Where it is not 0, a factorized base is not trained by gradients, but set
             in closed form every so many steps, from running counts.
         base_refit_decay: What the counts are multiplied by before each further batch.
+        base_count_windows: Training windows, or draws, on which an n-gram base is counted.
 
     Raises:
         UserError: If a base that is no factorized one is to be refitted, or nothing is left to
@@ -52,8 +57,11 @@ class DiscreteFlowModule(BaseModule):
         optimization: Optimization = DEFAULT_OPTIMIZATION,
         base_refit_every: int = 0,
         base_refit_decay: float = 0.99,
+        base_count_windows: int = 4096,
     ) -> None:
         super().__init__(optimization)
+        if base_count_windows < 1:
+            raise UserError(f"base_count_windows is {base_count_windows}: give at least 1")
         if base_refit_every < 0 or not 0 <= base_refit_decay < 1:
             raise UserError(
                 f"base_refit_every is {base_refit_every} and base_refit_decay is "
@@ -63,6 +71,7 @@ class DiscreteFlowModule(BaseModule):
         self.register_buffer("started", torch.tensor(False))
         self.base_refit_every = base_refit_every
         self.base_refit_decay = base_refit_decay
+        self.base_count_windows = base_count_windows
         if base_refit_every:
             if not isinstance(flow.base, FactorizedBase):
                 raise UserError(
@@ -170,6 +179,38 @@ class DiscreteFlowModule(BaseModule):
             parts.insert(1, f"{flow.untransformed} dimensions are never transformed")
         return ", ".join(parts)
 
+    def on_train_start(self) -> None:
+        """Counts an n-gram base that has not been counted."""
+        base = self.flow.base
+        if isinstance(base, NGramBase) and not base.num_counted:
+            self._count(base)
+
+    def on_validation_start(self) -> None:
+        """Counts an n-gram base on what the flows have come to leave."""
+        base, trainer = self.flow.base, self.trainer
+        training = trainer.state.fn == "fit" and not trainer.sanity_checking
+        if training and isinstance(base, NGramBase) and len(self.flow.transforms):
+            self._count(base)
+
+    def _count(self, base: NGramBase) -> None:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        flows = len(self.flow.transforms) > 0
+        text = None if flows else data.training_chunks()
+        with torch.inference_mode(mode=False):
+            base.count(self._training_residuals(data) if text is None else text)
+        if not flows:
+            self.counted["characters"]["train"] = base.num_counted
+        rank_zero_info(f"{base}, counted on {base.num_counted:,} characters")
+
+    def _training_residuals(self, data: Any) -> Iterator[Tensor]:
+        """Yields what the flows leave of the first training windows."""
+        read, step = data.training_stream().open(), data.eval_batch_size
+        for first in range(0, self.base_count_windows, step):
+            rows = read(first, min(step, self.base_count_windows - first))
+            batch = data.batch_of(torch.from_numpy(rows.astype("int64")).to(self.device))
+            y, context = self.indices_of(batch), self.context_of(batch)
+            yield self.flow.residuals(y, context)[-1] if len(self.flow.transforms) else y
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Notes the step: of accumulated batches only the last makes one."""
         super().on_train_batch_start(batch, batch_idx)
@@ -245,6 +286,7 @@ class FlowModule(DiscreteFlowModule):
         optimization: Settings of the optimizer.
         base_refit_every: As in :class:`DiscreteFlowModule`.
         base_refit_decay: Likewise.
+        base_count_windows: Likewise.
 
     Raises:
         UserError: If the choices do not fit each other.
@@ -278,6 +320,7 @@ class FlowModule(DiscreteFlowModule):
         optimization: Optimization = DEFAULT_OPTIMIZATION,
         base_refit_every: int = 0,
         base_refit_decay: float = 0.99,
+        base_count_windows: int = 4096,
     ) -> None:
         shared = backbone() if share_backbone else None
         transforms = [
@@ -296,4 +339,4 @@ class FlowModule(DiscreteFlowModule):
             for ordering in orderings
         ]
         flow = DiscreteFlow(base(num_classes, length, orderings), transforms, context_encoder)
-        super().__init__(flow, optimization, base_refit_every, base_refit_decay)
+        super().__init__(flow, optimization, base_refit_every, base_refit_decay, base_count_windows)

@@ -3,5 +3,6 @@
 from dflows.bases.autoregressive import AutoregressiveBase
 from dflows.bases.base import Base
 from dflows.bases.factorized import FactorizedBase
+from dflows.bases.ngram import NGramBase
 
-__all__ = ["AutoregressiveBase", "Base", "FactorizedBase"]
+__all__ = ["AutoregressiveBase", "Base", "FactorizedBase", "NGramBase"]

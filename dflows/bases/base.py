@@ -19,6 +19,9 @@ class Base(nn.Module, ABC):
     scores_parts: ClassVar[bool]
     """Whether a part of the dimensions can be scored without knowing the others."""
 
+    differentiable: ClassVar[bool] = True
+    """Whether log-probabilities have a gradient with respect to one-hot vectors."""
+
     def __init__(self, num_classes: int, length: int) -> None:
         super().__init__()
         self.num_classes = num_classes

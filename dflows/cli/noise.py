@@ -7,6 +7,9 @@ import warnings
 __all__ = ["quiet"]
 
 _WARNINGS = (
+    # What is counted has no optimizer, and no parameters.
+    ".*`LightningModule.configure_optimizers` returned `None`.*",
+    ".*`parameters` is an empty generator.*",
     # Windows come from memory: workers would only slow them down.
     ".*does not have many workers.*",
     # A process that had no batch computes metrics together with those that had.

@@ -143,6 +143,11 @@ class Figures:
         self.rows.append((f"{split}, bits per character", f"{bpc:.4f}", remark))
         if isinstance(data, TextDataModule) and split == "test" and characters > 1:
             self.metrics["bigram_bpc"] = bigram_bpc(data, split)
+        carried = module.trainer.callback_metrics.get("test_bpc_carried")
+        if split == "test" and carried is not None:
+            self.metrics["test_bpc_carried"] = float(carried)
+            remark = "every window after those before it"
+            self.rows.append(("test, context carried", f"{float(carried):.4f}", remark))
         accuracy = module.trainer.callback_metrics.get("test_accuracy")
         if split == "test" and accuracy is not None:
             self.metrics["accuracy"] = float(accuracy)
@@ -196,12 +201,16 @@ class Figures:
     def add_speed(self, stopwatch: Stopwatch, module: BaseModule, steps: int) -> None:
         """Adds the speed of training and of evaluation."""
         if stopwatch.train_seconds and stopwatch.train_characters:
-            speed = stopwatch.train_characters / stopwatch.train_seconds
+            # What was read beside the batches, as where a model is counted, is what it learnt from.
+            read = module.counted["characters"].get("train", stopwatch.train_characters)
+            speed = read / stopwatch.train_seconds
             self.metrics |= {
                 "steps": steps,
                 "train_seconds": stopwatch.train_seconds,
                 "characters_per_second": speed,
-                "examples_per_second": stopwatch.train_examples / stopwatch.train_seconds,
+                "examples_per_second": speed
+                * stopwatch.train_examples
+                / stopwatch.train_characters,
             }
             self.rows.append(
                 ("training, characters a second", f"{speed:,.0f}", f"{steps:,} steps in all")

@@ -99,6 +99,9 @@ class TestText:
         assert data.class_counts().dtype == torch.int64
         assert data.class_counts("valid").tolist() == [0, 2, 1]
         assert data.class_counts("test").tolist() == [0, 0, 4]
+        chunks = [*data.training_chunks()]
+        assert sum(map(len, chunks)) == data.characters("train")
+        assert torch.from_numpy(chunks[0]).bincount(minlength=3).tolist() == [3, 1, 1]
 
     @pytest.mark.parametrize("ranks", [1, 2, 3])
     @pytest.mark.parametrize("workers", [0, 2])
