@@ -28,7 +28,8 @@ class NGramModule(DiscreteFlowModule):
         count_windows: Draws that are counted of data whose training split has no end.
 
     Raises:
-        UserError: If a number is out of range, or the data are conditioned on something.
+        UserError: If a number is out of range, the data are conditioned on something, or several
+            processes train.
 
     Example:
         >>> NGramModule(27, 16, order=4).flow
@@ -59,6 +60,11 @@ class NGramModule(DiscreteFlowModule):
             raise UserError(
                 "an NGramModule takes no context, and the data are conditioned on one: choose a "
                 "LanguageModel or a FlowModule with context_features"
+            )
+        if self.trainer.world_size > 1:
+            raise UserError(
+                f"{self.trainer.world_size} processes would count the same, and an NGramModule has "
+                "nothing else to train: set trainer.devices to 1"
             )
         super().prepare()
 

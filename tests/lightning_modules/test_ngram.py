@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import pytorch_lightning as pl
@@ -96,6 +97,13 @@ def test_a_context_is_refused(tmp_path):
     data = AdditionDataModule(length=3, num_classes=4, batch_size=8, eval_examples=16)
     with pytest.raises(UserError, match="takes no context"):
         trainer(tmp_path).fit(NGramModule(4, 3), datamodule=data)
+
+
+def test_several_processes_are_refused(text):
+    module = NGramModule(text.num_classes, 16)
+    module._trainer = SimpleNamespace(datamodule=text, world_size=2)
+    with pytest.raises(UserError, match="2 processes would count the same"):
+        module.prepare()
 
 
 class TestUnderFlows:
