@@ -127,6 +127,26 @@ def test_the_log_holds_the_course_of_the_bits(finished):
     assert [point.step for point in events.Scalars("valid_bpc")][:2] == [2, 5]
 
 
+def test_both_likelihoods_are_those_of_the_best_checkpoint(tmp_path, capsys):
+    config = small_config(tmp_path, write_text(tmp_path), max_steps=9)
+    # By this measure the first validation is the best, and not that of the smallest valid_bpc.
+    more = ("--best_checkpoint.monitor", "valid_nats", "--best_checkpoint.mode", "max")
+    assert run_here("fit", "--config", config, *more) == 0
+    run = tmp_path / "runs" / "small" / "version_0"
+    metrics = read_record(run / "small-1.json").metrics
+    assert torch.load(run / "best.ckpt", weights_only=True)["global_step"] == 3
+    assert run_here("evaluate", "--checkpoint", run / "best.ckpt", "--split", "valid") == 0
+    assert f"{metrics['valid_bpc']:.4f}" in capsys.readouterr().out.split("best.ckpt")[-1]
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_split_that_is_not_read_has_no_figures(split, tmp_path):
+    config = small_config(tmp_path, write_text(tmp_path))
+    assert run_here("fit", "--config", config, f"--trainer.limit_{split}_batches", 0) == 0
+    record = read_record(next(tmp_path.glob("runs/small/version_0/small-1.json")))
+    assert list(record.metrics["characters"]) == [{"val": "test", "test": "valid"}[split]]
+
+
 def names_the_machine(text, folder):
     return re.search(r'"(host|user)', text) or str(folder) in text or tempfile.gettempdir() in text
 

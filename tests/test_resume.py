@@ -7,6 +7,7 @@ import time
 import pytest
 import torch
 
+from dflows.records import read_record
 from tests.commands import (
     command_line,
     environment,
@@ -71,6 +72,17 @@ def test_killed_and_resumed_is_uninterrupted(tmp_path, uninterrupted):
     assert torch.equal(resumed["training"]["train_bpc"], uninterrupted["training"]["train_bpc"])
     for name, weight in uninterrupted["state_dict"].items():
         assert torch.equal(resumed["state_dict"][name], weight), name
+
+
+def test_a_finished_run_that_is_resumed_is_judged_again(tmp_path):
+    config = small_config(tmp_path, write_text(tmp_path))
+    assert run_here("fit", "--config", config) == 0
+    run = tmp_path / "runs" / "small" / "version_0"
+    before = read_record(run / "small-1.json").metrics
+    assert run_here("fit", "--config", config, "--ckpt_path", run / "last.ckpt") == 0
+    after = read_record(run / "small-1.json").metrics
+    for name in ("valid_bpc", "test_bpc", "characters"):
+        assert after[name] == before[name], name
 
 
 @pytest.mark.parametrize(

@@ -39,22 +39,23 @@ def fit(arguments: Sequence[str]) -> None:
         entry for entry in trainer.checkpoint_callbacks if isinstance(entry, BestCheckpoint)
     )
     steps = trainer.global_step
-    validated = {name: float(value) for name, value in trainer.callback_metrics.items()}
     if best.best_model_path:
         weights = trainer.strategy.load_checkpoint(best.best_model_path, weights_only=True)
         module.load_state_dict(weights["state_dict"])
-        if best.best_model_score is not None and best.monitor == "valid_bpc":
-            validated["valid_bpc"] = float(best.best_model_score)
-    (tested,) = trainer.test(module, datamodule=data, verbose=False)
+    # The weights that are tested are validated anew: they need not be those of the last validation.
+    found: dict[str, float] = {}
+    for run in (trainer.validate, trainer.test):
+        for metrics in run(module, datamodule=data, verbose=False):
+            found |= {name: float(value) for name, value in metrics.items()}
     folders = [trainer.log_dir, cli.config.record]  # a collective call, as all of the above
     end_processes()
     if trainer.is_global_zero:
         figures = Figures(exact_states=cli.config.exact_states)
         module.to(trainer_device(trainer))
         console = stdout_console()
-        if "valid_bpc" in validated:
-            figures.add_likelihood(module, data, "valid", validated["valid_bpc"])
-        figures.add_likelihood(module, data, "test", tested["test_bpc"])
+        for split in ("valid", "test"):
+            if f"{split}_bpc" in found:
+                figures.add_likelihood(module, data, split, found[f"{split}_bpc"])
         figures.add_exact(module, data)
         figures.add_flows(module)
         figures.add_speed(cli.stopwatch, module, steps)
