@@ -81,8 +81,23 @@ def test_a_finished_run_that_is_resumed_is_judged_again(tmp_path):
     before = read_record(run / "small-1.json").metrics
     assert run_here("fit", "--config", config, "--ckpt_path", run / "last.ckpt") == 0
     after = read_record(run / "small-1.json").metrics
-    for name in ("valid_bpc", "test_bpc", "characters"):
+    for name in ("valid_bpc", "test_bpc", "characters", "steps"):
         assert after[name] == before[name], name
+
+
+def test_the_clock_of_a_resumed_run_goes_on(tmp_path):
+    config = small_config(tmp_path, write_text(tmp_path))
+    run = tmp_path / "runs" / "small" / "version_0"
+    more = ()
+    before = 0.0
+    for steps in (6, 9):
+        assert run_here("fit", "--config", config, "--trainer.max_steps", steps, *more) == 0
+        metrics = read_record(run / "small-1.json").metrics
+        assert metrics["steps"] == steps
+        read = metrics["characters_per_second"] * metrics["train_seconds"]
+        assert read == pytest.approx(steps * 8 * 16)
+        assert metrics["train_seconds"] > before
+        before, more = metrics["train_seconds"], ("--ckpt_path", run / "last.ckpt")
 
 
 @pytest.mark.parametrize(

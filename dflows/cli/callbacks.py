@@ -173,7 +173,10 @@ def plain_config(
 
 
 class Stopwatch(Callback):
-    """Creates a clock of training without its validations, and of evaluation."""
+    """Creates a clock of training without its validations, and of evaluation.
+
+    A resumed run goes on counting, as its steps do.
+    """
 
     def __init__(self) -> None:
         self.train_seconds = 0.0
@@ -186,6 +189,21 @@ class Stopwatch(Callback):
         passed = 0.0 if self._since is None else time.perf_counter() - self._since
         self._since = None
         return passed
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns what has been counted of the training."""
+        running = 0.0 if self._since is None else time.perf_counter() - self._since
+        return {
+            "train_seconds": self.train_seconds + running,
+            "train_characters": self.train_characters,
+            "train_examples": self.train_examples,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on from what :meth:`state_dict` returned."""
+        self.train_seconds = state_dict["train_seconds"]
+        self.train_characters = state_dict["train_characters"]
+        self.train_examples = state_dict["train_examples"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts."""
