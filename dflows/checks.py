@@ -122,6 +122,10 @@ def _first_change(before: Tensor, after: Tensor) -> tuple[int, ...] | None:
 def check_causal(conditioner: Conditioner, context: Tensor | None = None) -> None:
     """Shows that a network's output at a dimension depends on lower levels and nothing else.
 
+    A network that keeps to the ordering by itself is shown to at every level: by steps that are
+    handed no more than lower levels where it has them, and else by changing, for one level after
+    the other, all values of this and of higher levels.
+
     Args:
         conditioner: The network with its ordering.
         context: One encoded context, (1, C) or (1, S, C).
@@ -133,14 +137,10 @@ def check_causal(conditioner: Conditioner, context: Tensor | None = None) -> Non
     length, device = conditioner.length, conditioner.head.weight.device
     with _quiet(conditioner):
         probed = _shaken(conditioner)
-        levels, _ = probed.levels(length, device)
         y = torch.randint(probed.num_classes, (1, length), device=device)
-        count = min(length, max(MOST_VALUES // length, 8))
-        probes = torch.linspace(0, length - 1, count).long().to(device)
-        rows = max(len(probes), 2) if probed.one_pass else 2
-        batch = y.repeat(rows, 1)
+        batch = y.repeat(2, 1)
         # One context for all rows: else rows would differ for a good reason.
-        contexts = _for_rows(context, rows)
+        contexts = _for_rows(context, 2)
         before = _evaluate(probed, batch, contexts)
         if not before.isfinite().all():
             raise CertificateError(
@@ -162,22 +162,71 @@ def check_causal(conditioner: Conditioner, context: Tensor | None = None) -> Non
             )
         if not probed.one_pass:
             return  # what is masked cannot leak
-        changed = batch.clone()
-        row = torch.arange(len(probes), device=device)
-        changed[row, probes] = (changed[row, probes] + 1) % probed.num_classes
-        after = _evaluate(probed, changed, contexts)
-        forbidden = levels <= levels[probes].unsqueeze(-1)
-        if probed.first_level:
-            forbidden &= levels > 0
-        forbidden = forbidden.unsqueeze(-1)
-        where = _first_change(before[row] * forbidden, after[row] * forbidden)
+        if probed.steps:
+            _check_steps(probed, y, context)
+        else:
+            _check_levels(probed, y, context)
+
+
+def _check_steps(conditioner: Conditioner, y: Tensor, context: Tensor | None) -> None:
+    """Compares one evaluation with steps, which never see what they must not."""
+    exact = copy.deepcopy(conditioner).double()
+    steps = torch.zeros(1, y.shape[1], exact.num_outputs, dtype=torch.double, device=y.device)
+
+    def note(dimensions: Tensor, logits: Tensor) -> Tensor:
+        steps[:, dimensions] = logits
+        return y[:, dimensions]
+
+    exact.by_levels(y, note, context)
+    where = _first_change(steps, exact(y, context))
+    if where is not None:
+        _check_levels(conditioner, y, context)
+        raise CertificateError(
+            f"{_name(conditioner)} computes other logits by steps than in one evaluation, first at "
+            f"dimension {where[1]}: `begin` and `advance` must give what `forward` does"
+        )
+
+
+def _check_levels(conditioner: Conditioner, y: Tensor, context: Tensor | None) -> None:
+    """Changes all values from one level on, a row for every level, and looks at those below."""
+    levels, members = conditioner.levels(y.shape[1], y.device)
+    tried = torch.arange(conditioner.first_level, len(members), device=y.device)
+    rows = min(len(tried), max(MOST_VALUES // y.shape[1], 2))
+    batch, contexts = y.repeat(rows, 1), _for_rows(context, rows)
+    before = _evaluate(conditioner, batch, contexts)
+    needed = levels >= conditioner.first_level
+    for chunk in tried.split(rows):
+        # Rows of equal number and place are rounded alike.
+        begin = torch.cat([chunk, chunk[-1:].expand(rows - len(chunk))]).unsqueeze(-1)
+        changed = torch.where(levels >= begin, (batch + 1) % conditioner.num_classes, batch)
+        after = _evaluate(conditioner, changed, contexts)
+        forbidden = ((levels <= begin) & needed).unsqueeze(-1)
+        where = _first_change(before * forbidden, after * forbidden)
         if where is not None:
-            source, target = int(probes[where[0]]), where[1]
+            row, target = where[:2]
+            source = _source(conditioner, y[0], changed[row], target, context)
             raise CertificateError(
-                f"{_name(probed)} leaks: the value at dimension {source} (level "
+                f"{_name(conditioner)} leaks: the value at dimension {source} (level "
                 f"{int(levels[source])}) changes the output at dimension {target} (level "
                 f"{int(levels[target])}), which may depend on lower levels only"
             )
+
+
+def _source(
+    conditioner: Conditioner, y: Tensor, changed: Tensor, target: int, context: Tensor | None
+) -> int:
+    """Finds, by bisection, one of the changed values that changes the output at a dimension."""
+    suspects, contexts = (y != changed).nonzero().squeeze(-1), _for_rows(context, 2)
+    while len(suspects) > 1:
+        half = suspects[: len(suspects) // 2]
+        tried = y.clone()
+        tried[half] = changed[half]
+        features = _evaluate(conditioner, torch.stack([y, tried]), contexts)
+        if _first_change(features[:1, target], features[1:, target]) is not None:
+            suspects = half
+        else:  # the change comes on top of these
+            y, suspects = tried, suspects[len(half) :]
+    return int(suspects)
 
 
 def check_autoregressive(

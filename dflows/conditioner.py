@@ -169,6 +169,12 @@ class Conditioner(nn.Module):
         """Evaluations of the backbone, one after the other, that generation takes."""
         return int(self.ordering.levels(self.length).max()) + 1 - self.first_level
 
+    @property
+    def steps(self) -> bool:
+        """Whether generation goes by cached steps, one evaluation's work for all levels."""
+        backbone = self.backbone
+        return isinstance(backbone, SteppedBackbone) and backbone.steps and self.one_pass
+
     def levels(self, length: int, device: torch.device) -> tuple[Tensor, list[Tensor]]:
         """Returns the levels (d,) of so many dimensions, and the dimensions of every level."""
         dimensions = self._dimensions_of(length, device)
@@ -363,7 +369,7 @@ class Conditioner(nn.Module):
         backbone = self.backbone
         if (
             not isinstance(backbone, SteppedBackbone)
-            or not (backbone.steps and self.one_pass)
+            or not self.steps
             or is_one_hot(y)
             or torch.is_grad_enabled()
         ):

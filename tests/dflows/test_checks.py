@@ -23,7 +23,7 @@ from dflows.checks import (
     check_normalized,
 )
 from dflows.errors import UserError
-from dflows.orderings import Blocks, Natural, Parity, Reversed, Strided
+from dflows.orderings import Blocks, Natural, Parity, Permutation, Reversed, Strided
 from dflows.transforms import BipartiteTransform, ConditionalTransform
 from tests.dflows.small import BIJECTIONS, ORDERINGS, WIDTH, make_flow, make_transform
 
@@ -47,6 +47,33 @@ class LookingAhead(Leaking):
 
     def forward(self, content, query=None, levels=None):
         return self.linear(query) + content.roll(-1, dims=1)
+
+
+class OneLeak(Leaking):
+    """Sees one value at one dimension, or at every dimension that is given."""
+
+    def __init__(self, source, target):
+        super().__init__()
+        self.source, self.target = source, target
+
+    def forward(self, content, query=None, levels=None):
+        features = self.linear(query).expand(content.shape).clone()
+        features[:, self.target] += content[:, self.source]
+        return features
+
+
+class LeakingLSTM(LSTM):
+    """Sees the value to the right in one evaluation, which its steps cannot."""
+
+    def forward(self, content, query=None, levels=None):
+        return super().forward(content, query, levels) + content.roll(-1, dims=1)
+
+
+class OtherSteps(LSTM):
+    """Is right in one evaluation, and wrong in steps."""
+
+    def advance(self, cache, level, content):
+        return super().advance(cache, level, content) * (1 + (level == 3))
 
 
 class Plain(nn.Module):
@@ -174,6 +201,42 @@ class TestCausal:
     def test_a_single_leak_at_the_end_is_found(self, length):
         with pytest.raises(CertificateError, match=f"dimension {length - 1} "):
             check_autoregressive(Leaking(length - 1), length=length)
+
+    @pytest.mark.parametrize("length", [128, 256, 512])
+    @pytest.mark.parametrize(
+        ("source", "target", "found"),
+        [
+            (7, 6, (7, 6)),
+            (71, 70, (71, 70)),
+            (100, 100, (100, 100)),
+            (127, 1, (127, 1)),
+            (slice(1, None, 2), slice(0, None, 2), (1, 0)),
+            (slice(2, None, 2), slice(1, -1, 2), (2, 1)),
+        ],
+    )
+    def test_one_leak_among_many_dimensions_is_found(self, length, source, target, found):
+        backbone = OneLeak(source, target)
+        base = DiscreteFlow(AutoregressiveBase(4, length, backbone=backbone))
+        transform = ConditionalTransform(length, RankPermutation(4), Natural(), backbone)
+        for flow in (base, DiscreteFlow(FactorizedBase(4, length), [transform])):
+            source, target = found
+            if flow is not base and target == 0:
+                source, target = 3, 2  # a flow has no use for the output at level 0
+            with pytest.raises(
+                CertificateError, match=rf"dimension {source} .*at dimension {target} "
+            ):
+                check_flow(flow)
+
+    def test_a_leak_over_a_shuffled_ordering_is_named_by_its_dimensions(self):
+        with pytest.raises(CertificateError, match=r"dimension 4 \(level 3\).*dimension 2 \(level"):
+            check_autoregressive(OneLeak(4, 2), length=6, ordering=Permutation([3, 2, 0, 4, 1, 5]))
+
+    def test_one_evaluation_is_held_against_steps(self):
+        check_autoregressive(LSTM(WIDTH), length=300)
+        with pytest.raises(CertificateError, match=r"dimension 1 \(level 1\) changes the output"):
+            check_autoregressive(LeakingLSTM(WIDTH), length=300)
+        with pytest.raises(CertificateError, match=r"by steps than in one.*first at dimension 3"):
+            check_autoregressive(OtherSteps(WIDTH), length=6)
 
     def test_what_is_masked_cannot_leak(self):
         transform = ConditionalTransform(
