@@ -67,7 +67,8 @@ def _row(experiment: Experiment, task: str, name: str, row: Row) -> list[str]:
     if exact and reference is not None:
         above = statistics.fmean(exact) - reference
     if exact and entropy is not None and factorized is not None:
-        share = share_of_gap(statistics.fmean(exact), entropy, factorized)
+        # Rounded, and no negative zero.
+        share = round(share_of_gap(statistics.fmean(exact), entropy, factorized), 2) + 0.0
     return [
         row.label,
         number(row.published.get(task), ".1f"),
