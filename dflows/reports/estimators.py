@@ -141,7 +141,7 @@ def draw(experiment: Experiment, file: Path) -> None:
         file: The SVG file.
     """
     groups = _tasks(experiment)
-    with drawing(file, describe_figure(experiment), ncols=3, figsize=(11, 3.8)) as (figure, axes):
+    with drawing(file, describe_figure(experiment), ncols=3, figsize=(11, 4.2)) as (figure, axes):
         for number_of, (label, names) in enumerate(experiment.labels.items()):
             color = f"C{number_of}"
             tasks = groups.get(("5x5", False), {})
@@ -151,17 +151,17 @@ def draw(experiment: Experiment, file: Path) -> None:
             _line(axes[1], [(flows, value) for k, flows, value in measured if k == 5], label, color)
             by_classes = sorted((k, value) for k, flows, value in measured if flows == 2)
             _line(axes[2], by_classes, None, color)
-        for place, (x, y) in zip(
+        for place, (x, title) in zip(
             axes,
             (
-                ("flows", "nats above the best tabular flow, D = 5, K = 5"),
-                ("flows", "cosine with the exact gradient, D = 3, K = 5"),
-                ("classes K", "cosine with the exact gradient, D = 3, 2 flows"),
+                ("flows", "nats above the best tabular flow\n(D = 5, K = 5)"),
+                ("flows", "cosine with the exact gradient\n(D = 3, K = 5)"),
+                ("classes K", "cosine with the exact gradient\n(D = 3, 2 flows)"),
             ),
             strict=True,
         ):
             place.set_xlabel(x)
-            place.set_ylabel(y)
+            place.set_title(title, fontsize=9)
             place.set_xscale("log", base=2)
             place.xaxis.set_major_formatter("{x:.0f}")
         axes[0].axhline(0, color="grey", linewidth=1, linestyle="--")

@@ -139,7 +139,7 @@ def draw_figure(records: Sequence[Record], file: Path) -> None:
                 (passes, bpc),
                 textcoords="offset points",
                 xytext=(-9, 5) if right else (0, 9),
-                ha="right" if right else "center",
+                ha="right" if right else "center" if passes else "left",
             )
         metrics = records[0].metrics
         for key, label in (("unigram_bpc", "unigram"), ("bigram_bpc", "bigram")):
