@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from dflows.backbones import Backbone
 from dflows.bases import AutoregressiveBase
 from dflows.conditioner import Conditioner
-from dflows.errors import UserError
+from dflows.errors import LengthError, UserError
 from dflows.flow import DiscreteFlow
 from dflows.orderings import Natural, Ordering
 from dflows.representations import repeat_context
@@ -367,33 +367,33 @@ def check_above_entropy(nll: float, entropy: float, standard_error: float = 0.0)
 
 
 def check_shorter(flow: DiscreteFlow, context: Tensor | None = None) -> None:
-    """Shows that an event of fewer dimensions can be scored, as the last window of a text is.
+    """Shows that events of fewer dimensions can be scored, as the last window of a text is.
 
-    A part that refuses it by a :class:`~dflows.errors.UserError` of its own, as a table does, is
-    left to say so when it meets one.
+    One dimension less than the flow's, two, and one are tried. A part that takes no other length,
+    as a table does, refuses it by a :class:`~dflows.errors.LengthError` when it meets one, and is
+    left to.
 
     Args:
         flow: The flow.
         context: One encoded context, (1, C) or (1, S, C).
 
     Raises:
-        CertificateError: If it fails.
+        CertificateError: If one fails.
     """
-    length = flow.length - 1
-    if not length:
-        return
     device = _device(flow)
+    lengths = {length for length in (flow.length - 1, 2, 1) if 0 < length < flow.length}
     with _quiet(flow):
-        try:
-            flow._log_prob(torch.zeros(1, length, dtype=torch.long, device=device), context)
-        except UserError:
-            return
-        except Exception as error:
-            raise CertificateError(
-                f"an event of {length} dimensions fails where the flow has {flow.length}: {error}; "
-                "a backbone must take any length up to the flow's, since the last window of a text "
-                "is shorter"
-            ) from error
+        for length in sorted(lengths, reverse=True):
+            try:
+                flow._log_prob(torch.zeros(1, length, dtype=torch.long, device=device), context)
+            except LengthError:
+                continue
+            except Exception as error:
+                raise CertificateError(
+                    f"an event of {length} dimensions fails where the flow has {flow.length}: "
+                    f"{error}; a backbone must take any length up to the flow's, since the last "
+                    "window of a text is shorter"
+                ) from error
 
 
 def check_flow(flow: DiscreteFlow, context: Tensor | None = None) -> None:

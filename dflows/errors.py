@@ -1,7 +1,11 @@
 """Errors that are the user's to mend."""
 
-__all__ = ["UserError"]
+__all__ = ["LengthError", "UserError"]
 
 
 class UserError(ValueError):
     """A mistake in what the user asked for; commands show its message as one line."""
+
+
+class LengthError(UserError):
+    """The refusal of an event by a part of a flow that takes events of one length only."""

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dflows.backbones.backbone import Backbone, check_positive
-from dflows.errors import UserError
+from dflows.errors import LengthError, UserError
 from dflows.orderings import Natural, Ordering
 from dflows.representations import is_one_hot, to_indices
 
@@ -125,7 +125,8 @@ class Table(Backbone):
     def _check(self, content: Tensor, levels: Tensor | None) -> None:
         shape = (self.length, self.num_classes) if is_one_hot(content) else (self.length,)
         if content.shape[1:] != shape:
-            raise UserError(
+            shorter = content.ndim == len(shape) + 1 and content.shape[2:] == shape[1:]
+            raise (LengthError if shorter else UserError)(
                 f"a Table of length={self.length} and num_classes={self.num_classes} was given "
                 f"values {tuple(content.shape)}: give indices (batch, length) or one-hot vectors "
                 "(batch, length, num_classes), of its own length"

@@ -9,6 +9,7 @@ from dflows.backbones import (
     Backbone,
     DilatedConvolution,
     LevelConvolution,
+    Table,
     Transformer,
 )
 from dflows.bases import AutoregressiveBase
@@ -22,7 +23,7 @@ from dflows.checks import (
     check_flow,
     check_normalized,
 )
-from dflows.errors import UserError
+from dflows.errors import LengthError, UserError
 from dflows.orderings import Blocks, Natural, Parity, Permutation, Reversed, Strided
 from dflows.transforms import BipartiteTransform, ConditionalTransform
 from tests.dflows.small import BIJECTIONS, ORDERINGS, WIDTH, make_flow, make_transform
@@ -343,3 +344,38 @@ def test_a_backbone_of_one_length_only_is_refused():
     flow = DiscreteFlow(FactorizedBase(3, 5, [transform.ordering]), [transform])
     with pytest.raises(CertificateError, match="an event of 4 dimensions fails"):
         check_flow(flow)
+
+
+@pytest.mark.parametrize("length", [4, 2, 1])
+def test_a_wrong_shape_for_shorter_events_is_refused(length):
+    def cut(features):
+        return features[:, :-1] if features.shape[1] == length else features
+
+    transform = ConditionalTransform(5, RankPermutation(3), Natural(), WrongWhenShort(cut))
+    flow = DiscreteFlow(FactorizedBase(3, 5), [transform])
+    with pytest.raises(CertificateError, match=f"an event of {length} dim.*returned features"):
+        check_flow(flow)
+
+
+class WrongWhenShort(Backbone):
+    def __init__(self, function):
+        super().__init__(WIDTH, level_causal=True)
+        self.function = function
+
+    def forward(self, content, query=None, levels=None):
+        return self.function(content * 0 + query)
+
+
+def test_what_takes_one_length_alone_may_say_so():
+    table = Table(4, num_classes=3, length=4)
+    check_flow(DiscreteFlow(AutoregressiveBase(3, 4, backbone=table)))
+    with pytest.raises(LengthError, match="of its own length"):
+        table(torch.zeros(1, 3, dtype=torch.long), levels=torch.arange(3))
+    with pytest.raises(UserError, match="num_classes=3") as caught:
+        table(torch.zeros(1, 4, 2), levels=torch.arange(4))
+    assert not isinstance(caught.value, LengthError)
+
+
+@pytest.mark.parametrize("length", [1, 2])
+def test_there_need_not_be_shorter_events(length):
+    check_flow(DiscreteFlow(AutoregressiveBase(3, length, backbone=LSTM(WIDTH))))
