@@ -24,8 +24,9 @@ from dflows.checks import (
     check_normalized,
 )
 from dflows.errors import LengthError, UserError
+from dflows.estimators import SoftmaxStraightThrough
 from dflows.orderings import Blocks, Natural, Parity, Permutation, Reversed, Strided
-from dflows.transforms import BipartiteTransform, ConditionalTransform
+from dflows.transforms import BipartiteTransform, ConditionalTransform, DiscreteTransform
 from tests.dflows.small import BIJECTIONS, ORDERINGS, WIDTH, make_flow, make_transform
 
 
@@ -287,6 +288,65 @@ class TestBijective:
             check_bijective(transform)
         with pytest.raises(CertificateError, match="no bijection"):
             check_flow(DiscreteFlow(FactorizedBase(4, 6), [transform]))
+
+    @pytest.mark.parametrize("network", [LevelConvolution, LSTM])
+    def test_the_own_length_is_tried_where_that_can_be_had(self, network):
+        class Late(RankPermutation):
+            """Goes wrong beyond 64 dimensions."""
+
+            def inverse(self, y, logits):
+                return super().inverse(y, logits) if y.shape[1] < 100 else y
+
+        transform = ConditionalTransform(128, Late(4), Natural(), network(WIDTH))
+        with pytest.raises(CertificateError, match=r"no bijection.* of 512 values"):
+            check_bijective(transform)
+
+    @pytest.mark.parametrize("inverted", [False, True])
+    def test_transforms_of_ones_own_are_tried_too(self, inverted):
+        class Mine(DiscreteTransform):
+            def __init__(self, function, inverse):
+                super().__init__()
+                self.functions = (function, inverse)
+
+            @property
+            def passes(self):
+                return 0
+
+            def call_and_ladj(self, x, context=None):
+                return self.functions[inverted](x), torch.zeros(len(x))
+
+            def inverse_and_ladj(self, y, context=None):
+                return self.functions[not inverted](y), torch.zeros(len(y))
+
+        base = FactorizedBase(4, 100)
+        good = Mine(lambda x: (x + 1) % 4, lambda y: (y - 1) % 4)
+        check_flow(DiscreteFlow(base, [good, good.inv, make_transform(4, 100, Parity())]))
+        check_bijective(good, num_classes=4, length=3)
+        with pytest.raises(UserError, match="Mine does not tell its shape: give num_classes"):
+            check_bijective(good)
+        for function, inverse, message in (
+            (lambda x: (x + 1) % 4, lambda y: (y - 2) % 4, "Mine is no bijection"),
+            (lambda x: x.clamp(min=1), lambda y: y, "Mine is no bijection"),
+            (lambda x: x + 1, lambda y: y - 1, r"Mine makes values outside 0\.\.3"),
+            (lambda x: x[:, 1:], lambda y: y, r"Mine makes \(.*, 99\).* of indices \(.*, 100\)"),
+            (lambda x: 1.0 * x, lambda y: y.long(), "Mine makes .* of dtype torch.float32"),
+        ):
+            with pytest.raises(CertificateError, match=message):
+                check_flow(DiscreteFlow(base, [good, Mine(function, inverse)]))
+
+    def test_an_inverse_is_tried_as_what_it_inverts(self):
+        estimator = SoftmaxStraightThrough()
+        for bijection, backbone, message in (
+            (RankPermutation, Leaking(), "Leaking over Natural.* leaks"),
+            (
+                Shifted,
+                LevelConvolution(WIDTH),
+                "the inverse of a transform over .* is no bijection",
+            ),
+        ):
+            transform = ConditionalTransform(6, bijection(4), Natural(), backbone, estimator)
+            with pytest.raises(CertificateError, match=message):
+                check_flow(DiscreteFlow(FactorizedBase(4, 6), [transform.inv]))
 
     def test_long_events_are_shown_on_shorter_ones(self):
         check_bijective(make_transform(3, 2000, Natural(), backbone="causal-convolution"))
