@@ -201,6 +201,17 @@ class Conditioner(nn.Module):
             return y.to(self.embedding.dtype) @ self.embedding
         return F.embedding(y, self.embedding)
 
+    def _check_context(self, context: Tensor | None) -> None:
+        if (context is None) == (self.context is None):
+            return
+        if context is None:
+            raise UserError("the flow is conditional, and no context was given: call it with one")
+        name = type(self.backbone).__name__
+        raise UserError(
+            f"a context was given to a {name} that takes none: "
+            + ("set `context_features`" if self.embeds else "choose another backbone")
+        )
+
     def _known(self, levels: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Returns what is known beforehand of dimensions of these levels (d,).
 
@@ -210,12 +221,7 @@ class Conditioner(nn.Module):
         query = self.query[levels]
         if self.positions is not None:
             query = query + self.positions[: len(levels)]
-        if (context is None) != (self.context is None):
-            raise UserError(
-                "the flow is conditional, and no context was given: call it with one"
-                if context is None
-                else "a context was given to a flow that takes none: set `context_features`"
-            )
+        self._check_context(context)
         if context is None or self.context is None:
             return query, None
         vectors: Tensor = self.context(context.to(self.context.weight.dtype))
@@ -254,6 +260,7 @@ class Conditioner(nn.Module):
         levels = self.levels(y.shape[1], y.device)[0]
         visible = None if level is None else levels < level.unsqueeze(-1)
         if not self.embeds:
+            self._check_context(context)
             if visible is not None:
                 y = y * visible.unsqueeze(-1) if is_one_hot(y) else y * visible
             features: Tensor = self.backbone(y, None, levels)

@@ -222,7 +222,17 @@ class DiscreteFlow(nn.Module):
         return len(untransformed(orderings, self.length))
 
     def encode_context(self, context: Tensor | None) -> Tensor | None:
-        """Encodes a context into vectors (B, C) or sequences (B, S, C)."""
+        """Encodes a context into vectors (B, C) or sequences (B, S, C).
+
+        Raises:
+            UserError: If no part of the flow takes one.
+        """
+        parts: list[Base | DiscreteTransform] = [self.base, *self.transforms]
+        if context is not None and not any(part.takes_context for part in parts):
+            raise UserError(
+                "a context was given to a flow that takes none: set `context_features` of its "
+                "transforms or of an AutoregressiveBase, or give no context"
+            )
         if context is None or self.context_encoder is None:
             return context
         encoded: Tensor = self.context_encoder(context)

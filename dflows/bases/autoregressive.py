@@ -88,6 +88,10 @@ class AutoregressiveBase(Base):
         )
 
     @property
+    def takes_context(self) -> bool:  # type: ignore[override]
+        return self.conditioner.context is not None
+
+    @property
     def passes(self) -> int:
         return self.conditioner.passes
 

@@ -22,6 +22,9 @@ class Base(nn.Module, ABC):
     differentiable: ClassVar[bool] = True
     """Whether log-probabilities have a gradient with respect to one-hot vectors."""
 
+    takes_context: bool = True
+    """Whether the distribution may depend on a context."""
+
     def __init__(self, num_classes: int, length: int) -> None:
         super().__init__()
         self.num_classes = num_classes

@@ -46,6 +46,7 @@ class FactorizedBase(Base):
     """
 
     scores_parts = True
+    takes_context = False
     groups: Tensor
     peaked: Tensor
 

@@ -75,6 +75,7 @@ class NGramBase(Base):
 
     scores_parts = False
     differentiable = False
+    takes_context = False
     keys: Tensor
     counts: Tensor
     sizes: Tensor

@@ -24,6 +24,10 @@ class Composition(DiscreteTransform):
         self.transforms = cast("Sequence[DiscreteTransform]", nn.ModuleList(transforms))
 
     @property
+    def takes_context(self) -> bool:  # type: ignore[override]
+        return any(transform.takes_context for transform in self.transforms)
+
+    @property
     def passes(self) -> int:
         return sum(transform.passes for transform in self.transforms)
 

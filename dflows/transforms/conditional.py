@@ -145,6 +145,10 @@ class ConditionalTransform(DiscreteTransform):
         return self.conditioner.ordering
 
     @property
+    def takes_context(self) -> bool:  # type: ignore[override]
+        return self.conditioner.context is not None
+
+    @property
     def passes(self) -> int:
         return self.conditioner.passes
 

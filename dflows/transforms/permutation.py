@@ -30,6 +30,7 @@ class PermutationTransform(DiscreteTransform):
         (tensor([7, 5, 6]), tensor([5, 6, 7]))
     """
 
+    takes_context = False
     order: Tensor
 
     def __init__(self, order: Sequence[int]) -> None:

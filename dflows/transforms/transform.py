@@ -21,6 +21,9 @@ class DiscreteTransform(nn.Module, ABC):
     (B, C) or (B, S, C), with B the last batch dimension.
     """
 
+    takes_context: bool = True
+    """Whether the map may depend on a context."""
+
     @property
     @abstractmethod
     def passes(self) -> int:
@@ -77,6 +80,10 @@ class Inverse(DiscreteTransform):
     def __init__(self, transform: DiscreteTransform) -> None:
         super().__init__()
         self.transform = transform
+
+    @property
+    def takes_context(self) -> bool:  # type: ignore[override]
+        return self.transform.takes_context
 
     @property
     def inv(self) -> DiscreteTransform:

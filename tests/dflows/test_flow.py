@@ -1,5 +1,6 @@
 import copy
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -14,13 +15,19 @@ from dflows import (
     FactorizedBase,
     PermutationTransform,
 )
-from dflows.backbones import LSTM, LevelConvolution, Transformer
+from dflows.backbones import LSTM, LevelConvolution, Table, Transformer
+from dflows.bases import NGramBase
 from dflows.bijections import RankPermutation
 from dflows.checks import check_flow
 from dflows.errors import UserError
 from dflows.estimators import LocalObjective, PosteriorRule, SoftmaxStraightThrough
 from dflows.orderings import BehindContext, Blocks, Natural, Parity, Reversed, Strided
-from dflows.transforms import BipartiteTransform, Composition, ConditionalTransform
+from dflows.transforms import (
+    AutoregressiveTransform,
+    BipartiteTransform,
+    Composition,
+    ConditionalTransform,
+)
 from tests.dflows.small import (
     BACKBONES,
     BIJECTIONS,
@@ -564,6 +571,52 @@ class TestDistribution:
             make_flow().log_prob(y, torch.randn(2, 2))
         with pytest.raises(UserError, match="no context was given"):
             make_flow(context_features=2).log_prob(y)
+
+    @pytest.mark.parametrize(
+        "flow",
+        [
+            DiscreteFlow(FactorizedBase(3, 4)),
+            DiscreteFlow(NGramBase(3, 4), [PermutationTransform([1, 0, 3, 2])]),
+            DiscreteFlow(AutoregressiveBase(3, 4, backbone=Table(2, 3, 4))),
+            DiscreteFlow(
+                FactorizedBase(3, 4),
+                [
+                    AutoregressiveTransform(
+                        4, RankPermutation(3), Table(2, 3, 4), SoftmaxStraightThrough()
+                    ).inv
+                ],
+            ),
+        ],
+        ids=["factorized", "n-gram", "table-base", "table-inverted"],
+    )
+    def test_where_no_part_takes_a_context_none_is_ignored(self, flow):
+        y, context = torch.randint(3, (2, 4)), torch.randn(2, 5)
+        for method in (flow.log_prob, flow.objective, flow.residuals):
+            method(y)
+            with pytest.raises(UserError, match="flow that takes none"):
+                method(y, context)
+        for method in (flow, flow.greedy, partial(flow.sample, ()), partial(check_flow, flow)):
+            with pytest.raises(UserError, match="flow that takes none"):
+                method(context)
+
+    def test_a_table_refuses_one_beside_a_part_that_takes_it(self):
+        base = AutoregressiveBase(3, 4, backbone=LSTM(8), context_features=5)
+        transform = AutoregressiveTransform(4, RankPermutation(3), Table(2, 3, 4))
+        flow = DiscreteFlow(base, [transform])
+        y = torch.randint(3, (2, 4))
+        for call in (partial(flow.log_prob, y), partial(check_flow, flow)):
+            with pytest.raises(UserError, match="a context was given to a Table that takes none"):
+                call(torch.randn(2, 5))
+
+    def test_parts_of_ones_own_may_take_one(self):
+        class Own(FactorizedBase):
+            takes_context = True
+
+            def log_prob(self, x, context=None):
+                return super().log_prob(x) + context.sum(-1, keepdim=True)
+
+        y, flow = torch.randint(3, (2, 4)), DiscreteFlow(Own(3, 4))
+        assert flow.log_prob(y, torch.ones(2, 5)).shape == (2,)
 
 
 ALIGNED = {
