@@ -224,6 +224,11 @@ class Conditioner(nn.Module):
         self._check_context(context)
         if context is None or self.context is None:
             return query, None
+        if context.shape[-1] != self.context.in_features:
+            raise UserError(
+                f"a context {tuple(context.shape)} has {context.shape[-1]} features, and "
+                f"context_features is {self.context.in_features}: make the two the same"
+            )
         vectors: Tensor = self.context(context.to(self.context.weight.dtype))
         if not self.align_context:
             return query, vectors.unsqueeze(1) if vectors.ndim == 2 else vectors

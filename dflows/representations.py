@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dflows.errors import UserError
+
 __all__ = [
     "batch_shape",
     "flatten_batch",
@@ -71,19 +73,19 @@ def flatten_batch(
         The value (N, D) or (N, D, K), the context (N, C) or (N, S, C), and the batch shape.
 
     Raises:
-        ValueError: If the batches of value and context differ.
+        UserError: If the batches of value and context differ.
     """
     shape = batch_shape(value)
     flat = value.reshape(-1, *value.shape[len(shape) :])
     if context is None:
         return flat, None, shape
     if context.ndim not in (2, 3):
-        raise ValueError(
+        raise UserError(
             f"the context has shape {tuple(context.shape)}: give vectors (B, C) or sequences "
             "(B, S, C)"
         )
     if not shape or shape[-1] != context.shape[0]:
-        raise ValueError(
+        raise UserError(
             f"a batch of {tuple(shape)} meets a context of {tuple(context.shape)}: the last batch "
             "dimension of the values must be the first of the context"
         )

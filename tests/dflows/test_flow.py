@@ -608,6 +608,19 @@ class TestDistribution:
             with pytest.raises(UserError, match="a context was given to a Table that takes none"):
                 call(torch.randn(2, 5))
 
+    @pytest.mark.parametrize("align", [False, True])
+    @pytest.mark.parametrize("backbone", ["causal", "masked"])
+    def test_one_of_other_features_is_refused(self, align, backbone):
+        flow = make_flow(backbone=backbone, context_features=2, align_context=align)
+        context, y = torch.randn(2, 4, 3), torch.randint(3, (2, 4))
+        for call in (
+            partial(flow.log_prob, y),
+            partial(flow.sample, ()),
+            partial(check_flow, flow),
+        ):
+            with pytest.raises(UserError, match="has 3 features, and context_features is 2"):
+                call(context)
+
     def test_parts_of_ones_own_may_take_one(self):
         class Own(FactorizedBase):
             takes_context = True

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from dflows.errors import UserError
 from dflows.representations import (
     batch_shape,
     flatten_batch,
@@ -61,5 +62,5 @@ def test_a_context_is_repeated_for_the_batch_dimensions_in_front(event):
     ],
 )
 def test_a_context_of_another_batch_is_refused(y, context, message):
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(UserError, match=message):
         flatten_batch(torch.zeros(y, dtype=torch.long), torch.zeros(context))
