@@ -100,6 +100,33 @@ def test_the_clock_of_a_resumed_run_goes_on(tmp_path):
         before, more = metrics["train_seconds"], ("--ckpt_path", run / "last.ckpt")
 
 
+@pytest.mark.parametrize("given", ["folder", "copy"])
+def test_a_run_goes_on_from_its_folder_or_from_a_checkpoint_taken_out_of_it(tmp_path, given):
+    config = small_config(tmp_path, write_text(tmp_path))
+    assert run_here("fit", "--config", config) == 0
+    run = tmp_path / "runs" / "small" / "version_0"
+    copy = tmp_path / "last.ckpt"
+    copy.write_bytes((run / "last.ckpt").read_bytes())
+    # In the folder of a run the last checkpoint is what goes on, not the best.
+    (run / "best.ckpt").write_bytes(b"none")
+    more = ("--ckpt_path", run if given == "folder" else copy, "--trainer.max_steps", 9)
+    assert run_here("fit", "--config", config, *more) == 0
+    written = run if given == "folder" else run.with_name("version_1")
+    assert read_record(written / "small-1.json").metrics["steps"] == 9
+    assert {path.name for path in run.parent.iterdir()} == {"version_0", written.name}
+
+
+def test_a_finished_run_without_its_best_checkpoint_is_refused(tmp_path, capsys):
+    config = small_config(tmp_path, write_text(tmp_path))
+    assert run_here("fit", "--config", config) == 0
+    run = tmp_path / "runs" / "small" / "version_0"
+    (run / "best.ckpt").unlink()
+    capsys.readouterr()
+    assert run_here("fit", "--config", config, "--ckpt_path", run / "last.ckpt") == 1
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"error: the best checkpoint of the run, {run / 'best.ckpt'}, is gone")
+
+
 @pytest.mark.parametrize(
     ("number", "code", "said"),
     [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],

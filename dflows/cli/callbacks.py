@@ -71,6 +71,11 @@ class _Checkpoint(ModelCheckpoint):
             self.dirpath = str(Path(trainer.log_dir).absolute())
         super().setup(trainer, pl_module, stage)
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Goes on with the best so far, which in another folder is none."""
+        if state_dict["dirpath"] == self.dirpath:
+            super().load_state_dict(state_dict)
+
     def _ModelCheckpoint__warn_if_dir_not_empty(self, dirpath: str) -> None:  # noqa: N802
         """Keeps quiet: a resumed run goes on in its folder."""
 

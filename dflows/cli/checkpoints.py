@@ -89,11 +89,14 @@ class Checkpoint:
     length: int
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def read_checkpoint(
+    path: str | os.PathLike[str], names: Sequence[str] = ("best.ckpt", "last.ckpt")
+) -> Checkpoint:
     """Reads a checkpoint without running anything that is in it.
 
     Args:
-        path: The file, or the folder of a run, whose best.ckpt (else last.ckpt) is read.
+        path: The file, or the folder of a run.
+        names: Of the folder, the first of these that is there is read.
 
     Returns:
         Its contents, on the CPU.
@@ -103,9 +106,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """
     path = Path(path).expanduser()
     if path.is_dir():
-        found = [path / name for name in ("best.ckpt", "last.ckpt") if (path / name).is_file()]
+        found = [path / name for name in names if (path / name).is_file()]
         if not found:
-            raise UserError(f"{path} holds no best.ckpt and no last.ckpt: give a checkpoint")
+            raise UserError(f"{path} holds no {' and no '.join(names)}: give a checkpoint")
         path = found[0]
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)

@@ -131,6 +131,13 @@ def _length(data: StreamDataModule) -> int:
     return data.length
 
 
+def _folder_of_run(checkpoint: Path) -> Path | None:
+    """Returns the folder of the run that a checkpoint lies in, unless it was taken out of it."""
+    folder = checkpoint.absolute().parent
+    whole = (folder / "config.yaml").is_file() and len(folder.parents) > 1
+    return folder if whole else None
+
+
 class Parser(LightningArgumentParser):
     """Creates a parser that raises errors in place of printing its usage and leaving."""
 
@@ -172,7 +179,10 @@ class FlowCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds what dflows has beside Lightning's keys."""
         parser.add_argument(
-            "--ckpt_path", type=str | None, default=None, help="Checkpoint to go on from, exactly."
+            "--ckpt_path",
+            type=str | None,
+            default=None,
+            help="Checkpoint to go on from, exactly; or the folder of a run, for its last.ckpt.",
         )
         parser.add_argument(
             "--name",
@@ -205,13 +215,15 @@ class FlowCLI(LightningCLI):
             config.name = self._default_name()
         logger = config.trainer.logger
         own = isinstance(logger, Namespace) and str(logger.class_path).endswith("TensorBoardLogger")
+        folder = None
         if config.ckpt_path is not None:
-            read_checkpoint(config.ckpt_path)
-            folder = Path(config.ckpt_path).absolute().parent
-            if own:
-                logger.init_args.save_dir = str(below_here(folder.parents[1]))
-                logger.init_args.name = folder.parent.name
-                logger.init_args.version = folder.name
+            found = read_checkpoint(config.ckpt_path, ("last.ckpt", "best.ckpt"))
+            config.ckpt_path = str(found.path)
+            folder = _folder_of_run(found.path)
+        if own and folder is not None:
+            logger.init_args.save_dir = str(below_here(folder.parents[1]))
+            logger.init_args.name = folder.parent.name
+            logger.init_args.version = folder.name
         elif own and logger.init_args.name is None:
             logger.init_args.name = config.name
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from dflows.cli.callbacks import BestCheckpoint
 from dflows.cli.configs import FlowCLI
@@ -40,6 +41,11 @@ def fit(arguments: Sequence[str]) -> None:
     )
     steps = trainer.global_step
     if best.best_model_path:
+        if not Path(best.best_model_path).is_file():
+            raise UserError(
+                f"the best checkpoint of the run, {best.best_model_path}, is gone: put it back, or "
+                "go on from the last one for more steps"
+            )
         weights = trainer.strategy.load_checkpoint(best.best_model_path, weights_only=True)
         module.load_state_dict(weights["state_dict"])
     # The weights that are tested are validated anew: they need not be those of the last validation.
