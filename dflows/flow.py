@@ -5,6 +5,7 @@ Since a bijection of a finite set changes no volume, p(y) = p_base(x) with x the
 from: the likelihood is exact, and there is no Jacobian.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Literal, cast
 
@@ -445,7 +446,7 @@ class DiscreteFlow(nn.Module):
         Raises:
             UserError: If the temperature, length or method cannot be had.
         """
-        if temperature <= 0:
+        if not 0 < temperature < math.inf:
             raise UserError(f"temperature is {temperature}: give a positive number")
         if method not in ("levels", "fixed_point"):
             raise UserError(f"method is {method!r}: give 'levels' or 'fixed_point'")

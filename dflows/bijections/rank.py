@@ -1,5 +1,7 @@
 """The permutation by rank."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -45,7 +47,7 @@ class RankPermutation(Bijection):
 
     def __init__(self, num_classes: int, temperature: float = 1.0) -> None:
         super().__init__(num_classes, num_logits=num_classes)
-        if temperature <= 0:
+        if not 0 < temperature < math.inf:
             raise UserError(f"temperature is {temperature}: give a positive number")
         self.temperature = temperature
 

@@ -439,6 +439,8 @@ class TestSample:
         ("options", "message"),
         [
             ({"temperature": 0}, "temperature is 0"),
+            ({"temperature": float("nan")}, "temperature is nan"),
+            ({"temperature": float("inf")}, "temperature is inf"),
             ({"method": "guess"}, "method is 'guess'"),
             ({"length": 5}, "length is 5: give 1 to 4"),
             ({"length": 0}, "length is 0"),

@@ -309,6 +309,7 @@ class TestRank:
         local = RankPermutation(7).local_log_likelihood(y, logits, None)
         torch.testing.assert_close(local, -F.cross_entropy(logits, y, reduction="none"))
 
-    def test_a_temperature_that_is_not_positive_is_refused(self):
-        with pytest.raises(UserError, match="temperature is 0"):
-            RankPermutation(4, temperature=0)
+    @pytest.mark.parametrize("temperature", [0, -1, float("nan"), float("inf")])
+    def test_a_temperature_that_is_not_positive_is_refused(self, temperature):
+        with pytest.raises(UserError, match=f"temperature is {temperature}"):
+            RankPermutation(4, temperature=temperature)
