@@ -32,7 +32,7 @@ from dflows.cli.noise import quiet
 from dflows.cli.recording import make_record
 from dflows.cli.summary import Figures, end_processes, stdout_console
 from dflows.errors import UserError
-from dflows.records import write_record
+from dflows.records import check_folder, check_name, write_record
 
 __all__ = ["evaluate", "main"]
 
@@ -113,6 +113,10 @@ def evaluate(arguments: Sequence[str]) -> None:
                 f"the data have {data.num_classes} classes, and the checkpoint "
                 f"{checkpoint.vocabulary.num_classes}: leave data.vocabulary to the checkpoint"
             )
+        name = config.name or f"{checkpoint.config.get('name') or 'dflows'}-{split}"
+        check_name("--name", name)
+        if config.record is not None:
+            check_folder(config.record)
         stopwatch = Stopwatch()
         callbacks = made.trainer.pop("callbacks") or []
         callbacks = [*callbacks] if isinstance(callbacks, list) else [callbacks]
@@ -131,7 +135,7 @@ def evaluate(arguments: Sequence[str]) -> None:
                 record = make_record(
                     trainer,
                     figures,
-                    name=config.name or f"{checkpoint.config.get('name') or 'dflows'}-{split}",
+                    name=name,
                     kind="evaluate",
                     config={**checkpoint.config, "data": data_config},
                     seconds=time.perf_counter() - begin,

@@ -26,6 +26,8 @@ from dflows.provenance import revision, versions
 __all__ = [
     "METRICS",
     "Record",
+    "check_folder",
+    "check_name",
     "read_record",
     "read_records",
     "write_record",
@@ -97,6 +99,45 @@ _KINDS = {
 }
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _LIKELIHOODS = ("exact", "bound")
+
+
+def check_name(key: str, name: str) -> None:
+    """Refuses what cannot be the name of a record.
+
+    Args:
+        key: What the name is called.
+        name: The name.
+
+    Raises:
+        UserError: If it has other than letters, digits, dots, dashes and underscores, does not
+            begin with a letter or digit, or is too long.
+    """
+    if not _NAME.fullmatch(name):
+        raise UserError(
+            f"{key} is {name!r}: expected at most 100 letters, digits, dots, dashes and "
+            "underscores, the first a letter or digit"
+        )
+
+
+def check_folder(folder: str | os.PathLike[str]) -> None:
+    """Refuses a folder that records cannot be written into, and makes nothing.
+
+    Args:
+        folder: A folder, which need not be there.
+
+    Raises:
+        UserError: If it, or the first part of its path that is there, is no folder to write in.
+    """
+    folder = Path(folder)
+    try:
+        place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+        reason = None if place.is_dir() else f"{place} is a file"
+        if reason is None and not os.access(place, os.W_OK | os.X_OK):
+            reason = f"{place} cannot be written in"
+    except OSError as error:
+        reason = error.strerror
+    if reason is not None:
+        raise UserError(f"no record can be written into {folder}: {reason}; give another folder")
 
 
 def _now() -> str:
@@ -248,11 +289,7 @@ class Record:
             if not isinstance(value, str) or not (value or key == "budget"):
                 raise UserError(f"{key} is {value!r}: expected text")
         for key in ("name", "kind"):
-            if not _NAME.fullmatch(getattr(self, key)):
-                raise UserError(
-                    f"{key} is {getattr(self, key)!r}: expected at most 100 letters, digits, dots, "
-                    "dashes and underscores, the first a letter or digit"
-                )
+            check_name(key, getattr(self, key))
         if self.likelihood not in _LIKELIHOODS:
             raise UserError(
                 f"likelihood is {self.likelihood!r}: expected {' or '.join(_LIKELIHOODS)}"
@@ -286,6 +323,22 @@ class Record:
         return f"{self.name}-{self.seed}.json"
 
 
+def _write_whole(file: Path, text: str) -> None:
+    with (
+        replacing(file) as unfinished,
+        unfinished.open("x", encoding="utf-8", newline="\n") as stream,
+    ):
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        descriptor = os.open(file.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
 def write_record(folder: str | os.PathLike[str], record: Record) -> Path:
     """Writes a record into a folder, which is made where it is missing.
 
@@ -298,24 +351,18 @@ def write_record(folder: str | os.PathLike[str], record: Record) -> Path:
 
     Returns:
         The file.
+
+    Raises:
+        UserError: If it cannot be written.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     file = folder / record.file_name
     text = json.dumps(asdict(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    with (
-        replacing(file) as unfinished,
-        unfinished.open("x", encoding="utf-8", newline="\n") as stream,
-    ):
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_whole(file, text)
+    except OSError as error:
+        raise UserError(f"cannot write the record {file}: {error.strerror or error}") from error
     return file
 
 

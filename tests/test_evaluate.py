@@ -78,6 +78,24 @@ def test_data_of_another_vocabulary_are_refused(run, capsys):
     assert "the data have 256 classes" in line
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--name", "a b"), "--name is 'a b': expected at most 100 letters"),
+        (("--record", "small.txt/records"), "no record can be written into small.txt/records"),
+    ],
+)
+def test_what_cannot_be_recorded_is_refused_at_once(
+    run, more, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "small.txt").touch()
+    assert run_here("evaluate", "--checkpoint", run, *more) == 1
+    printed = capsys.readouterr()
+    assert printed.err.startswith(f"error: {message}")
+    assert "bits per character" not in printed.out
+
+
 def test_two_processes_count_every_character_once(run, fitted, tmp_path):
     more = ("--trainer.devices", 2, "--trainer.strategy", "ddp", "--trainer.accelerator", "cpu")
     done = run_apart("evaluate", "--checkpoint", run, *more, "--record", "records", cwd=tmp_path)

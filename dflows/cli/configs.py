@@ -29,6 +29,7 @@ from dflows.cli.checkpoints import WholeCheckpoints, read_checkpoint
 from dflows.cli.recording import below_here
 from dflows.cli.summary import EXACT_STATES
 from dflows.errors import UserError
+from dflows.records import check_folder, check_name
 from lightning_modules import BaseModule
 
 __all__ = ["FlowCLI", "Parser", "resolved_arguments", "shipped_configs"]
@@ -213,6 +214,9 @@ class FlowCLI(LightningCLI):
         config = self.config
         if config.name is None:
             config.name = self._default_name()
+        check_name("--name", config.name)
+        if config.record is not None:
+            check_folder(config.record)
         logger = config.trainer.logger
         own = isinstance(logger, Namespace) and str(logger.class_path).endswith("TensorBoardLogger")
         folder = None

@@ -174,6 +174,12 @@ def test_a_file_that_is_no_record_is_refused_by_name(tmp_path, content):
         read_records(tmp_path)
 
 
+def test_what_cannot_be_written_is_the_user_s_to_mend(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot write the record .*quickstart-3\.json: "):
+        write_record(tmp_path / "file", record())
+
+
 def test_missing_places_are_named(tmp_path):
     with pytest.raises(UserError, match="nowhere is no folder"):
         read_records(tmp_path / "nowhere")
@@ -189,7 +195,7 @@ def test_a_write_that_fails_leaves_the_old_record_and_nothing_else(tmp_path, mon
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
+    with pytest.raises(UserError, match="disk full"):
         write_record(tmp_path, replace(old, seconds=1.0))
     monkeypatch.undo()
     assert os.listdir(tmp_path) == ["quickstart-3.json"]  # noqa: PTH208

@@ -23,7 +23,7 @@ def refused(tmp_path, config, capfd, monkeypatch):
     def run(*arguments, code=1, command="fit"):
         before = everything_in(tmp_path)
         given = ("--config", config, *arguments) if command == "fit" else arguments
-        assert run_here(command, *given) == code
+        assert run_here("fit" if command == "only" else command, *given) == code
         printed = capfd.readouterr()
         lines = [line for line in printed.err.splitlines() if line]
         assert len(lines) == 1, printed.err
@@ -144,6 +144,27 @@ class TestKeys:
     )
     def test_bad_value(self, refused, arguments, message):
         assert message in refused(*arguments)
+
+
+class TestRecords:
+    """What would be refused when all is done is refused before it begins."""
+
+    def test_name_of_the_configuration(self, refused, tmp_path, config):
+        config.rename(tmp_path / "my config.yaml")
+        line = refused("--config", "my config.yaml", command="only")
+        assert line.startswith("--name is 'my config': expected at most 100 letters")
+
+    @pytest.mark.parametrize(
+        ("folder", "reason"),
+        [("odd.txt", "odd.txt is a file"), ("odd.txt/a/b", "odd.txt is a file")],
+    )
+    def test_folder(self, refused, folder, reason):
+        line = refused("--record", folder)
+        assert line.startswith(f"no record can be written into {folder}: ")
+        assert line.endswith(f"{reason}; give another folder")
+
+    def test_folder_of_too_long_a_name(self, refused):
+        assert "File name too long; give another folder" in refused("--record", "a" * 300)
 
 
 def test_a_run_that_fails_in_its_first_validation_leaves_nothing(refused):
