@@ -348,6 +348,24 @@ class TestLocalThenJoint:
                 assert not actual.pop(target).any()
             assert_gradients_close(actual, expected)
 
+    @pytest.mark.parametrize("joint", [GumbelStraightThrough, ReinMax])
+    def test_the_likelihood_is_exact_while_maps_are_drawn(self, joint):
+        transforms = [
+            ConditionalTransform(
+                4, ModularAffine(3), ordering, DilatedConvolution(8), LocalThenJoint(2, joint())
+            )
+            for ordering in (Natural(), Parity())
+        ]
+        flow = shaken(DiscreteFlow(FactorizedBase(3, 4), transforms)).train()
+        y = states(3, 4)
+        with torch.no_grad():
+            exact = flow.log_prob(y)
+        torch.testing.assert_close(exact.exp().sum(), torch.tensor(1.0))
+        torch.testing.assert_close(flow.objective(y), exact)
+        flow.at_step(2)
+        torch.testing.assert_close(flow.log_prob(y), exact)
+        assert (flow.objective(y) - exact).abs().max() > 0.1
+
     @pytest.mark.parametrize("draw", ["level", "flow"])
     def test_it_draws_what_the_local_objective_draws(self, draw):
         orderings = [Natural(), Parity()]

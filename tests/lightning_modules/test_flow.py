@@ -18,6 +18,7 @@ from dflows.encoders import SequenceEncoder
 from dflows.errors import UserError
 from dflows.estimators import (
     GumbelStraightThrough,
+    LocalInTurn,
     LocalObjective,
     LocalThenJoint,
     PosteriorRule,
@@ -216,6 +217,59 @@ def test_local_then_joint_changes_at_its_step_and_resumes_as_it_was(tmp_path):
         resumed, _ = fitted(5, ckpt_path=file)
         for name, value in uninterrupted.state_dict().items():
             assert torch.equal(resumed.state_dict()[name], value), name
+
+
+def parameters_of_flows(module):
+    """Those of every flow, the data's side first."""
+    flows = module.flow.conditional_transforms[::-1]
+    return [[parameter.detach().clone() for parameter in flow.parameters()] for flow in flows]
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_flows_do_not_move_but_in_their_turn(data, tmp_path):
+    orderings = [Parity(), Parity(first=1), Natural()]
+    module = FlowModule(
+        K,
+        D,
+        orderings,
+        CONVOLUTION,
+        estimator=partial(LocalInTurn, steps=3),
+        optimization=Optimization(learning_rate=0.1, weight_decay=0.5, betas=(0.9, 0.99)),
+    )
+    history = [parameters_of_flows(module)]
+
+    class Note(pl.Callback):
+        def on_train_batch_end(self, *arguments):
+            history.append(parameters_of_flows(module))
+
+    run = trainer(tmp_path, steps=11, limit_val_batches=0, callbacks=[Note()])
+    run.fit(module, datamodule=data)
+    assert len(history) == 12
+    for step in range(11):
+        turn = min(step // 3, 2)
+        for flow in range(3):
+            assert same(history[step][flow], history[step + 1][flow]) == (flow != turn), step
+
+
+def test_turns_that_do_not_fit_the_run_are_refused(data, tmp_path):
+    def module(*steps):
+        made = FlowModule(
+            K, D, [Parity()] * len(steps), CONVOLUTION, estimator=partial(LocalInTurn, steps=1)
+        )
+        for transform, number in zip(made.flow.conditional_transforms, steps, strict=True):
+            transform.train_by(LocalInTurn(number))
+        return made
+
+    options = {"limit_val_batches": 0}
+    with pytest.raises(UserError, match=r"turns are of \[1, 2\] steps: give every flow the same"):
+        trainer(tmp_path, steps=9, **options).fit(module(1, 2), datamodule=data)
+    message = "max_steps is 4, and with turns of 2 steps the last of 3 flows begins after 4"
+    with pytest.raises(UserError, match=message):
+        trainer(tmp_path, steps=4, **options).fit(module(2, 2, 2), datamodule=data)
+    trainer(tmp_path, steps=5, **options).fit(module(2, 2, 2), datamodule=data)
 
 
 def test_an_estimator_that_does_not_fit_is_refused():

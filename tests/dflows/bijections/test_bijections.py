@@ -240,6 +240,20 @@ class TestMatched:
         expected = expected + affine.target.log_softmax(-1)[x.flatten()]
         torch.testing.assert_close(affine.local_log_likelihood(y, logits, None).flatten(), expected)
 
+    def test_autocast_chooses_the_maps_of_full_precision(self):
+        affine, logits, y = MatchedAffine(11), torch.randn(4000, 11), torch.randint(11, (4000,))
+        one_hot, choose = F.one_hot(y, 11).float(), SoftmaxStraightThrough().choose
+
+        def mapped():
+            there = affine(y, logits), affine.inverse(y, logits)
+            through = (affine.forward_through, affine.inverse_through)
+            return [*there, *(f(one_hot, logits, torch.zeros(4000), choose)[0] for f in through)]
+
+        expected = mapped()
+        with torch.autocast("cpu", torch.bfloat16):
+            found = mapped()
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
     @pytest.mark.parametrize("inverse", [False, True])
     def test_its_gradient_is_that_of_the_mean_over_all_maps(self, inverse):
         affine = MatchedAffine(5).double()

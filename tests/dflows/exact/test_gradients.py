@@ -220,6 +220,19 @@ class TestComparison:
             assert one.grad is None
         assert flow.transforms[0].estimator.training == before.transforms[0].estimator.training
 
+    def test_a_trained_target_is_kept(self):
+        stack, probabilities = [Natural(), Parity()], random_probabilities(3, 3)
+        flow = make_flow(3, 3, stack, "affine", "local", "causal")
+        options = {"batch_size": 8, "batches": 2}
+        with torch.no_grad():
+            for number, transform in enumerate(flow.transforms):
+                transform.target.copy_(torch.tensor([0.0, 1.0, -2.0]).roll(number))
+        compared = compare_estimators(flow, {"local": LocalObjective}, probabilities, **options)
+        assert compared["local"] == compare_gradients(flow, probabilities, **options)
+        for transform in flow.transforms:
+            transform.train_by(LocalObjective())
+        assert compared["local"] != compare_gradients(flow, probabilities, **options)
+
     def test_what_cannot_be_compared_is_refused(self):
         flow = make_flow(3, 3, estimator="posterior")
         with pytest.raises(UserError, match=r"those of 9 states, and the flow has 27.*\(3,\) \* 3"):
