@@ -155,14 +155,26 @@ class StreamDataModule(pl.LightningDataModule, ABC):
         Raises:
             UserError: The checkpoint's vocabulary is another one.
         """
-        vocabulary = parse_vocabulary(state_dict["vocabulary"], "the checkpoint's vocabulary")
+        self.check_vocabulary(
+            parse_vocabulary(state_dict["vocabulary"], "the checkpoint's vocabulary")
+        )
+        self._resumed_at = int(state_dict["row"])
+
+    def check_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Refuses the vocabulary of a checkpoint where it is another one.
+
+        Args:
+            vocabulary: The map of symbols and classes that a model was trained with.
+
+        Raises:
+            UserError: If these data have another, be it of equal size.
+        """
         if vocabulary != self.vocabulary:
             raise UserError(
                 f"the checkpoint was trained with another vocabulary ({vocabulary.num_classes} "
                 f"symbols, here {self.num_classes}): set vocabulary to the tokenizer.json beside "
                 "the checkpoint, or read the same text"
             )
-        self._resumed_at = int(state_dict["row"])
 
     def _evaluation_loader(self, split: str) -> "DataLoader[Tensor]":
         batches = EvaluationBatches(

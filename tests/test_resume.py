@@ -116,6 +116,31 @@ def test_a_run_goes_on_from_its_folder_or_from_a_checkpoint_taken_out_of_it(tmp_
     assert {path.name for path in run.parent.iterdir()} == {"version_0", written.name}
 
 
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            ("--model.backbone.width", 12),
+            "do not fit the model: size mismatch for flow.transforms.0",
+        ),
+        (("--model.share_backbone", "true", "--model.positions", "true"), "do not fit the model"),
+        (("--data.vocabulary", "bytes"), "another vocabulary (23 symbols, here 256)"),
+    ],
+)
+def test_another_model_does_not_go_on(tmp_path, capfd, more, message):
+    config = small_config(tmp_path, write_text(tmp_path))
+    assert run_here("fit", "--config", config, "--trainer.limit_test_batches", 0) == 0
+    last = tmp_path / "runs" / "small" / "version_0" / "last.ckpt"
+    before = everything_in(tmp_path)
+    capfd.readouterr()
+    more = (*more, "--ckpt_path", last, "--trainer.max_steps", 9)
+    assert run_here("fit", "--config", config, *more) == 1
+    (line,) = capfd.readouterr().err.splitlines()
+    assert message in line
+    assert len(line) < 500
+    assert everything_in(tmp_path) == before
+
+
 def test_a_finished_run_without_its_best_checkpoint_is_refused(tmp_path, capsys):
     config = small_config(tmp_path, write_text(tmp_path))
     assert run_here("fit", "--config", config) == 0

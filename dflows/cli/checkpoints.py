@@ -4,6 +4,7 @@ import argparse
 import copy
 import os
 import re
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ __all__ = [
     "checkpoint_argument",
     "describe_run",
     "load_model",
+    "load_weights",
     "read_checkpoint",
 ]
 
@@ -176,6 +178,27 @@ def check_trusted(checkpoint: Checkpoint, allowed: Sequence[str] = ()) -> None:
             )
 
 
+def load_weights(checkpoint: Checkpoint, model: BaseModule) -> None:
+    """Gives a model the weights of a checkpoint.
+
+    Args:
+        checkpoint: What :func:`read_checkpoint` returned.
+        model: The model.
+
+    Raises:
+        UserError: If they do not fit; the message names the file and the first weights that do not.
+    """
+    try:
+        model.load_state_dict(checkpoint.weights)
+    except RuntimeError as error:
+        _, *reasons = str(error).splitlines() or [""]
+        shown = textwrap.shorten(reasons[0] if reasons else str(error), 200, placeholder=" …")
+        raise UserError(
+            f"the weights in {checkpoint.path} do not fit the model: {shown.rstrip('.')}: give it "
+            "the configuration that it was trained with"
+        ) from None
+
+
 def load_model(checkpoint: Checkpoint, allowed: Sequence[str] = ()) -> BaseModule:
     """Makes the model of a checkpoint.
 
@@ -195,13 +218,7 @@ def load_model(checkpoint: Checkpoint, allowed: Sequence[str] = ()) -> BaseModul
     # Parsing changes what it is given.
     parsed = parser.parse_object({"model": copy.deepcopy(checkpoint.config["model"])})
     model: BaseModule = parser.instantiate_classes(parsed).model
-    try:
-        model.load_state_dict(checkpoint.weights)
-    except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"the weights in {checkpoint.path} do not fit its model: {reason}"
-        ) from None
+    load_weights(checkpoint, model)
     return model.eval()
 
 

@@ -25,7 +25,7 @@ from dflows.cli.callbacks import (
     Stopwatch,
     plain_config,
 )
-from dflows.cli.checkpoints import WholeCheckpoints, read_checkpoint
+from dflows.cli.checkpoints import WholeCheckpoints, load_weights, read_checkpoint
 from dflows.cli.recording import below_here
 from dflows.cli.summary import EXACT_STATES
 from dflows.errors import UserError
@@ -219,11 +219,11 @@ class FlowCLI(LightningCLI):
             check_folder(config.record)
         logger = config.trainer.logger
         own = isinstance(logger, Namespace) and str(logger.class_path).endswith("TensorBoardLogger")
-        folder = None
+        folder = self._resumed = None
         if config.ckpt_path is not None:
-            found = read_checkpoint(config.ckpt_path, ("last.ckpt", "best.ckpt"))
-            config.ckpt_path = str(found.path)
-            folder = _folder_of_run(found.path)
+            self._resumed = read_checkpoint(config.ckpt_path, ("last.ckpt", "best.ckpt"))
+            config.ckpt_path = str(self._resumed.path)
+            folder = _folder_of_run(self._resumed.path)
         if own and folder is not None:
             logger.init_args.save_dir = str(below_here(folder.parents[1]))
             logger.init_args.name = folder.parent.name
@@ -234,6 +234,14 @@ class FlowCLI(LightningCLI):
     def _default_name(self) -> str:
         given = self.config.config or []
         return Path(str(given[0])).stem if given and given[0] else "dflows"
+
+    def instantiate_classes(self) -> None:
+        """Makes the classes, and sees whether they fit the checkpoint that is gone on from."""
+        super().instantiate_classes()
+        if self._resumed is not None:
+            self.datamodule.check_vocabulary(self._resumed.vocabulary)
+            load_weights(self._resumed, self.model)
+            self._resumed = None
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Adds what keeps checkpoints whole, and measures."""

@@ -71,7 +71,7 @@ class TestTrust:
 
 class TestLoad:
     def test_weights_that_do_not_fit_are_refused(self):
-        with pytest.raises(UserError, match=r"the weights in some\.ckpt do not fit its model"):
+        with pytest.raises(UserError, match=r"the weights in some\.ckpt do not fit the model"):
             load_model(checkpoint())
 
     def test_the_configuration_is_left_as_it_is(self):
