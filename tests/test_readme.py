@@ -1,5 +1,6 @@
 """What the README shows runs as it stands there."""
 
+import importlib
 import re
 import shlex
 
@@ -46,6 +47,24 @@ def test_the_backbone_of_one_s_own_trains_in_the_quickstart(tmp_path):
     done = run_apart("fit", *configs, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "test, bits per character" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("choice", "module", "interface"),
+    [
+        ("bijection", "bijections", {"Bijection", "Choose"}),
+        ("ordering", "orderings", {"Ordering", "alike", "untransformed"}),
+        ("backbone", "backbones", {"Backbone", "SteppedBackbone"}),
+        ("estimator", "estimators", {"Draw", "Estimator"}),
+        ("base", "bases", {"Base"}),
+    ],
+)
+def test_the_five_choices_have_the_members_that_are_exported(choice, module, interface):
+    (row,) = re.findall(rf"^\| {choice} \|.*$", README, flags=re.MULTILINE)
+    members = re.findall(r"`(\w+)`", row)
+    exported = set(importlib.import_module(f"dflows.{module}").__all__)
+    assert interface < exported
+    assert sorted(members) == sorted(exported - interface)
 
 
 @pytest.mark.parametrize(("command", "arguments"), command_lines())
