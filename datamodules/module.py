@@ -53,7 +53,7 @@ class StreamDataModule(pl.LightningDataModule, ABC):
             ("num_workers", num_workers, 0),
             ("seed", seed, 0),
         ):
-            if value < least:
+            if not isinstance(value, int) or value < least:
                 raise UserError(f"{name} must be at least {least}, not {value}")
         self.length = length
         self.batch_size = batch_size

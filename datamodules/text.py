@@ -1,6 +1,6 @@
 """Character text as windows of classes."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -173,6 +173,11 @@ class TextDataModule(StreamDataModule):
     def _given_vocabulary(
         self, vocabulary: str | list[str]
     ) -> CharacterVocabulary | ByteVocabulary | None:
+        if not isinstance(vocabulary, str | Sequence):
+            raise UserError(
+                f"vocabulary is {vocabulary}: give train, corpus, bytes, a tokenizer.json or a list "
+                "of characters"
+            )
         if not isinstance(vocabulary, str):
             return CharacterVocabulary(vocabulary, unknown=self._unknown)
         if vocabulary in ("train", "corpus"):

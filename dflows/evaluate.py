@@ -108,10 +108,11 @@ def evaluate(arguments: Sequence[str]) -> None:
         _put_back_vocabulary(data_config, checkpoint, Path(folder))
         made = parser.instantiate_classes(config)
         data, split = made.data, config.split
-        if data.num_classes != checkpoint.vocabulary.num_classes:
+        if data.vocabulary != checkpoint.vocabulary:
             raise UserError(
-                f"the data have {data.num_classes} classes, and the checkpoint "
-                f"{checkpoint.vocabulary.num_classes}: leave data.vocabulary to the checkpoint"
+                f"the data have another vocabulary of {data.num_classes} classes than the "
+                f"checkpoint with its {checkpoint.vocabulary.num_classes}: leave data.vocabulary "
+                "to the checkpoint"
             )
         name = config.name or f"{checkpoint.config.get('name') or 'dflows'}-{split}"
         check_name("--name", name)

@@ -75,7 +75,30 @@ def test_unknown_symbols_are_named(run, tmp_path, capsys):
 def test_data_of_another_vocabulary_are_refused(run, capsys):
     assert run_here("evaluate", "--checkpoint", run, "--data.vocabulary", "bytes") == 1
     (line,) = capsys.readouterr().err.splitlines()
-    assert "the data have 256 classes" in line
+    assert "the data have another vocabulary of 256 classes" in line
+
+
+def test_so_are_other_symbols_of_the_same_number(run, tmp_path, capsys):
+    symbols = sorted(set(ODD))
+    other = tmp_path / "other.txt"
+    other.write_bytes("".join(chr(0x4E00 + n % len(symbols)) for n in range(500)).encode("utf-8"))
+    more = ("--data.source.init_args.path", other, "--data.vocabulary", "corpus")
+    assert run_here("evaluate", "--checkpoint", run, *more) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"another vocabulary of {len(symbols)} classes" in line
+
+
+@pytest.mark.parametrize("command", ["evaluate", "fit"])
+def test_no_vocabulary_is_one_readable_line(run, command, capsys):
+    arguments = {
+        "evaluate": ("--checkpoint", run),
+        "fit": ("--config", run.parents[2] / "small.yaml"),
+    }
+    assert run_here(command, *arguments[command], "--data.init_args.vocabulary", "null") > 0
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "vocabulary" in line
+    assert "Namespace" not in line
+    assert len(line) < 300
 
 
 @pytest.mark.parametrize(

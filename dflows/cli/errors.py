@@ -28,6 +28,10 @@ _CALLABLE = re.compile(
     r"Type .* expects a function or a callable class: .*Got value: Namespace\(class_path='([^']+)'",
     re.DOTALL,
 )
+_MADE = re.compile(
+    r"Does not validate against any of the Union.*Given value: Namespace\(class_path='([^']+)'",
+    re.DOTALL,
+)
 _UNKNOWN = re.compile(r"not accept|unrecognized argument")
 
 
@@ -62,7 +66,9 @@ def one_line(error: BaseException) -> str:
         if isinstance(cause, UserError):
             return _joined(cause)
     if not isinstance(error, argparse.ArgumentError):
-        return _joined(error)
+        # What fails where a class is made is shown with all that the class was given.
+        made = _MADE.match(str(error))
+        return f"{made[1]}: {_joined(chain[-1])}" if made else _joined(error)
     keys: list[str] = []
     class_path, innermost = "", False
     for cause in chain:

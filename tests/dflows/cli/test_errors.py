@@ -134,6 +134,8 @@ class TestKeys:
         ("arguments", "message"),
         [
             (("--data.length", 0), "length must be at least 1, not 0"),
+            (("--data.length", "null"), "length must be at least 1, not None"),
+            (("--data.vocabulary", "null"), "vocabulary is None: give train, corpus, bytes"),
             (("--model.backbone.width", 0), "width is 0: give at least 1"),
             (("--model.optimization.learning_rate", -1), "optimization.learning_rate is -1"),
             (("--model.execution", "causal"), "is not level-causal"),
@@ -286,6 +288,12 @@ class TestRunCommand:
         monkeypatch.setenv(DEBUG, "1")
         with pytest.raises(UserError):
             run_command(self.failing(UserError("no")))
+
+    def test_what_fails_in_a_class_is_said_without_all_that_it_was_given(self):
+        given = "Namespace(class_path='some.Class', init_args=Namespace(a=1))"
+        error = ValueError(f"Does not validate against any of the Union\nGiven value: {given}")
+        error.__cause__ = TypeError("a is\n1")
+        assert one_line(error) == "some.Class: a is 1"
 
     def test_the_user_s_mistake_is_found_beneath_other_errors(self):
         error = ValueError("does not validate")
