@@ -175,8 +175,8 @@ class TextDataModule(StreamDataModule):
     ) -> CharacterVocabulary | ByteVocabulary | None:
         if not isinstance(vocabulary, str | Sequence):
             raise UserError(
-                f"vocabulary is {vocabulary}: give train, corpus, bytes, a tokenizer.json or a list "
-                "of characters"
+                f"vocabulary is {vocabulary}: give train, corpus, bytes, a tokenizer.json or a "
+                "list of characters"
             )
         if not isinstance(vocabulary, str):
             return CharacterVocabulary(vocabulary, unknown=self._unknown)
