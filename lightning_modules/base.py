@@ -178,8 +178,14 @@ class BaseModule(pl.LightningModule, ABC):
         return None if isinstance(batch, Tensor) else batch[1]
 
     def setup(self, stage: str) -> None:
-        """Prepares a fit."""
+        """Prepares a fit.
+
+        Raises:
+            UserError: If it has no steps.
+        """
         if stage == "fit":
+            if self.trainer.max_steps == 0:
+                raise UserError("trainer.max_steps is 0: give at least 1, or -1 for no such end")
             self._seed = torch.initial_seed()
             with torch.random.fork_rng(devices=[]):
                 self.prepare()

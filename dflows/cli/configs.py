@@ -214,9 +214,7 @@ class FlowCLI(LightningCLI):
         config = self.config
         if config.name is None:
             config.name = self._default_name()
-        check_name("--name", config.name)
-        if config.record is not None:
-            check_folder(config.record)
+        self._check_config()
         logger = config.trainer.logger
         own = isinstance(logger, Namespace) and str(logger.class_path).endswith("TensorBoardLogger")
         folder = self._resumed = None
@@ -230,6 +228,23 @@ class FlowCLI(LightningCLI):
             logger.init_args.version = folder.name
         elif own and logger.init_args.name is None:
             logger.init_args.name = config.name
+
+    def _check_config(self) -> None:
+        """Refuses what would spoil a run when it is over."""
+        config = self.config
+        check_name("--name", config.name)
+        if config.record is not None:
+            check_folder(config.record)
+        if config.seed_everything is False:
+            raise UserError(
+                "seed_everything is false, and a record names the seed of its run: give a number, "
+                "or true for any"
+            )
+        if config.trainer.enable_checkpointing is False:
+            raise UserError(
+                "trainer.enable_checkpointing is false, and the best checkpoint is what is tested: "
+                "leave it away, and set last_checkpoint.every_n_train_steps to write fewer"
+            )
 
     def _default_name(self) -> str:
         given = self.config.config or []

@@ -142,6 +142,9 @@ class TestKeys:
             (("--trainer.accelerator", "abacus"), "invalid accelerator name"),
             (("--model.base_refit_decay", 2), "base_refit_decay is 2"),
             (("--trainer.max_steps", -1), "the training has no end"),
+            (("--trainer.max_steps", 0), "trainer.max_steps is 0: give at least 1"),
+            (("--trainer.enable_checkpointing", "false"), "trainer.enable_checkpointing is false"),
+            (("--seed_everything", "false"), "seed_everything is false"),
         ],
     )
     def test_bad_value(self, refused, arguments, message):
