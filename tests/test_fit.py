@@ -86,6 +86,25 @@ def test_configuration_printed_and_read_again_is_the_same(finished, tmp_path, ca
     assert capsys.readouterr().out == printed
 
 
+@pytest.mark.parametrize("kept", ["record", "checkpoint", "folder"])
+def test_configurations_that_a_run_keeps_are_run_again(finished, tmp_path, monkeypatch, kept):
+    folder, _ = finished
+    run = folder / "runs" / "small" / "version_0"
+    if kept == "folder":
+        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    elif kept == "record":
+        config = read_record(run / "small-1.json").config
+    else:
+        config = torch.load(run / "best.ckpt", weights_only=True)["dflows"]["config"]
+    assert (config["model"]["init_args"].get("length") == 16) == (kept != "folder")
+    monkeypatch.chdir(folder)
+    (tmp_path / "kept.yaml").write_text(yaml.safe_dump(dict(config)), encoding="utf-8")
+    more = ("--record", tmp_path, "--name", "again", "--trainer.max_steps", 3)
+    more += ("--ckpt_path", "null", "--data.source.init_args.path", "odd.txt")
+    assert run_here("fit", "--config", tmp_path / "kept.yaml", *more) == 0
+    assert read_record(tmp_path / "again-1.json").metrics["steps"] == 3
+
+
 def test_help_lists_keys(capsys):
     assert run_here("fit", "--help") == 0
     printed = capsys.readouterr().out

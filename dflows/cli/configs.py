@@ -1,7 +1,7 @@
 """Configurations: shipped ones found by their bare names, and dflows' own defaults."""
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from importlib.resources import as_file, files
 from importlib.resources.abc import Traversable
@@ -132,6 +132,13 @@ def _length(data: StreamDataModule) -> int:
     return data.length
 
 
+LINKED: dict[str, Callable[[StreamDataModule], int]] = {
+    "num_classes": _num_classes,
+    "length": _length,
+}
+"""Keys of the model that are those of the data."""
+
+
 def _folder_of_run(checkpoint: Path) -> Path | None:
     """Returns the folder of the run that a checkpoint lies in, unless it was taken out of it."""
     folder = checkpoint.absolute().parent
@@ -206,7 +213,7 @@ class FlowCLI(LightningCLI):
         parser.add_lightning_class_args(ProgressBar, "progress_bar")
         parser.add_lightning_class_args(BestCheckpoint, "best_checkpoint")
         parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
-        for key, read in (("num_classes", _num_classes), ("length", _length)):
+        for key, read in LINKED.items():
             parser.link_arguments("data", f"model.init_args.{key}", read, apply_on="instantiate")
 
     def before_instantiate_classes(self) -> None:
@@ -251,8 +258,22 @@ class FlowCLI(LightningCLI):
         return Path(str(given[0])).stem if given and given[0] else "dflows"
 
     def instantiate_classes(self) -> None:
-        """Makes the classes, and sees whether they fit the checkpoint that is gone on from."""
+        """Makes the classes, and sees whether they fit each other and a checkpoint.
+
+        Raises:
+            UserError: If the model was given what it takes from the data, and other than theirs; or
+                the checkpoint that is gone on from is of another vocabulary or model.
+        """
+        given = self.config.model.get("init_args") or {}
+        asked = {key: given.get(key) for key in LINKED}
         super().instantiate_classes()
+        for key, value in asked.items():
+            own = getattr(self.datamodule, key)
+            if value not in (None, own):
+                raise UserError(
+                    f"model.init_args.{key} is {value}, and the data have {own}: leave it away, "
+                    "the model takes it from the data"
+                )
         if self._resumed is not None:
             self.datamodule.check_vocabulary(self._resumed.vocabulary)
             load_weights(self._resumed, self.model)
