@@ -31,7 +31,8 @@ class Optimization:
 
     Arguments:
         learning_rate: Learning rate after the warm-up.
-        base_learning_rate: That of the base distribution; the same where it is not given.
+        base_learning_rate: That of the base distribution under flows; the same where it is not
+            given.
         weight_decay: Decoupled weight decay of matrices; biases, norms, embeddings and the logits
             of a factorized base have none.
         betas: Decay of Adam's running means.
@@ -43,7 +44,8 @@ class Optimization:
         cycles: Equal parts of the training; in each the learning rate takes its whole course,
             warm-up included, as flows that are trained in turn need it
             (:class:`dflows.estimators.LocalInTurn`).
-        hold_base_steps: First steps in which the base is left as it is.
+        hold_base_steps: First steps in which the base under flows is left as it is, and is not
+            refitted either.
 
     Raises:
         UserError: If a number is out of range.

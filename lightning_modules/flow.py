@@ -132,7 +132,8 @@ class DiscreteFlowModule(BaseModule):
         )
 
     def base_parameters(self) -> Iterable[nn.Parameter]:
-        return self.flow.base.parameters()
+        # Without flows the base is the model.
+        return self.flow.base.parameters() if len(self.flow.transforms) else ()
 
     def _check_turns(self) -> None:
         """Refuses turns that do not fit the run.
@@ -225,10 +226,12 @@ class DiscreteFlowModule(BaseModule):
                 parameter.grad = None
 
     def on_train_batch_end(self, outputs: object, batch: Batch, batch_idx: int) -> None:
-        """Refits the base."""
+        """Refits the base, unless it is held."""
         step = self.trainer.global_step
         base = self.flow.base
         if not self.base_refit_every or step == self._step_before or step % self.base_refit_every:
+            return
+        if step <= self.optimization.hold_base_steps:
             return
         if isinstance(base, FactorizedBase):
             y, context = self.indices_of(batch), self.context_of(batch)

@@ -152,6 +152,37 @@ def test_the_base_is_refitted_once_a_step_where_gradients_accumulate(every, refi
     assert module.base_counts.sum() == 16 * D * refits
 
 
+def test_a_held_base_is_not_refitted(data, tmp_path):
+    module = FlowModule(
+        K,
+        D,
+        [Parity()],
+        CONVOLUTION,
+        optimization=Optimization(hold_base_steps=2),
+        base_refit_every=1,
+        base_refit_decay=0.5,
+    )
+    trainer(tmp_path, steps=3, limit_val_batches=0).fit(module, datamodule=data)
+    assert module.base_counts.sum() == 16 * D
+
+
+@pytest.mark.parametrize(
+    "alone",
+    [
+        partial(LanguageModel, K, D, partial(LSTM, width=8)),
+        partial(FlowModule, K, D, [], CONVOLUTION),
+    ],
+)
+def test_a_base_alone_is_the_model_and_is_not_held(alone, data, tmp_path):
+    settings = Optimization(learning_rate=0.5, base_learning_rate=0.1, hold_base_steps=9)
+    module = alone(optimization=settings)
+    before = [parameter.detach().clone() for parameter in module.parameters()]
+    run = trainer(tmp_path, steps=1, limit_val_batches=0)
+    run.fit(module, datamodule=data)
+    assert not same(before, [*module.parameters()])
+    assert {group["initial_lr"] for group in run.optimizers[0].param_groups} == {0.5}
+
+
 def test_a_refitted_base_alone_leaves_nothing_to_train():
     with pytest.raises(UserError, match="nothing to train: set it to 0"):
         FlowModule(K, D, [], CONVOLUTION, base_refit_every=1)
