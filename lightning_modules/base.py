@@ -82,6 +82,11 @@ class Optimization:
             raise UserError(
                 f"optimization.schedule is {self.schedule!r}: give constant, cosine or linear"
             )
+        if self.cycles > 1 and self.schedule == "constant" and not self.warmup_steps:
+            raise UserError(
+                f"optimization.cycles is {self.cycles}, and a constant learning rate has no course "
+                "to repeat: give schedule cosine or linear, or warmup_steps"
+            )
 
     def factor(self, step: int, progress: float) -> float:
         """Returns what the learning rates are multiplied by.

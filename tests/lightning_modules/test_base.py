@@ -99,6 +99,7 @@ class TestOptimization:
             ("betas", (0.9, 1.0)),
             ("schedule", "exponential"),
             ("cycles", 0),
+            ("cycles", 2),
         ],
     )
     def test_bad_values_are_named(self, key, value):
