@@ -32,8 +32,8 @@ def without_machine(config: Mapping[str, Any]) -> dict[str, Any]:
         config: A resolved configuration in plain types.
 
     Example:
-        >>> without_machine({"record": "results", "path": "/home/me/text8.gz"})
-        {'path': '.../text8.gz'}
+        >>> without_machine({"record": "results", "path": "/home/me/text8.gz", "separator": "/"})
+        {'path': '.../text8.gz', 'separator': '/'}
     """
     kept = {key: value for key, value in config.items() if key not in OF_THE_COMMAND}
     portable: dict[str, Any] = _portable(kept)
@@ -45,7 +45,8 @@ def _portable(value: Any) -> Any:
         return {key: _portable(entry) for key, entry in value.items()}
     if isinstance(value, list):
         return [_portable(entry) for entry in value]
-    if not isinstance(value, str) or not Path(value).is_absolute():
+    # A slash alone separates texts, and tells nothing of a machine.
+    if not isinstance(value, str) or not Path(value).is_absolute() or not Path(value).name:
         return value
     path = below_here(Path(value))
     return f".../{path.name}" if path.is_absolute() else str(path)
