@@ -18,7 +18,7 @@ from dflows.cli.errors import run_command
 from dflows.cli.noise import quiet
 from dflows.errors import UserError
 from dflows.flow import Method
-from lightning_modules import BaseModule
+from lightning_modules import BaseModule, DiscreteFlowModule
 
 __all__ = ["draw", "generate", "main"]
 
@@ -101,6 +101,11 @@ def generate(arguments: Sequence[str]) -> None:
         raise UserError(f"seed is {config.seed}: give at least 0")
     checkpoint = read_checkpoint(config.checkpoint)
     module = load_model(checkpoint, config.allow)
+    if isinstance(module, DiscreteFlowModule) and module.conditional:
+        raise UserError(
+            f"the model in {checkpoint.path} is conditional, and this command has no context to "
+            "give it: draw with flow(context).sample() in Python"
+        )
     try:
         module.to(_device(config.device))
     except (RuntimeError, AssertionError) as error:

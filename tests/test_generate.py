@@ -1,12 +1,17 @@
 """``python -m dflows.generate`` from a checkpoint alone."""
 
 import shutil
+from functools import partial
 
 import pytest
 import torch
 
-from dflows.cli.checkpoints import load_model, read_checkpoint
+from datamodules.vocabulary import IntegerVocabulary
+from dflows.backbones import LSTM
+from dflows.cli.checkpoints import KEY, describe_run, load_model, read_checkpoint
 from dflows.generate import draw
+from dflows.orderings import Parity
+from lightning_modules import FlowModule
 from tests.commands import ODD, run_apart, run_here, small_config, write_text
 
 
@@ -51,6 +56,26 @@ def test_long_samples_are_windows_drawn_independently(checkpoint):
     assert torch.equal(samples[:, :32], torch.cat(windows).reshape(300, 32))
     rest = [module.sample(n, length=8, generator=generator) for n in (256, 44)]
     assert torch.equal(samples[:, 32:], torch.cat(rest))
+
+
+def test_a_conditional_model_is_refused(tmp_path, capsys):
+    init_args = {
+        "num_classes": 3,
+        "length": 4,
+        "orderings": ["dflows.orderings.Parity"],
+        "backbone": {"class_path": "dflows.backbones.LSTM", "init_args": {"width": 4}},
+        "context_features": 2,
+    }
+    model = {"class_path": "lightning_modules.FlowModule", "init_args": init_args}
+    module = FlowModule(3, 4, [Parity()], partial(LSTM, width=4), context_features=2)
+    described = describe_run({"model": model, "data": {}}, IntegerVocabulary(3).to_json(), 4)
+    path = tmp_path / "some.ckpt"
+    torch.save({"state_dict": module.state_dict(), KEY: described}, path)
+    assert run_here("generate", "--checkpoint", path) == 1
+    assert capsys.readouterr().err == (
+        f"error: the model in {path} is conditional, and this command has no context to give it: "
+        "draw with flow(context).sample() in Python\n"
+    )
 
 
 def test_a_low_temperature_repeats_itself(checkpoint, capsys):
