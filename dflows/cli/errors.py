@@ -32,6 +32,8 @@ _MADE = re.compile(
     r"Does not validate against any of the Union.*Given value: Namespace\(class_path='([^']+)'",
     re.DOTALL,
 )
+_GROUP = re.compile(r"Group '([\w.]+)' does not|unrecognized arguments: --([\w.]+)\.\w+")
+_VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _UNKNOWN = re.compile(r"not accept|unrecognized argument")
 
 
@@ -45,14 +47,18 @@ def _joined(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _keys_of(class_path: str) -> str:
-    """Returns the keys of a class, or nothing where it cannot be had."""
+def _keys_of(class_path: str, group: str) -> str:
+    """Returns what keys there are in a group of a class, or nothing where it cannot be had."""
     module, _, name = class_path.rpartition(".")
     try:
-        parameters = inspect.signature(getattr(import_module(module), name)).parameters
-    except (ImportError, AttributeError, ValueError, TypeError):
+        owner = getattr(import_module(module), name)
+        for part in filter(None, group.split(".")):
+            owner = inspect.signature(owner).parameters[part].annotation
+        parameters = inspect.signature(owner).parameters.values()
+    except (ImportError, AttributeError, KeyError, ValueError, TypeError):
         return ""
-    return ", ".join(parameters)
+    named = [entry.name for entry in parameters if entry.kind not in _VARIADIC]
+    return f"its keys are {', '.join(named)}" if named else "it takes no keys"
 
 
 def one_line(error: BaseException) -> str:
@@ -83,8 +89,9 @@ def one_line(error: BaseException) -> str:
     if class_path and class_path not in message:
         where = f"{where} ({class_path})"
     if _UNKNOWN.search(message):
-        known = _keys_of(class_path) if innermost else ""
-        message += f": its keys are {known}" if known else ": --help lists all keys"
+        group = next(filter(None, found.groups()), "") if (found := _GROUP.match(message)) else ""
+        known = _keys_of(class_path, group) if innermost else ""
+        message += f": {known or '--help lists all keys'}"
     return f"{where}: {message}" if where else message
 
 

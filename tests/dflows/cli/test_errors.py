@@ -92,6 +92,23 @@ class TestKeys:
                 "model (lightning_modules.FlowModule): Option 'lrr' is not accepted: its keys are",
             ),
             (
+                "model: {init_args: {optimization: {foo: 3}}}",
+                (
+                    "model (lightning_modules.FlowModule): Group 'optimization' does not accept "
+                    "option 'foo': its keys are learning_rate, base_learning_rate"
+                ),
+            ),
+            (
+                (
+                    "model: {init_args: {orderings: [{class_path: dflows.orderings.Natural, "
+                    "init_args: {foo: 3}}]}}"
+                ),
+                (
+                    "model.orderings (dflows.orderings.Natural): Option 'foo' is not accepted: it "
+                    "takes no keys"
+                ),
+            ),
+            (
                 "model: {init_args: {backbone: {init_args: {width: five}}}}",
                 "model.backbone.width (lightning_modules.FlowModule): Expected a <class 'int'>",
             ),
@@ -124,7 +141,18 @@ class TestKeys:
                 "model.bijection (dflows.bijections.ModularAffine): Option 'foo' is not accepted",
             ),
             (("--model.bijection.foo", 1), "its keys are num_classes, temperature"),
-            (("--model.optimization.foo", 1), "unrecognized arguments: --optimization.foo=1"),
+            (
+                ("--model.optimization.foo", 1),
+                "unrecognized arguments: --optimization.foo=1: its keys are learning_rate, base_",
+            ),
+            (
+                ("--model.optimization.foo.bar", 1),
+                "--optimization.foo.bar=1: --help lists all keys",
+            ),
+            (
+                ("--model.context_encoder", "torch.nn.Identity", "--model.context_encoder.foo", 1),
+                "Option 'foo' is not accepted: it takes no keys",
+            ),
         ],
     )
     def test_bad_argument(self, refused, arguments, message):
