@@ -242,27 +242,49 @@ class NatsPerExample(_Accumulator):
         >>> metric = NatsPerExample()
         >>> metric.update(torch.tensor([-1.0, -2.0]))
         >>> metric.update(torch.tensor([-6.0]))
-        >>> metric.compute()
-        tensor(3., dtype=torch.float64)
+        >>> metric.compute(), metric.standard_error()
+        (tensor(3., dtype=torch.float64), tensor(1.5275, dtype=torch.float64))
     """
 
     log_prob_sum: Tensor
+    square_sum: Tensor
     num_examples: Tensor
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_state("log_prob_sum", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        for name in ("log_prob_sum", "square_sum"):
+            self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("num_examples", torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, log_prob: Tensor) -> None:
         """Adds a batch of log-likelihoods in nats (…), one an example."""
-        self.log_prob_sum = self.log_prob_sum + _sum_of(log_prob, self.log_prob_sum.device)
+        device = self.log_prob_sum.device
+        self.log_prob_sum = self.log_prob_sum + _sum_of(log_prob, device)
+        self.square_sum = self.square_sum + log_prob.detach().to(device).double().square().sum()
         self.num_examples = self.num_examples + log_prob.numel()
 
     def compute(self) -> Tensor:
         """Returns the nats per example of everything seen."""
         _check_counted(self, self.num_examples, "examples")
         return nats_per_example(self.log_prob_sum, self.num_examples)
+
+    def standard_error(self) -> Tensor:
+        """Returns the standard error of the mean, float64; 0 of a single example.
+
+        Like ``compute()`` it has to be called on all processes, and before ``reset()``.
+
+        Raises:
+            ValueError: If no process has counted an example.
+        """
+        with self.sync_context(
+            dist_sync_fn=self.dist_sync_fn,
+            should_sync=self._to_sync,
+            should_unsync=self._should_unsync,
+        ):
+            _check_counted(self, self.num_examples, "examples")
+            mean = self.log_prob_sum / self.num_examples
+            variance = (self.square_sum / self.num_examples - mean**2).clamp(min=0)
+            return (variance / (self.num_examples - 1).clamp(min=1)).sqrt()
 
 
 class ExactMatch(_Accumulator):

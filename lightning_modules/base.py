@@ -143,6 +143,7 @@ class BaseModule(pl.LightningModule, ABC):
             }
         )
         self.counted: dict[str, dict[str, int]] = {"characters": {}, "examples": {}}
+        self.standard_error: dict[str, float] = {}
         self._smoothed: Tensor | None = None
         self._seed = 0
 
@@ -246,6 +247,7 @@ class BaseModule(pl.LightningModule, ABC):
         metrics = self.metrics[split]
         self.counted["characters"][split] = self._total(metrics["bpc"].num_characters)  # type: ignore[index]
         self.counted["examples"][split] = self._total(metrics["nats"].num_examples)  # type: ignore[index]
+        self.standard_error[split] = float(metrics["nats"].standard_error())  # type: ignore[index]
         for metric in metrics.values():  # type: ignore[operator]
             metric.reset()
 

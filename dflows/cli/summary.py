@@ -127,7 +127,12 @@ class Figures:
     def add_likelihood(
         self, module: BaseModule, data: StreamDataModule, split: str, bpc: float
     ) -> None:
-        """Adds the likelihood of a split, and the unigram entropy of the same split."""
+        """Adds the likelihood of a split, and the unigram entropy of the same split.
+
+        Raises:
+            CertificateError: If it lies below the entropy of the data, where that is known, by more
+                than chance explains.
+        """
         characters = module.counted["characters"][split]
         examples = module.counted["examples"][split]
         nats = bpc * math.log(2) * characters / examples
@@ -154,6 +159,11 @@ class Figures:
             self.rows.append(("test, told exactly", f"{float(accuracy):.4f}", "share of examples"))
         if data.entropy is not None:
             self.metrics["entropy"] = data.entropy
+            # What no example showed is in no deviation either: a share of 1/N of the distribution,
+            # over all states at the most.
+            unseen = (math.log(examples) + data.length * math.log(data.num_classes)) / examples
+            error = math.hypot(module.standard_error[split], unseen)
+            check_above_entropy(nats, data.entropy, error)
             remark = f"{examples:,} examples; entropy {data.entropy:.3f}"
             self.rows.append((f"{split}, nats per example", f"{nats:.4f}", remark))
 

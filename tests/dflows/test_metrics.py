@@ -177,6 +177,17 @@ def test_nothing_counted_is_an_error_that_says_so(name):
         metrics()[name].compute()
 
 
+def test_the_standard_error_is_that_of_all_examples():
+    metric = NatsPerExample()
+    values = torch.randn(50, generator=torch.Generator().manual_seed(0), dtype=torch.float64) - 40
+    for part in values.split([20, 1, 29]):
+        metric.update(part)
+    torch.testing.assert_close(metric.standard_error(), values.std() / 50**0.5)
+    metric.reset()
+    metric.update(values[:1])
+    assert metric.standard_error() == 0
+
+
 @pytest.mark.parametrize("metric", [BitsPerCharacter(), NatsPerExample()])
 def test_many_small_updates_do_not_drift(metric):
     log_prob = torch.full((4,), -0.1)

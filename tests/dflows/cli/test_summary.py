@@ -1,6 +1,8 @@
 """The figures of a finished run are those of plain arithmetic."""
 
 import math
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +10,7 @@ import torch
 from datamodules import FullRankDataModule, TextDataModule
 from datamodules.sources import LocalText
 from dflows.checks import CertificateError
-from dflows.cli.summary import bigram_bpc, exact_nats, unigram_bpc
+from dflows.cli.summary import Figures, bigram_bpc, exact_nats, unigram_bpc
 
 
 class Uniform:
@@ -42,3 +44,26 @@ def test_a_likelihood_below_the_entropy_is_refused():
     assert exact_nats(Uniform(4**3, factor=1), data) == pytest.approx(3 * math.log(4))
     with pytest.raises(CertificateError, match="no likelihood"):
         exact_nats(Uniform(4**3, factor=64), data)
+
+
+class Scored:
+    """A stand-in for a module that has scored a split of so many examples."""
+
+    trainer = SimpleNamespace(callback_metrics={})
+
+    def __init__(self, data, examples, standard_error):
+        characters = examples * data.length
+        self.counted = {"characters": {"test": characters}, "examples": {"test": examples}}
+        self.standard_error = {"test": standard_error}
+
+
+@pytest.mark.parametrize(
+    ("below", "examples", "standard_error", "refused"),
+    [(0.3, 1000, 0.05, True), (0.1, 1000, 0.05, False), (0.3, 1, 0.0, False)],
+)
+def test_a_split_is_not_scored_below_the_entropy(below, examples, standard_error, refused):
+    data = FullRankDataModule(length=3, num_classes=4, eval_examples=1000)
+    bpc = (data.entropy - below) / math.log(2) / data.length
+    module = Scored(data, examples, standard_error)
+    with pytest.raises(CertificateError, match="is below") if refused else nullcontext():
+        Figures().add_likelihood(module, data, "test", bpc)
