@@ -170,9 +170,7 @@ def reproduce(arguments: Sequence[str]) -> None:
             fit([*line, "--record", str(folder)])
     found += len(runs) + _gradients(plan, options, folder, console)
     if not found:
-        raise UserError(
-            f"nothing of {given.name} matches {options.only}: leave --only away"
-        )
+        raise UserError(f"nothing of {given.name} matches {options.only}: leave --only away")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

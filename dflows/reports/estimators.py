@@ -14,6 +14,15 @@ __all__ = ["describe_figure", "draw", "render"]
 _TASK = re.compile(r"(?P<size>\d+x\d+)-(?P<flows>\d+)(?P<timed>-timed)?")
 _GRADIENTS = re.compile(r"gradients-3x(?P<classes>\d+)-(?P<flows>\d+)")
 
+_MEASURED = {
+    "cosine": ".3f",
+    "norm_ratio": ".3g",
+    "mixture_cosine": ".3f",
+    "mixture_norm_ratio": ".3g",
+    "standard_error": ".2g",
+    "variance": ".3g",
+}
+
 
 def _tasks(experiment: Experiment) -> dict[tuple[str, bool], dict[int, str]]:
     """Groups the tasks by size and by what ends their runs: number of flows → task."""
@@ -55,7 +64,9 @@ def _cell(experiment: Experiment, names: list[str], task: str) -> str:
     """Returns the likelihood and the seconds of training."""
     exact = _exact(experiment, names, task)
     seconds = [value for name in names for value in experiment.values(name, task, "train_seconds")]
-    return f"{mean_and_spread(exact)} ({min(seconds):.0f} s)" if exact else MISSING
+    if not exact:
+        return MISSING
+    return f"{mean_and_spread(exact)} ({number(min(seconds, default=None), '.0f')} s)"
 
 
 def _likelihoods(experiment: Experiment, size: str, timed: bool, tasks: dict[int, str]) -> str:
@@ -84,7 +95,7 @@ def _reference_of(experiment: Experiment, task: str) -> float | None:
         if reference.tasks is None or task in reference.tasks:
             found = experiment.records.get(reference_name(name, task), [])
             if found:
-                value: float = found[0].metrics["reference_nats"]
+                value: float | None = found[0].metrics.get("reference_nats")
                 return value
     return None
 
@@ -104,18 +115,11 @@ def _gradients(experiment: Experiment) -> list[str]:
         lines = []
         for name, row in experiment.plan.rows.items():
             for record in experiment.records.get(gradients_name(name, task), []):
-                metrics = record.metrics
-                lines.append(
-                    [
-                        row.label,
-                        f"{metrics['gradient_cosine']:.3f}",
-                        f"{metrics['gradient_norm_ratio']:.3g}",
-                        f"{metrics['gradient_mixture_cosine']:.3f}",
-                        f"{metrics['gradient_mixture_norm_ratio']:.3g}",
-                        f"{metrics['gradient_standard_error']:.2g}",
-                        f"{metrics['gradient_variance']:.3g}",
-                    ]
-                )
+                measured = [
+                    number(record.metrics.get(f"gradient_{metric}"), form)
+                    for metric, form in _MEASURED.items()
+                ]
+                lines.append([row.label, *measured])
         if lines and (found := _GRADIENTS.fullmatch(task)):
             caption = f"**Gradients, D = 3, K = {found['classes']}, {found['flows']} flows**"
             parts.append(f"{caption}\n\n{table(head, lines)}")
@@ -176,8 +180,8 @@ def _cosines(experiment: Experiment, names: list[str]) -> list[tuple[int, int, f
         found = _GRADIENTS.fullmatch(task)
         for name in names:
             for record in experiment.records.get(gradients_name(name, task), []):
-                if found:
-                    cosine = record.metrics["gradient_cosine"]
+                cosine = record.metrics.get("gradient_cosine")
+                if found and cosine is not None:
                     measured.append((int(found["classes"]), int(found["flows"]), cosine))
     return measured
 

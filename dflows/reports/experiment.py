@@ -36,7 +36,7 @@ class Experiment:
         if row.reference is None:
             return None
         found = self.records.get(reference_name(row.reference, task), [])
-        return found[0].metrics[metric] if found else None
+        return found[0].metrics.get(metric) if found else None
 
     @property
     def labels(self) -> dict[str, list[str]]:

@@ -66,7 +66,7 @@ def _row(experiment: Experiment, task: str, name: str, row: Row) -> list[str]:
     above = share = None
     if exact and reference is not None:
         above = statistics.fmean(exact) - reference
-    if exact and entropy is not None and factorized is not None:
+    if exact and entropy is not None and factorized is not None and factorized - entropy > 1e-9:
         # Rounded, and no negative zero.
         share = round(share_of_gap(statistics.fmean(exact), entropy, factorized), 2) + 0.0
     return [

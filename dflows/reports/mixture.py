@@ -89,9 +89,8 @@ def draw(experiment: Experiment, file: Path) -> None:
                     continue
                 values = torch.tensor(records[0].metrics["probabilities"])
                 side = math.isqrt(len(values))
-                kl = records[0].metrics["kl"]
                 row = experiment.plan.rows[name]
-                title = f"{row.label}\nKL {kl:.3f}"
+                title = f"{row.label}\nKL {number(records[0].metrics.get('kl'))}"
                 if (best := experiment.reference(row, task, "reference_kl")) is not None:
                     title += f", best table {best:.3f}"
                 _panel(axis, values.reshape(side, side), most, title)

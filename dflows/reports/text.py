@@ -29,7 +29,7 @@ def _cell(record: Record, key: str, form: str = ".3f") -> str:
 
 def _of_unigram(record: Record) -> str:
     metrics = record.metrics
-    if "unigram_bpc" not in metrics:
+    if not metrics.get("unigram_bpc"):
         return MISSING
     return number(metrics["test_bpc"] / metrics["unigram_bpc"])
 
@@ -58,6 +58,16 @@ def _footnote(records: Sequence[Record]) -> str:
     return ". ".join([*parts, f"Measured on: {devices}."])
 
 
+def _speed(benchmark: Record) -> float:
+    speed: float = benchmark.metrics.get("characters_per_second", 0.0)
+    if not speed > 0:
+        raise UserError(
+            f"the record of {benchmark.name} has no characters_per_second above 0: run "
+            "benchmarks/throughput.py again"
+        )
+    return speed
+
+
 def render_table(records: Sequence[Record], benchmarks: Sequence[Record] = ()) -> str:
     """Renders records of text runs as a Markdown table.
 
@@ -69,13 +79,17 @@ def render_table(records: Sequence[Record], benchmarks: Sequence[Record] = ()) -
         Markdown, with a line for every record.
 
     Raises:
-        UserError: If a record has no test_bpc, or the records scored different characters.
+        UserError: If a record has no test_bpc, counts no characters of test, or no speed where it
+            is of a benchmark; or the records scored different characters.
     """
-    lacking = [record.name for record in records if "test_bpc" not in record.metrics]
-    if lacking:
-        raise UserError(
-            f"the records of {', '.join(lacking)} have no test_bpc: run them to the end"
-        )
+    for key, has in (
+        ("test_bpc", lambda metrics: "test_bpc" in metrics),
+        ("characters of test", lambda metrics: "test" in metrics.get("characters", {})),
+    ):
+        if lacking := [record.name for record in records if not has(record.metrics)]:
+            raise UserError(
+                f"the records of {', '.join(lacking)} have no {key}: run them to the end"
+            )
     scored = {record.metrics["characters"]["test"] for record in records}
     if len(scored) > 1:
         raise UserError(
@@ -98,7 +112,7 @@ def render_table(records: Sequence[Record], benchmarks: Sequence[Record] = ()) -
     lines = [table(HEAD, rows)]
     if records:
         lines += ["", _footnote(records)]
-    speeds = {record.name: record.metrics["characters_per_second"] for record in benchmarks}
+    speeds = {record.name: _speed(record) for record in benchmarks}
     if {"throughput-lightning", "throughput-plain"} <= speeds.keys():
         ratio = speeds["throughput-plain"] / speeds["throughput-lightning"]
         note = (
