@@ -81,11 +81,27 @@ def test_what_a_record_lacks_is_a_dash(absent, line):
 
 @pytest.mark.parametrize(
     ("metrics", "message"),
-    [({}, "no test_bpc"), (METRICS | {"characters": {"test": 1}}, "different corpora")],
+    [
+        ({}, "the records of other have no test_bpc"),
+        (METRICS | {"characters": {"test": 1}}, "different corpora"),
+        (METRICS | {"characters": {"valid": 1}}, "the records of other have no characters of test"),
+        ({"test_bpc": 2.0}, "the records of other have no characters of test"),
+    ],
 )
 def test_records_that_do_not_compare_are_refused(metrics, message):
     with pytest.raises(UserError, match=message):
         render_table([record(), record(name="other", metrics=metrics)])
+
+
+@pytest.mark.parametrize("speed", [{}, {"characters_per_second": 0}])
+def test_a_benchmark_without_speed_is_refused(speed):
+    benchmark = record(name="throughput-plain", metrics=speed)
+    with pytest.raises(UserError, match="the record of throughput-plain has no characters_per_sec"):
+        render_table([record()], [benchmark])
+
+
+def test_a_text_without_entropy_has_no_share_of_it():
+    assert "| 2.500 | – |" in render_table([record(metrics=METRICS | {"unigram_bpc": 0.0})])
 
 
 def test_the_command_writes_table_and_figure(tmp_path, capsys):

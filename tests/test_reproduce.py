@@ -1,15 +1,20 @@
 """``python -m dflows.reproduce``: every experiment runs, and its tables come of its records."""
 
+import html
 import shutil
 
 import pytest
 
 from dflows.records import read_records
-from dflows.report import RENDERERS
+from dflows.report import DRAWERS, RENDERERS
 from dflows.report import main as report
+from dflows.reports import estimators, mixture
+from dflows.reports.experiment import read_experiment
 from dflows.reports.markdown import BEGIN, END, update_page
 from dflows.reproduce import EXPERIMENTS, main
 from tests.commands import ROOT
+
+DESCRIBED = {"estimators": estimators.describe_figure, "mixture": mixture.describe_figure}
 
 
 @pytest.fixture(scope="module", params=EXPERIMENTS)
@@ -71,3 +76,10 @@ def test_pages_and_records_agree(name, tmp_path):
     ours = (ROOT / page).read_text(encoding="utf-8")
     assert update_page(ours, "", page) != ours
     assert (tmp_path / page).read_text(encoding="utf-8") == ours, "run python -m dflows.report"
+
+
+@pytest.mark.parametrize("name", [name for name in DRAWERS if (ROOT / "results" / name).is_dir()])
+def test_figures_and_records_agree(name):
+    figure = (ROOT / "docs" / "figures" / f"{name}.svg").read_text(encoding="utf-8")
+    description = DESCRIBED[name](read_experiment(name, ROOT / "results"))
+    assert f">{description}<" in html.unescape(figure), "run python -m dflows.report"

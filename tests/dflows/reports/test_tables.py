@@ -1,0 +1,152 @@
+"""The tables of the experiments, of records made by hand: every row beside its own reference."""
+
+import pytest
+
+from dflows.bijections import RankPermutation
+from dflows.experiments.plan import Plan, Reference, Row, Smoke
+from dflows.orderings import Natural
+from dflows.records import Record
+from dflows.report import DRAWERS, RENDERERS
+from dflows.reports.experiment import Experiment
+
+TASKS = {
+    "full-rank": ["5x5"],
+    "estimators": ["5x5-1", "5x5-2", "gradients-3x5-2"],
+    "mixture": ["grid"],
+    "addition": ["D10"],
+    "potts": ["side3-K3-J0.1"],
+}
+ROWS = {
+    "flow": Row("flow", reference="own", published={}),
+    "rank-1": Row("other flow", reference="other"),
+}
+RUN = {
+    "exact_nats": 7.7,
+    "test_nats": 7.75,
+    "entropy": 7.5,
+    "factorized_entropy": 8.1,
+    "kl": 0.2,
+    "factorized_kl": 0.6,
+    "accuracy": 0.25,
+    "passes": 6,
+    "steps": 1000,
+    "train_seconds": 12.0,
+}
+AGAIN = RUN | {"exact_nats": 7.9, "test_nats": 7.85, "kl": 0.4, "accuracy": 0.75}
+GRADIENTS = {
+    "gradient_cosine": 0.5,
+    "gradient_norm_ratio": 1.5,
+    "gradient_mixture_cosine": 0.75,
+    "gradient_mixture_norm_ratio": 2.5,
+    "gradient_standard_error": 0.01,
+    "gradient_variance": 12.0,
+}
+
+
+def record(name, metrics, seed=0):
+    return Record(
+        name=name,
+        kind="fit",
+        config={},
+        seed=seed,
+        device="CPU",
+        precision="32-true",
+        seconds=1.0,
+        parameters=1,
+        metrics=metrics,
+    )
+
+
+def experiment(name, absent=()):
+    """Makes an experiment of two rows with a reference each, of which all records lack a metric."""
+    tasks = TASKS[name]
+    references = {
+        # The first flow of estimators' tasks has this reference, and the second the other.
+        "own": Reference([Natural()], RankPermutation, tasks=tasks[:1]),
+        "other": Reference([Natural()], RankPermutation),
+    }
+    rows = {
+        key: Row(row.label, reference=row.reference, published={tasks[0]: 7.25})
+        for key, row in ROWS.items()
+    }
+    found = {}
+    for task in tasks:
+        found[f"flow-{task}"] = [record(f"flow-{task}", RUN), record(f"flow-{task}", AGAIN, 1)]
+        found[f"rank-1-{task}"] = [record(f"rank-1-{task}", RUN | {"probabilities": [0.25] * 4})]
+        found[f"gradients-flow-{task}"] = [record(f"gradients-flow-{task}", GRADIENTS)]
+        for key, nats in (("own", 7.6), ("other", 7.0)):
+            metrics = {"reference_nats": nats, "reference_kl": nats - 7.5 + 1}
+            found[f"reference-{key}-{task}"] = [record(f"reference-{key}-{task}", metrics)]
+    kept = {
+        key: [
+            record(one.name, {k: v for k, v in one.metrics.items() if k not in absent}, one.seed)
+            for one in some
+        ]
+        for key, some in found.items()
+    }
+    smoke = Smoke(tasks=tasks[:1], rows=["flow"])
+    plan = Plan(name, {task: {} for task in tasks}, rows, smoke, references=references)
+    return Experiment(plan, kept)
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        ("full-rank", "| flow | 7.2 | 7.800 ± 0.141 (2) | 7.600 | +0.200 | 50% | 1,000 | 12 |"),
+        ("full-rank", "| other flow | 7.2 | 7.700 | 7.000 | +0.700 | 67% | 1,000 | 12 |"),
+        ("estimators", "| flow | 7.800 ± 0.141 (2) (12 s) | 7.800 ± 0.141 (2) (12 s) |"),
+        ("estimators", "| *best tabular flow* | 7.600 | 7.000 |"),
+        ("estimators", "| flow | 0.500 | 1.5 | 0.750 | 2.5 | 0.01 | 12 |"),
+        ("mixture", "| flow | 0.300 ± 0.141 (2) | 1.100 |"),
+        ("mixture", "| other flow | 0.200 | 0.500 |"),
+        (
+            "addition",
+            (
+                "| flow | 7.25 | 7.8000 ± 0.0707 (2) | 50.00% ± 35.36% (2) | 1,000 ± 0 (2) | "
+                "12 ± 0 (2) |"
+            ),
+        ),
+        ("potts", "| flow | 7.25 (below the entropy) | 7.800 ± 0.141 (2) | +0.3000 | 6 |"),
+    ],
+)
+def test_a_row_is_the_mean_of_its_seeds_beside_its_own_reference(name, line):
+    assert line in RENDERERS[name](experiment(name)).splitlines()
+
+
+@pytest.mark.parametrize("name", RENDERERS)
+@pytest.mark.parametrize(
+    "absent",
+    [
+        {"reference_nats", "reference_kl"},
+        {"exact_nats", "kl"},
+        {"entropy", "factorized_entropy", "factorized_kl"},
+        {"train_seconds", "steps", "passes", "accuracy"},
+        {*GRADIENTS},
+        {*RUN, *GRADIENTS},
+    ],
+    ids=lambda absent: min(absent),
+)
+def test_what_records_lack_is_a_dash(name, absent, tmp_path):
+    partial = experiment(name, absent)
+    text = RENDERERS[name](partial)
+    assert text != RENDERERS[name](experiment(name)) or not absent & USED[name]
+    assert "None" not in text
+    assert "nan" not in text
+    if name in DRAWERS:
+        DRAWERS[name](partial, tmp_path / "figure.svg")
+
+
+USED = {
+    "full-rank": {"reference_nats", "exact_nats", "entropy", "steps"},
+    "estimators": {"reference_nats", "exact_nats", "entropy", "train_seconds", *GRADIENTS},
+    "mixture": {"reference_kl", "kl", "entropy"},
+    "addition": {"steps", "accuracy"},
+    "potts": {"exact_nats", "entropy", "passes"},
+}
+"""Some of the metrics that every table shows."""
+
+
+@pytest.mark.parametrize("name", RENDERERS)
+def test_without_records_there_is_no_table(name):
+    full = experiment(name)
+    assert RENDERERS[name](Experiment(full.plan, {})) == ""
