@@ -147,10 +147,10 @@ def _folder_of_run(checkpoint: Path) -> Path | None:
 
 
 class Parser(LightningArgumentParser):
-    """Creates a parser that raises errors in place of printing its usage and leaving."""
+    """Creates a parser that takes whole names, and raises errors where others print their usage."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{**kwargs, "exit_on_error": False})
+        super().__init__(*args, **{**kwargs, "exit_on_error": False, "allow_abbrev": False})
 
 
 class FlowCLI(LightningCLI):

@@ -128,6 +128,7 @@ class TestKeys:
         [
             (("--model.lrr", 3), "Option 'lrr' is not accepted"),
             (("--trainer.max_stepz", 3), "unrecognized arguments: --trainer.max_stepz 3"),
+            (("--trainer.max_step", 3), "unrecognized arguments: --trainer.max_step 3"),
             (("--trainer.max_steps", "many"), "trainer.max_steps: Expected a <class 'int'>"),
             (("--model.backbone", "dflows.backbones.Nope"), "has no attribute 'Nope'"),
             (("--model.backbone", "torch.nn.Linear"), "in_features, out_features"),
