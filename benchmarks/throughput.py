@@ -20,6 +20,7 @@ import torch
 
 from dflows.cli.configs import FlowCLI
 from dflows.cli.noise import quiet
+from dflows.cli.recording import without_machine
 from dflows.provenance import describe_device
 from dflows.records import Record, write_record
 
@@ -107,7 +108,7 @@ def main() -> None:
             record = Record(
                 name=f"throughput-{name}",
                 kind="benchmark",
-                config=cli.resolved_config(),
+                config=without_machine(cli.resolved_config()),
                 seed=int(cli.config.seed_everything or 0),
                 device=describe_device("cpu"),
                 precision=cli.trainer.precision,
