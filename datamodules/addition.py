@@ -9,6 +9,7 @@ from torch import Tensor
 
 from datamodules.chunks import Array, Chunks
 from datamodules.counter import Counter
+from datamodules.enumerable import EXPECTED_DRAWS
 from datamodules.module import StreamDataModule
 from datamodules.vocabulary import IntegerVocabulary
 from datamodules.windows import Reader, TrainingStream
@@ -16,7 +17,6 @@ from dflows.errors import UserError
 
 __all__ = ["AdditionDataModule"]
 
-EXPECTED_DRAWS = 1_000_000
 MOST_PAIRS = 1 << 62
 """Further pairs are left away: no training sees as many."""
 ROUNDS = 4

@@ -6,16 +6,13 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from datamodules import EnumerableDataModule
 from dflows.cli.configs import FlowCLI
 from dflows.errors import UserError
 from dflows.estimators import Estimator
 from dflows.exact import compare_estimators
 from dflows.experiments.plan import Gradients, Plan, gradients_name
-from dflows.provenance import describe_device
-from dflows.records import Record, write_record
+from dflows.experiments.recording import write_exact_record
 from lightning_modules import DiscreteFlowModule
 
 __all__ = ["write_gradients"]
@@ -76,15 +73,12 @@ def write_gradients(
         seed=seed,
     )
     for row, comparison in compared.items():
-        record = Record(
+        yield write_exact_record(
+            folder,
+            module,
             name=gradients_name(row, task),
             kind="gradients",
             config={"trained": cli.resolved_config(), "estimator": repr(estimators[row])},
-            seed=seed,
-            device=describe_device(torch.device("cpu")),
-            precision="64-true",
-            seconds=time.perf_counter() - begin,
-            parameters=sum(parameter.numel() for parameter in module.parameters()),
             metrics={
                 "gradient_cosine": comparison.cosine,
                 "gradient_norm_ratio": comparison.norm_ratio,
@@ -93,5 +87,6 @@ def write_gradients(
                 "gradient_variance": comparison.variance,
                 "gradient_standard_error": comparison.standard_error,
             },
+            begin=begin,
+            seed=seed,
         )
-        yield write_record(folder, record)

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
 from datamodules import EnumerableDataModule
@@ -14,8 +13,7 @@ from dflows.cli.configs import Parser
 from dflows.errors import UserError
 from dflows.exact import exhaustive_optimum, tabular_flow
 from dflows.experiments.plan import Plan, Reference, reference_name
-from dflows.provenance import describe_device
-from dflows.records import Record, write_record
+from dflows.experiments.recording import write_exact_record
 
 __all__ = ["task_data", "write_reference"]
 
@@ -93,15 +91,12 @@ def write_reference(
         "greedy": task in reference.greedy,
         "data": config,
     }
-    record = Record(
+    return write_exact_record(
+        folder,
+        found.flow,
         name=reference_name(name, task),
         kind="reference",
         config=settings,
-        seed=0,
-        device=describe_device(torch.device("cpu")),
-        precision="64-true",
-        seconds=time.perf_counter() - begin,
-        parameters=sum(parameter.numel() for parameter in found.flow.parameters()),
         metrics=metrics,
+        begin=begin,
     )
-    return write_record(folder, record)

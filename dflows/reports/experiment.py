@@ -1,6 +1,6 @@
 """What the tables of all experiments begin with: records, by row and task of the plan."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,12 +58,6 @@ class Experiment:
         for name, row in self.plan.rows.items():
             if self.of(name, task):
                 yield name, row
-
-    @property
-    def devices(self) -> str:
-        """What the runs were measured on."""
-        every: Sequence[Record] = [record for some in self.records.values() for record in some]
-        return ", ".join(sorted({record.device for record in every}))
 
 
 def read_experiment(name: str, results: Path) -> Experiment:

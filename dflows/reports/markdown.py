@@ -42,13 +42,12 @@ def mean_and_spread(values: Sequence[float], form: str = ".3f") -> str:
     return f"{mean} ± {format(statistics.stdev(values), form)} ({len(values)})"
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int = 1) -> str:
-    """Renders a table in Markdown.
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Renders a table in Markdown, of text in its first column and numbers in the others.
 
     Args:
         head: Names of the columns.
         rows: Cells.
-        text_columns: First columns that are aligned as text; the others are numbers.
 
     Example:
         >>> print(table(["row", "nats"], [["base", "7.6"]]))
@@ -56,7 +55,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], text_columns: int 
         | --- | ---: |
         | base | 7.6 |
     """
-    rule = ["---"] * text_columns + ["---:"] * (len(head) - text_columns)
+    rule = ["---"] + ["---:"] * (len(head) - 1)
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows))
 
 
