@@ -15,6 +15,7 @@ A context is either set in front of the dimensions, as tokens that all of them s
 its vector at position d is added to what is known of dimension d beforehand.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -54,14 +55,21 @@ def _width(backbone: nn.Module, width: int | None) -> int:
 class _Dimensions(NamedTuple):
     """What an ordering makes of so many dimensions.
 
-    `levels` (d,) and the `members` of every level; a backbone knows no empty level 0, and is handed
-    the levels `shifted` by the `lowest`.
+    `levels` (d,) and the `members` of every level, `placed` the same as numbers. A backbone knows
+    no empty level 0, and is handed the levels `shifted` by the `lowest`, behind the -1 of context
+    tokens. All is worked out before it goes to a device, which nothing then waits for.
     """
 
     levels: Tensor
     members: list[Tensor]
+    placed: list[list[int]]
     lowest: int
     shifted: Tensor
+
+    def unknown(self, level: int, known: int) -> tuple[Tensor, int]:
+        """Returns the dimensions of a level from number `known` on, and how many come before."""
+        before = bisect_left(self.placed[level], known)
+        return self.members[level][before:], before
 
 
 class Conditioner(nn.Module):
@@ -122,7 +130,7 @@ class Conditioner(nn.Module):
         self.first_level = 0 if conditions_first else 1
         self.backbone = backbone
         self.align_context = align_context
-        self._dimensions: dict[tuple[int, torch.device], _Dimensions] = {}
+        self._dimensions: dict[tuple[int, torch.device, int], _Dimensions] = {}
 
         levels = ordering.levels(length)
         num_levels = int(levels.max()) + 1
@@ -180,19 +188,30 @@ class Conditioner(nn.Module):
         dimensions = self._dimensions_of(length, device)
         return dimensions.levels, dimensions.members
 
-    def _dimensions_of(self, length: int, device: torch.device) -> "_Dimensions":
-        key = (length, device)
+    def _dimensions_of(self, length: int, device: torch.device, tokens: int = 0) -> _Dimensions:
+        key = (length, device, tokens)
         if key not in self._dimensions:
             with torch.inference_mode(False):
-                levels = self.ordering.levels(length).to(device)
+                levels = self.ordering.levels(length)
                 members = [
                     (levels == level).nonzero().squeeze(-1)
                     for level in range(int(levels.max()) + 1)
                 ]
                 lowest = int(levels.min())
-                shifted = levels - lowest if lowest else levels
-            self._dimensions[key] = _Dimensions(levels, members, lowest, shifted)
+                shifted = torch.cat([levels.new_full((tokens,), -1), levels - lowest])
+                self._dimensions[key] = _Dimensions(
+                    levels.to(device),
+                    [numbers.to(device) for numbers in members],
+                    [numbers.tolist() for numbers in members],
+                    lowest,
+                    shifted.to(device),
+                )
         return self._dimensions[key]
+
+    def keeps_beginning(self, number: int, length: int) -> bool:
+        """Says whether the first of so many dimensions depend on none of those behind them."""
+        levels = self.ordering.levels(length)
+        return number >= length or bool(levels[:number].max() <= levels[number:].min())
 
     def _content(self, y: Tensor) -> Tensor:
         if not self.embeds:
@@ -239,14 +258,22 @@ class Conditioner(nn.Module):
             )
         return query + vectors[:, : len(levels)], None
 
-    def _behind(self, tokens: Tensor, query: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
-        """Puts zeros and levels of -1, those of context tokens (N, S, width), in front."""
-        count = tokens.shape[1]
-        query = torch.cat([query.new_zeros(count, self.width), query])
-        return query, torch.cat([levels.new_full((count,), -1), levels])
+    def _causal_inputs(
+        self, length: int, device: torch.device, context: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Returns query and levels of all that a level-causal backbone sees, and the tokens."""
+        query, tokens = self._known(self._dimensions_of(length, device).levels, context)
+        count = 0 if tokens is None else tokens.shape[1]
+        if count:
+            query = torch.cat([query.new_zeros(count, self.width), query])
+        return query, self._dimensions_of(length, device, count).shifted, tokens
 
     def features(
-        self, y: Tensor, level: Tensor | None = None, context: Tensor | None = None
+        self,
+        y: Tensor,
+        level: Tensor | None = None,
+        context: Tensor | None = None,
+        only: Tensor | None = None,
     ) -> Tensor:
         """Evaluates the backbone once.
 
@@ -255,9 +282,10 @@ class Conditioner(nn.Module):
             level: The level (N,) or (1,) that an example is evaluated for, with the values of this
                 and of higher levels hidden; nothing where the backbone is to keep to the ordering.
             context: Vectors (N, C) or sequences (N, S, C); (N, D, C) where it is aligned.
+            only: The n dimensions that are asked for; all d where they are not given.
 
         Returns:
-            Features (N, d, width).
+            Features (N, d, width) or (N, n, width).
 
         Raises:
             UserError: If the backbone returns another shape, or a context is missing or too many.
@@ -269,32 +297,37 @@ class Conditioner(nn.Module):
             if visible is not None:
                 y = y * visible.unsqueeze(-1) if is_one_hot(y) else y * visible
             features: Tensor = self.backbone(y, None, levels)
-            return features
+            return features if only is None else features[:, only]
         content = self._content(y)
-        query, tokens = self._known(levels, context)
-        count = 0 if tokens is None else tokens.shape[1]
+        inputs: tuple[Tensor, ...]
         if self.level_causal:
-            levels = self._dimensions_of(y.shape[1], y.device).shifted
+            query, levels, tokens = self._causal_inputs(y.shape[1], y.device, context)
             if visible is not None:
                 content = content * visible.unsqueeze(-1)
             if tokens is not None:
                 content = torch.cat([tokens.to(content.dtype), content], dim=1)
-                query, levels = self._behind(tokens, query, levels)
-            features = self.backbone(content, query, levels)
+            inputs = content, query, levels
         else:
+            query, tokens = self._known(levels, context)
             if level is None or visible is None:
                 raise RuntimeError("a backbone that is not level-causal runs masked")
             content = torch.where(visible.unsqueeze(-1), content, self.hidden.to(content.dtype))
             content = content + (query + self.current[level].unsqueeze(1))
             if tokens is not None:
                 content = torch.cat([tokens.to(content.dtype), content], dim=1)
-            features = self.backbone(content)
+            inputs = (content,)
+        count = content.shape[1] - y.shape[1]
+        backbone = self.backbone
+        if only is not None and isinstance(backbone, Backbone):
+            return backbone.features_at(only + count if count else only, *inputs)
+        features = backbone(*inputs)
         if features.shape != content.shape:
             raise UserError(
                 f"{type(self.backbone).__name__} returned features {tuple(features.shape)} for "
                 f"features {tuple(content.shape)}: a backbone must keep (batch, length, width)"
             )
-        return features[:, count:]
+        features = features[:, count:]
+        return features if only is None else features[:, only]
 
     def _logits(self, features: Tensor) -> Tensor:
         # In full precision under autocast: logits in bfloat16 tie, and likelihoods suffer.
@@ -334,8 +367,12 @@ class Conditioner(nn.Module):
         Only the values of lower levels matter, those of others may be anything.
         """
         _, members = self.levels(y.shape[1], y.device)
+        return self._logits(self._at(y, level, context, members[level]))
+
+    def _at(self, y: Tensor, level: int, context: Tensor | None, only: Tensor) -> Tensor:
+        """Computes the features (N, n, width) of dimensions of one level, in one evaluation."""
         hide = None if self.one_pass else self._level(level, y.device)
-        return self._logits(self.features(y, hide, context)[:, members[level]])
+        return self.features(y, hide, context, only)
 
     def drawn_logits(
         self, y: Tensor, level: Tensor, context: Tensor | None = None
@@ -356,27 +393,37 @@ class Conditioner(nn.Module):
         hide = None if self.one_pass else level
         return drawn, self._logits(self.features(y, hide, context)[drawn])
 
-    def by_levels(self, y: Tensor, decide: Decide, context: Tensor | None = None) -> Tensor:
+    def by_levels(
+        self, y: Tensor, decide: Decide, context: Tensor | None = None, known: int = 0
+    ) -> Tensor:
         """Decides the values level by level, in one evaluation each.
 
         Args:
             y: Indices (N, d) or one-hot vectors (N, d, K), right where no network is needed.
             decide: What the values of a level are, given its dimensions and logits.
             context: As in :meth:`features`.
+            known: The first so many dimensions are right, too, and are not decided; they must
+                depend on none behind them (:meth:`keeps_beginning`).
 
         Returns:
             The values, in the representation of `y`.
         """
-        _, members = self.levels(y.shape[1], y.device)
+        dimensions = self._dimensions_of(y.shape[1], y.device)
         evaluate = self._evaluator(y, context)
-        for level in range(self.first_level, len(members)):
-            y = y.index_copy(1, members[level], decide(members[level], evaluate(y, level)))
+        for level in range(self.first_level, len(dimensions.members)):
+            unknown, before = dimensions.unknown(level, known)
+            features = evaluate(y, level, unknown, before)
+            if features is not None:
+                y = y.index_copy(1, unknown, decide(unknown, self._logits(features)))
         return y
 
-    def _evaluator(self, y: Tensor, context: Tensor | None) -> Callable[[Tensor, int], Tensor]:
-        """Returns what computes the logits of one level after the other.
+    def _evaluator(
+        self, y: Tensor, context: Tensor | None
+    ) -> Callable[[Tensor, int, Tensor, int], Tensor | None]:
+        """Returns what computes features of one level after the other, where any are asked for.
 
-        It goes by cached steps where the backbone offers them and no gradient is asked for.
+        It is told the level, the dimensions of it that are asked for, and how many come before
+        them. It goes by cached steps where the backbone offers them and no gradient is asked for.
         """
         backbone = self.backbone
         if (
@@ -385,25 +432,25 @@ class Conditioner(nn.Module):
             or is_one_hot(y)
             or torch.is_grad_enabled()
         ):
-            return lambda y, level: self.level_logits(y, level, context)
+            return lambda y, level, only, _: (
+                self._at(y, level, context, only) if len(only) else None
+            )
         dimensions = self._dimensions_of(y.shape[1], y.device)
-        query, tokens = self._known(dimensions.levels, context)
-        levels = dimensions.shifted
-        if tokens is not None:
-            query, levels = self._behind(tokens, query, levels)
+        query, levels, tokens = self._causal_inputs(y.shape[1], y.device, context)
         cache = backbone.begin(query, levels, y.shape[0])
         first = backbone.advance(cache, 0, tokens)
 
-        def evaluate(y: Tensor, level: int) -> Tensor:
-            if level == dimensions.lowest:
-                return self._logits(first)
-            content = self._content(y[:, dimensions.members[level - 1]])
-            return self._logits(backbone.advance(cache, level - dimensions.lowest, content))
+        def evaluate(y: Tensor, level: int, only: Tensor, before: int) -> Tensor | None:
+            features = first
+            if level > dimensions.lowest:
+                content = self._content(y[:, dimensions.members[level - 1]])
+                features = backbone.advance(cache, level - dimensions.lowest, content)
+            return features[:, before:] if len(only) else None
 
         return evaluate
 
     def fixed_point(
-        self, y: Tensor, decide: Decide, context: Tensor | None = None
+        self, y: Tensor, decide: Decide, context: Tensor | None = None, known: int = 0
     ) -> tuple[Tensor, int]:
         """Decides the values of all dimensions at once, again and again until nothing changes.
 
@@ -414,6 +461,7 @@ class Conditioner(nn.Module):
             y: Indices (N, d), right where no network is needed, anything elsewhere.
             decide: As in :meth:`by_levels`.
             context: As in :meth:`features`.
+            known: As in :meth:`by_levels`.
 
         Returns:
             The values (N, d) and the number of iterations.
@@ -422,6 +470,9 @@ class Conditioner(nn.Module):
         if len(members) <= self.first_level:
             return y, 0
         dimensions = torch.cat(members[self.first_level :]).sort().values
+        dimensions = dimensions[dimensions >= known]
+        if not len(dimensions):
+            return y, 0
         iterations = 0
         for _ in range(len(members) + 1):
             iterations += 1

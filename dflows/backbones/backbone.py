@@ -1,13 +1,18 @@
 """What every backbone promises: the network that turns conditioning dimensions into features."""
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, Generic, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from dflows.errors import UserError
 
 __all__ = ["Backbone", "SteppedBackbone"]
+
+T = TypeVar("T")
+MOST_REMEMBERED = 32
 
 
 class Backbone(nn.Module, ABC):
@@ -73,6 +78,29 @@ class Backbone(nn.Module, ABC):
                 fit.
         """
 
+    def features_at(
+        self,
+        dimensions: Tensor,
+        content: Tensor,
+        query: Tensor | None = None,
+        levels: Tensor | None = None,
+    ) -> Tensor:
+        """Computes the features of some dimensions, which generation asks for level by level.
+
+        A backbone that can leave out work for the others does.
+
+        Args:
+            dimensions: Indices (n,) of the dimensions, those of a context included.
+            content: As in :meth:`forward`, as are the rest.
+            query: Query.
+            levels: Levels.
+
+        Returns:
+            Features (B, n, width), those of :meth:`forward` at these dimensions.
+        """
+        features: Tensor = self(content, query, levels)
+        return features[:, dimensions]
+
 
 class SteppedBackbone(Backbone):
     """Creates a level-causal backbone that can also compute one level after the other.
@@ -129,6 +157,35 @@ class SteppedBackbone(Backbone):
         Raises:
             UserError: If a level is left out or done twice, or the content does not fit.
         """
+
+
+class Remembered(Generic[T]):
+    """Creates a memory of what was worked out from levels, told apart by their tensors' identity.
+
+    The levels of an ordering are the same tensor from call to call, and reading them would wait for
+    the device.
+
+    Arguments:
+        function: What is worked out. It may be made in inference mode and be used in training.
+    """
+
+    def __init__(self, function: Callable[[Tensor], T]) -> None:
+        self.function = function
+        self._entries: list[tuple[Tensor, int, T]] = []
+
+    def __call__(self, levels: Tensor) -> T:
+        for known, version, value in self._entries:
+            if known is levels and known._version == version:
+                return value
+        with torch.inference_mode(False):
+            # A tensor made in inference mode could not be saved for the gradient.
+            value = self.function(levels.clone() if levels.is_inference() else levels)
+        if not levels.is_inference():
+            self._entries = [
+                *self._entries[1 - MOST_REMEMBERED :],
+                (levels, levels._version, value),
+            ]
+        return value
 
 
 def check_positive(**sizes: int) -> None:

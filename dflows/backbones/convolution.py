@@ -82,10 +82,22 @@ class DilatedConvolution(Backbone):
     def forward(
         self, content: Tensor, query: Tensor | None = None, levels: Tensor | None = None
     ) -> Tensor:
+        return self._compute(content, None)
+
+    def features_at(
+        self,
+        dimensions: Tensor,
+        content: Tensor,
+        query: Tensor | None = None,
+        levels: Tensor | None = None,
+    ) -> Tensor:
+        return self._compute(content, dimensions)
+
+    def _compute(self, content: Tensor, only: Tensor | None) -> Tensor:
         check_features(self, content)
         features = content
-        for layer in self.layers:
-            features = layer(features)
+        for n, layer in enumerate(self.layers, start=1):
+            features = layer(features, only if n == len(self.layers) else None)
         normed: Tensor = self.norm(features)
         return normed
 
@@ -109,10 +121,14 @@ class GatedLayer(nn.Module):
     def extra_repr(self) -> str:
         return f"offsets={self.offsets}"
 
-    def forward(self, features: Tensor) -> Tensor:
-        """Adds the update to features (B, D, width)."""
+    def forward(self, features: Tensor, only: Tensor | None = None) -> Tensor:
+        """Adds the update to features (B, D, width); to the dimensions `only`, if given."""
         length, left = features.shape[1], -min(self.offsets)
         padded = F.pad(self.norm(features), (0, 0, left, max(self.offsets)))
-        taps = [padded[:, left + offset : left + offset + length] for offset in self.offsets]
+        if only is None:
+            taps = [padded[:, left + offset : left + offset + length] for offset in self.offsets]
+        else:
+            taps = [padded[:, only + (left + offset)] for offset in self.offsets]
+            features = features[:, only]
         update: Tensor = self.dropout(F.glu(self.linear(torch.cat(taps, dim=-1)), dim=-1))
         return features + update

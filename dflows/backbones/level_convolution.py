@@ -1,19 +1,28 @@
 """Level-causal gated convolutions."""
 
 from collections.abc import Sequence
-from typing import cast
+from dataclasses import dataclass, field
+from functools import partial
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dflows.backbones.backbone import Backbone, check_causal, check_dropout, check_positive
+from dflows.backbones.backbone import (
+    Remembered,
+    SteppedBackbone,
+    check_causal,
+    check_dropout,
+    check_next_level,
+    check_positive,
+)
 from dflows.errors import UserError
 
 __all__ = ["LevelConvolution"]
 
 
-class LevelConvolution(Backbone):
+class LevelConvolution(SteppedBackbone):
     """Creates gated layers over neighbours that keep to an ordering: level-causal convolutions.
 
     The stream of a dimension starts from its query and never holds its content. A layer sees, at
@@ -75,26 +84,16 @@ class LevelConvolution(Backbone):
             nn.init.normal_(layer.out.weight, std=0.02 / layers**0.5)
             nn.init.zeros_(layer.out.bias)
         self.norm = nn.LayerNorm(width)
-        self._levels: Tensor | None = None
-        self._sources: tuple[Tensor, Tensor] | None = None
+        self._layout = Remembered(partial(layout, near=self.near, offsets=self.offsets))
 
     def extra_repr(self) -> str:
         return f"width={self.width}, offsets={self.offsets}, window={len(self.near) // 2}"
-
-    def _sources_of(self, levels: Tensor) -> tuple[Tensor, Tensor]:
-        if levels is not self._levels or self._sources is None:
-            # A validation in inference mode may come first, and training uses the same tables.
-            with torch.inference_mode(False):
-                known = levels.clone()
-                self._sources = _sources(known, self.near), _sources(known, [0, *self.offsets])
-            self._levels = levels
-        return self._sources
 
     def forward(
         self, content: Tensor, query: Tensor | None = None, levels: Tensor | None = None
     ) -> Tensor:
         query, levels = check_causal(self, content, query, levels)
-        near, sources = self._sources_of(levels)
+        near, sources, _ = self._layout(levels)
         stream = query.to(content.dtype).expand(content.shape)
         if self.near:
             narrow = self.narrow(content)
@@ -104,6 +103,95 @@ class LevelConvolution(Backbone):
             stream = layer(stream, content, sources)
         features: Tensor = self.norm(stream)
         return features
+
+    @torch.no_grad()
+    def begin(self, query: Tensor, levels: Tensor, batch_size: int) -> "Cache":
+        check_causal(self, query.expand(batch_size, -1, -1), query, levels)
+        length = len(levels)
+        cache = Cache(
+            query=query.expand(batch_size, -1, -1),
+            stages=self._layout(levels).stages,
+            rows=[query.new_zeros(batch_size, 2 * length + 1, self.width) for _ in self.layers],
+        )
+        if self.near:
+            cache.narrow = query.new_zeros(batch_size, length + 1, self.narrow.out_features)
+        self._stage(cache, None)
+        return cache
+
+    @torch.no_grad()
+    def advance(self, cache: "Cache", level: int, content: Tensor | None) -> Tensor:
+        members = cache.stages[cache.stage - 1].members
+        shape = [cache.query.shape[0], len(members), self.width]
+        check_next_level(level, cache.stage - 1, content, shape)
+        if cache.stage >= len(cache.stages):
+            raise UserError(f"level {level} was asked for, and there are {level} levels")
+        features: Tensor = self.norm(self._stage(cache, content))
+        return features
+
+    def _stage(self, cache: "Cache", content: Tensor | None) -> Tensor:
+        """Tells of the content of the last stage, and runs the dimensions of the next."""
+        if content is not None:
+            told = cache.stages[cache.stage - 1].members
+            if cache.narrow is not None:
+                narrow = self.narrow(content).to(cache.narrow.dtype)
+                cache.narrow.index_copy_(1, told, narrow)
+            for layer, rows, stream in zip(self.layers, cache.rows, cache.inputs, strict=True):
+                layer.tell(rows, told, stream, content)
+        stage = cache.stages[cache.stage]
+        cache.stage += 1
+        stream, cache.inputs = cache.query[:, stage.members], []
+        if cache.narrow is not None:
+            stream = stream + self.widen(_look_up(cache.narrow, stage.near))
+        for layer, rows in zip(self.layers, cache.rows, strict=True):
+            cache.inputs.append(stream)
+            stream = layer.step(stream, rows, stage.known, stage.sources)
+        return stream
+
+
+class Stage(NamedTuple):
+    """What the dimensions of one level need.
+
+    `members` (m,) are their numbers, and `known` where what is known of them without content
+    stands; `near` and `sources` (m, n) are where their neighbours show what may be seen.
+    """
+
+    members: Tensor
+    known: Tensor
+    near: Tensor
+    sources: Tensor
+
+
+class Layout(NamedTuple):
+    """What the levels make of a window: the tables of all dimensions, and of every stage.
+
+    The first stage is the context's, the others are the levels'.
+    """
+
+    near: Tensor
+    sources: Tensor
+    stages: list[Stage]
+
+
+@dataclass
+class Cache:
+    """What a LevelConvolution remembers of the levels that it has computed.
+
+    Attributes:
+        query: Query (B, D, width).
+        stages: The stages.
+        rows: What every layer shows of the dimensions (B, 2D + 1, width), in the numbers of
+            :func:`_sources`.
+        narrow: The narrow features of the content (B, D + 1, narrow), or None without a window.
+        inputs: Input of every layer (B, m, width) for the stage that ran last.
+        stage: Which of the stages is next.
+    """
+
+    query: Tensor
+    stages: list[Stage]
+    rows: list[Tensor]
+    narrow: Tensor | None = None
+    inputs: list[Tensor] = field(default_factory=list)
+    stage: int = 0
 
 
 class LevelGatedLayer(nn.Module):
@@ -125,9 +213,41 @@ class LevelGatedLayer(nn.Module):
 
     def forward(self, stream: Tensor, content: Tensor, sources: Tensor) -> Tensor:
         """Adds the update to a stream (B, D, width), given the content (B, D, width)."""
-        seen = _gather(self.content_norm(stream + content), self.norm(stream), sources)
+        told = self.content_norm(stream + content)
+        return self._update(stream, _gather(told, self.norm(stream), sources))
+
+    def tell(self, rows: Tensor, members: Tensor, stream: Tensor, content: Tensor) -> None:
+        """Sets in the rows what is told of dimensions (m,) once their content is there."""
+        told = self.content_norm(stream + content)
+        rows.index_copy_(1, members, told.to(rows.dtype))
+
+    def step(self, stream: Tensor, rows: Tensor, known: Tensor, sources: Tensor) -> Tensor:
+        """Adds the update to the stream (B, m, width) of one level, seen in the rows."""
+        rows.index_copy_(1, known, self.norm(stream).to(rows.dtype))
+        return self._update(stream, _look_up(rows, sources))
+
+    def _update(self, stream: Tensor, seen: Tensor) -> Tensor:
         updated: Tensor = stream + self.out(self.dropout(F.glu(self.mix(seen), dim=-1)))
         return updated
+
+
+def layout(levels: Tensor, near: Sequence[int], offsets: Sequence[int]) -> Layout:
+    """Tabulates what the dimensions may see of their neighbours.
+
+    Args:
+        levels: Levels (D,), -1 for context.
+        near: Where the neighbours are whose content is read before the first layer.
+        offsets: Where those of a layer are, beside the dimension itself.
+    """
+    length = len(levels)
+    before, sources = _sources(levels, near), _sources(levels, [0, *offsets])
+    stages = []
+    for level in range(-1, int(levels.max()) + 1):
+        members = (levels == level).nonzero().squeeze(-1)
+        # Before the first layer nothing is known but content.
+        near_members = before[members].clamp(max=length)
+        stages.append(Stage(members, members + length, near_members, sources[members]))
+    return Layout(before, sources, stages)
 
 
 def _sources(levels: Tensor, offsets: Sequence[int]) -> Tensor:
@@ -156,7 +276,11 @@ def _sources(levels: Tensor, offsets: Sequence[int]) -> Tensor:
 
 def _gather(told: Tensor, known: Tensor, sources: Tensor) -> Tensor:
     """Sets what the n neighbours show side by side, (B, D, n·W), in one look-up."""
-    batch, length, width = told.shape
-    rows = torch.cat([told, known, told.new_zeros(batch, 1, width)], dim=1)
+    nothing = told.new_zeros(told.shape[0], 1, told.shape[2])
+    return _look_up(torch.cat([told, known, nothing], dim=1), sources)
+
+
+def _look_up(rows: Tensor, sources: Tensor) -> Tensor:
+    """Sets rows (B, R, W) side by side by their numbers (m, n), (B, m, n·W)."""
     seen = rows.index_select(1, sources.flatten())
-    return seen.reshape(batch, length, sources.shape[1] * width)
+    return seen.reshape(rows.shape[0], len(sources), sources.shape[1] * rows.shape[2])

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dflows.backbones.backbone import (
+    Remembered,
     SteppedBackbone,
     check_causal,
     check_dropout,
@@ -76,7 +77,7 @@ class LSTM(SteppedBackbone):
         self.linear = nn.Linear(hidden * (2 if bidirectional else 1), width)
         if self.level_causal:
             self.start = nn.Parameter(torch.randn(width))
-        self._followed: tuple[Tensor, int, Tensor | None] | None = None
+        self._order = Remembered(reading_order)
 
     def extra_repr(self) -> str:
         return f"width={self.width}"
@@ -89,7 +90,7 @@ class LSTM(SteppedBackbone):
             features: Tensor = self.linear(self._read(content))
             return features
         query, levels = check_causal(self, content, query, levels)
-        order = self._order(levels)
+        order, _ = self._order(levels)
         if order is not None:
             content, query = content[:, order], query[..., order, :]
         before = torch.cat([self.start.expand(len(content), 1, -1), content[:, :-1]], dim=1)
@@ -97,34 +98,35 @@ class LSTM(SteppedBackbone):
         # The order is its own inverse: it leaves the dimensions, or turns round a part of them.
         return features if order is None else features[:, order]
 
+    def features_at(
+        self,
+        dimensions: Tensor,
+        content: Tensor,
+        query: Tensor | None = None,
+        levels: Tensor | None = None,
+    ) -> Tensor:
+        if self.level_causal:
+            return super().features_at(dimensions, content, query, levels)
+        check_features(self, content)
+        features: Tensor = self.linear(self._read(content)[:, dimensions])
+        return features
+
     def _read(self, inputs: Tensor) -> Tensor:
         # Processors without bfloat16 instructions have no LSTM for autocast to call.
         with torch.autocast("cpu", enabled=False):
             outputs: Tensor = self.lstm(inputs.to(self.linear.weight.dtype))[0]
             return outputs
 
-    def _order(self, levels: Tensor) -> Tensor | None:
-        """Returns the order in which to read dimensions, or None where they are in order."""
-        if self._followed is not None:
-            known, version, order = self._followed
-            if known is levels and version == levels._version:
-                return order
-        # A validation in inference mode may come first, and training uses the same order.
-        with torch.inference_mode(False):
-            order = reading_order(levels)
-        self._followed = None if levels.is_inference() else (levels, levels._version, order)
-        return order
-
     @torch.no_grad()
     def begin(self, query: Tensor, levels: Tensor, batch_size: int) -> "State":
         if not self.level_causal:
             raise UserError("a bidirectional LSTM has no steps: set bidirectional=False")
         check_causal(self, query.expand(batch_size, -1, -1), query, levels)
-        order = self._order(levels)
+        order, context = self._order(levels)
         zeros = query.new_zeros(batch_size, self.lstm.hidden_size)
         return State(
             query=query if order is None else query[..., order, :],
-            context=int((levels < 0).sum()),
+            context=context,
             before=self.start.expand(batch_size, -1),
             hidden=[zeros] * self.lstm.num_layers,
             cells=[zeros] * self.lstm.num_layers,
@@ -151,14 +153,15 @@ class LSTM(SteppedBackbone):
         return features.unsqueeze(1)
 
 
-def reading_order(levels: Tensor) -> Tensor | None:
+def reading_order(levels: Tensor) -> tuple[Tensor | None, int]:
     """Finds the order in which to read dimensions whose levels rise or fall one by one.
 
     Args:
         levels: Levels (D,); entries of -1 in front are context and are read first.
 
     Returns:
-        Indices (D,), or None where the dimensions are in order already.
+        Indices (D,), or None where the dimensions are in order already; and the number of context
+        dimensions, which come first.
 
     Raises:
         UserError: If the levels are neither those of natural nor those of reversed.
@@ -168,10 +171,10 @@ def reading_order(levels: Tensor) -> Tensor | None:
     length = len(given) - context
     natural = list(range(length))
     if given == [-1] * context + natural:
-        return None
+        return None, context
     if given == [-1] * context + natural[::-1]:
         dimensions = torch.arange(len(given), device=levels.device)
-        return torch.cat([dimensions[:context], dimensions[context:].flip(0)])
+        return torch.cat([dimensions[:context], dimensions[context:].flip(0)]), context
     raise UserError(
         "an LSTM reads one dimension after the other and serves the orderings Natural and "
         f"Reversed, not the levels {given[:16]}{' …' if len(given) > 16 else ''}: choose one of "

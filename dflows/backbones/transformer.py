@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dflows.backbones.backbone import (
+    Remembered,
     SteppedBackbone,
     check_causal,
     check_dropout,
@@ -142,14 +143,23 @@ class Block(nn.Module):
         return h + self.dropout(self.contract(hidden))
 
     def forward(
-        self, h: Tensor, content: Tensor | None, mask: Tensor | None, turn: Tensor | None
+        self,
+        h: Tensor,
+        content: Tensor | None,
+        mask: Tensor | None,
+        turn: Tensor | None,
+        only: Tensor | None = None,
     ) -> Tensor:
-        """Updates a stream h (B, D, width) in one pass."""
+        """Updates a stream h (B, D, width) in one pass; of it the dimensions `only`, if given."""
         normed = self.norm(h)
         if content is None:
             keys, values = self.remember(normed, turn)
         else:
             keys, values = self.remember_content(h, content, turn)
+        if only is not None:
+            h, normed = h[:, only], normed[:, only]
+            mask = None if mask is None else mask[..., only, :]
+            turn = None if turn is None else turn[:, only]
         return self.attend(h, normed, keys, values, mask, turn)
 
 
@@ -254,6 +264,7 @@ class Transformer(SteppedBackbone):
                 nn.init.normal_(parameter, std=scale * (2 * layers) ** -0.5 if branch else scale)
             elif name.endswith("bias") and "locality" not in name:
                 nn.init.zeros_(parameter)
+        self._stages = Remembered(stages)
         if self.level_causal:
             self.start = nn.Parameter(torch.randn(width))
         if positions == "learned":
@@ -271,12 +282,26 @@ class Transformer(SteppedBackbone):
     ) -> Tensor:
         if self.level_causal:
             return self._causal(content, *check_causal(self, content, query, levels))
+        return self._full(content)
+
+    def features_at(
+        self,
+        dimensions: Tensor,
+        content: Tensor,
+        query: Tensor | None = None,
+        levels: Tensor | None = None,
+    ) -> Tensor:
+        if self.level_causal:
+            return super().features_at(dimensions, content, query, levels)
+        return self._full(content, dimensions)
+
+    def _full(self, content: Tensor, only: Tensor | None = None) -> Tensor:
         check_features(self, content)
         h = self._placed(content)
         turn = self._turn(torch.arange(content.shape[1], device=content.device), content.dtype)
-        for block in self.blocks:
+        for n, block in enumerate(self.blocks, start=1):
             mask = None if block.locality is None else block.locality(content.shape[1])
-            h = block(h, None, mask, turn)
+            h = block(h, None, mask, turn, only if n == len(self.blocks) else None)
         normed: Tensor = self.norm(h)
         return normed
 
@@ -320,9 +345,7 @@ class Transformer(SteppedBackbone):
         if not self.level_causal:
             raise UserError("a Transformer of full attention has no steps: set attention='causal'")
         check_causal(self, query.expand(batch_size, -1, -1), query, levels)
-        levels = F.pad(levels, (1, 0), value=-2)
-        order = levels.argsort(stable=True)
-        counts = (levels[1:] + 1).bincount().tolist()
+        levels, order, counts = self._stages(levels)
         everything = torch.ones(len(order), len(order), dtype=torch.bool, device=levels.device)
         masks: list[Tensor | None] = []
         for block in self.blocks:
@@ -371,6 +394,21 @@ class Transformer(SteppedBackbone):
         cache.known = end
         cache.stage += 1
         return h
+
+
+def stages(levels: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+    """Sorts the rows of start and dimensions into stages.
+
+    Args:
+        levels: Levels (D,), -1 for context.
+
+    Returns:
+        Levels (1 + D,) with -2 for the start; its rows by level (1 + D,); and how many rows the
+        context has, and every level.
+    """
+    counts = (levels + 1).bincount().tolist()
+    levels = F.pad(levels, (1, 0), value=-2)
+    return levels, levels.argsort(stable=True), counts
 
 
 @dataclass

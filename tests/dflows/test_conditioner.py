@@ -87,7 +87,7 @@ class TestExecutions:
         with torch.no_grad():
             blank = torch.zeros_like(y)
             assert torch.equal(conditioner.by_levels(blank, decide), y)
-        if name in ("transformer", "lstm"):
+        if name in ("transformer", "convolution", "lstm"):
             assert evaluated == 0  # the cached steps, not the whole network
         logits = conditioner(y)
         for dimensions, step in stepped:
@@ -153,6 +153,39 @@ class TestExecutions:
         again, iterations = conditioner.fixed_point(found, decide)
         assert torch.equal(again, found)
         assert iterations == 1
+
+    @pytest.mark.parametrize("name", [*CAUSAL, "masked"])
+    @pytest.mark.parametrize("ordering", [Natural(), Blocks(size=2), Blocks(LENGTH)], ids=str)
+    @pytest.mark.parametrize("execution", ["auto", "masked"])
+    def test_a_known_beginning_is_kept_and_conditioned_on(self, name, ordering, execution):
+        if name == "lstm" and not isinstance(ordering, Natural):
+            pytest.skip("refused by the LSTM")
+        backbone = DilatedConvolution(WIDTH, layers=2) if name == "masked" else name
+        conditioner = make(backbone, ordering, execution, conditions_first=True)
+        noise = torch.rand(6, LENGTH, CLASSES)
+
+        def decide(dimensions, logits):
+            return (logits[..., :CLASSES] + noise[:, dimensions]).argmax(-1)
+
+        with torch.no_grad():
+            whole = conditioner.by_levels(torch.zeros_like(values()), decide)
+            for known in range(LENGTH + 1):
+                assert conditioner.keeps_beginning(known or LENGTH, LENGTH)
+                rest = torch.cat([whole[:, :known], values()[:, known:]], dim=1)
+                assert torch.equal(conditioner.by_levels(rest, decide, known=known), whole)
+                found, iterations = conditioner.fixed_point(rest, decide, known=known)
+                assert torch.equal(found, whole)
+                assert (iterations == 0) == (known == LENGTH)
+
+    def test_which_beginnings_depend_on_nothing_behind_them(self):
+        kept = {
+            key: [number for number in range(1, 5) if make("table", o).keeps_beginning(number, 5)]
+            for key, o in ORDERINGS.items()
+        }
+        assert kept["natural"] == kept["blocks"] == kept["halves"] == [1, 2, 3, 4]
+        assert kept["reversed"] == kept["permutation"] == kept["right-half-first"] == []
+        assert kept["odd-first"] == [4]
+        assert kept["parity"] == kept["strided"] == kept["coarse-to-fine"] == [1]
 
 
 class TestValues:

@@ -96,6 +96,16 @@ def test_attributes_and_shape(name):
         assert features.isfinite().all()
 
 
+@every
+def test_features_of_some_dimensions_are_those_of_all(name):
+    backbone = make(name).double().eval()
+    inputs = arguments(backbone, levels_for(name, LENGTH), torch.float64)
+    features = backbone(*inputs)
+    for dimensions in ([0], [1, 2, 5], [8, 0], range(LENGTH)):
+        some = torch.tensor([*dimensions])
+        torch.testing.assert_close(backbone.features_at(some, *inputs), features[:, some])
+
+
 @causal
 @given(data=st.data())
 def test_output_depends_on_content_of_lower_levels_only(name, data):
