@@ -1,8 +1,9 @@
-"""Lightning modules: the base one that users subclass, flows, and language models."""
+"""Lightning modules: the base one that users subclass, flows, and their opponents."""
 
 from lightning_modules.base import BaseModule, Batch, Optimization
 from lightning_modules.flow import DiscreteFlowModule, FlowModule
 from lightning_modules.language_model import LanguageModel
+from lightning_modules.latent_flow import LatentFlowModule
 from lightning_modules.ngram import NGramModule
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "DiscreteFlowModule",
     "FlowModule",
     "LanguageModel",
+    "LatentFlowModule",
     "NGramModule",
     "Optimization",
 ]

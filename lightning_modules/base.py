@@ -5,7 +5,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, ClassVar, Literal, TypeAlias
 
 import pytorch_lightning as pl
 import torch
@@ -119,7 +119,7 @@ DEFAULT_OPTIMIZATION = Optimization()
 
 
 class BaseModule(pl.LightningModule, ABC):
-    """Creates a module that is trained on an objective and judged by exact likelihoods.
+    """Creates a module that is trained on an objective and judged by likelihoods.
 
     A subclass says what the objective, the likelihood and a sample are; steps, metrics, optimizer,
     schedule and resume are here. It logs `train_bpc` (smoothed), `valid_bpc`, `valid_nats`,
@@ -131,7 +131,13 @@ class BaseModule(pl.LightningModule, ABC):
 
     Arguments:
         optimization: Settings of the optimizer.
+
+    Attributes:
+        likelihood: Whether the likelihoods are ``exact``, or a ``bound`` that they do not reach.
+            Tables and records say which.
     """
+
+    likelihood: ClassVar[Literal["exact", "bound"]] = "exact"
 
     def __init__(self, optimization: Optimization = DEFAULT_OPTIMIZATION) -> None:
         super().__init__()
@@ -153,7 +159,7 @@ class BaseModule(pl.LightningModule, ABC):
 
     @abstractmethod
     def log_prob(self, batch: Batch) -> Tensor:
-        """Computes the log-likelihood (B,), in nats."""
+        """Computes the log-likelihood (B,), in nats, or the bound on it."""
 
     @abstractmethod
     def sample(
@@ -167,6 +173,11 @@ class BaseModule(pl.LightningModule, ABC):
         context: Tensor | None = None,
     ) -> Tensor:
         """Draws indices (num_samples, length), each given a context of its own or all none."""
+
+    @property
+    def passes(self) -> int | None:
+        """Sequential network evaluations that drawing a batch takes, where they are known."""
+        return None
 
     def base_parameters(self) -> Iterable[nn.Parameter]:
         """Returns the parameters that have `base_learning_rate` and are held at first."""

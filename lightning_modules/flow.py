@@ -124,6 +124,10 @@ class DiscreteFlowModule(BaseModule):
         )
 
     @property
+    def passes(self) -> int:
+        return self.flow.passes
+
+    @property
     def conditional(self) -> bool:
         """Whether some part of the flow takes a context."""
         return any(

@@ -18,7 +18,7 @@ PACKAGES = ("dflows", "datamodules", "lightning_modules")
 # commands.
 SHARED = ("dflows.cli", "dflows.experiments", "dflows.reports")
 ALLOWED = {"dflows", "torch"} | set(sys.stdlib_module_names)
-ALLOWED_IN = {"dflows.metrics": {"torchmetrics"}}
+ALLOWED_IN = {"dflows.metrics": {"torchmetrics"}, "dflows.latent.prior": {"zuko"}}
 
 
 def run(*arguments, **environment):

@@ -87,5 +87,6 @@ def make_record(
         seconds=seconds,
         parameters=sum(parameter.numel() for parameter in parameters),
         metrics=figures.metrics,
+        likelihood=figures.likelihood,
         budget=budget,
     )

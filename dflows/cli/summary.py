@@ -18,7 +18,7 @@ from dflows.checks import check_above_entropy
 from dflows.cli.callbacks import Stopwatch
 from dflows.exact import states
 from dflows.metrics import GenerationLatency, entropy_in_bits
-from lightning_modules import BaseModule, DiscreteFlowModule
+from lightning_modules import BaseModule, DiscreteFlowModule, LatentFlowModule
 from lightning_modules.base import Batch
 
 __all__ = [
@@ -118,11 +118,13 @@ class Figures:
         rows: Rows of the table: what, value, remark.
         exact_states: The likelihood of a known distribution is summed over all states, where there
             are not more than these.
+        likelihood: ``exact``, or ``bound`` where those of the model are bounds.
     """
 
     metrics: dict[str, Any] = field(default_factory=dict)
     rows: list[tuple[str, str, str]] = field(default_factory=list)
     exact_states: int = EXACT_STATES
+    likelihood: str = "exact"
 
     def add_likelihood(
         self, module: BaseModule, data: StreamDataModule, split: str, bpc: float
@@ -144,7 +146,8 @@ class Figures:
             f"{split}_nats": nats,
             "unigram_bpc" if split == "test" else f"{split}_unigram_bpc": unigram,
         }
-        remark = f"{characters:,} characters, exact; unigram entropy {unigram:.3f}"
+        self.likelihood = module.likelihood
+        remark = f"{characters:,} characters, {module.likelihood}; unigram entropy {unigram:.3f}"
         self.rows.append((f"{split}, bits per character", f"{bpc:.4f}", remark))
         if isinstance(data, TextDataModule) and split == "test" and characters > 1:
             self.metrics["bigram_bpc"] = bigram_bpc(data, split)
@@ -153,6 +156,12 @@ class Figures:
             self.metrics["test_bpc_carried"] = float(carried)
             remark = "every window after those before it"
             self.rows.append(("test, context carried", f"{float(carried):.4f}", remark))
+        if split == "test" and isinstance(module, LatentFlowModule):
+            importance = float(module.trainer.callback_metrics["test_bpc_importance"])
+            draws = module.importance_draws
+            self.metrics |= {"test_bpc_importance": importance, "importance_draws": draws}
+            remark = f"bound of {draws} draws a window"
+            self.rows.append(("test, importance-weighted", f"{importance:.4f}", remark))
         accuracy = module.trainer.callback_metrics.get("test_accuracy")
         if split == "test" and accuracy is not None:
             self.metrics["accuracy"] = float(accuracy)
@@ -177,7 +186,7 @@ class Figures:
             return
         self.metrics["factorized_entropy"] = data.factorized_entropy
         count = data.num_classes**data.length
-        if count > self.exact_states:
+        if count > self.exact_states or module.likelihood != "exact":
             return
         nats = exact_nats(module, data)
         self.metrics |= {
@@ -196,6 +205,9 @@ class Figures:
     def add_flows(self, module: BaseModule) -> None:
         """Adds what the flows are, and what each leaves on the test split."""
         if not isinstance(module, DiscreteFlowModule):
+            if module.passes is not None:
+                self.metrics["passes"] = module.passes
+                self.rows.append(("passes to generate", str(module.passes), "a whole window"))
             return
         flow = module.flow
         self.metrics |= {"passes": flow.passes, "untransformed": flow.untransformed}

@@ -49,6 +49,7 @@ def test_a_likelihood_below_the_entropy_is_refused():
 class Scored:
     """A stand-in for a module that has scored a split of so many examples."""
 
+    likelihood = "exact"
     trainer = SimpleNamespace(callback_metrics={})
 
     def __init__(self, data, examples, standard_error):

@@ -1,0 +1,215 @@
+"""The opponents with a continuous latent sequence: AF/SCF and IAF/SCF, judged by bounds."""
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from pytorch_lightning.utilities import rank_zero_info
+from torch import Generator, Tensor, nn
+
+from dflows.checks import CertificateError
+from dflows.errors import UserError
+from dflows.latent import FlowPrior, LatentFlow
+from dflows.metrics import BitsPerCharacter
+from lightning_modules.base import DEFAULT_OPTIMIZATION, BaseModule, Batch, Optimization, compute
+
+__all__ = ["LatentFlowModule"]
+
+CHECKED = 16
+TOLERANCE = 1e-2
+
+
+class LatentFlowModule(BaseModule):
+    r"""Creates a latent-variable model of windows and trains it by the evidence lower bound.
+
+    Its likelihoods are bounds, not exact: `valid_bpc`, `test_bpc` and the nats are those of the
+    evidence lower bound, and `test_bpc_importance` is the importance-weighted bound of
+    `importance_draws` draws, which testing logs beside it. Evaluation draws the same numbers every
+    time, so that a checkpoint gives the same figures.
+
+    In training the divergence of posterior and prior has a weight, `kl_weight`, which is 0 at first
+    and then rises to 1, so that the latent sequence is put to use before it is paid for;
+    `train_bpc` is that of the weighted bound, lower than any likelihood while the weight is below
+    1. Before a fit the prior is checked: what its two directions make of each other.
+
+    Arguments:
+        num_classes: K; taken from the data where a command builds the module.
+        length: D; likewise.
+        prior: The density of the latent sequence: called without arguments.
+        inference: The network behind the posterior: called without arguments.
+        emission: The network behind the characters given the latent sequence: likewise.
+        width: Features of one position, where a network does not tell its own.
+        num_draws: Latent sequences drawn for a window in training and validation.
+        importance_draws: Those of the bounds on the test split, drawn at once: memory grows with
+            them and with `eval_batch_size`.
+        kl_zero_steps: First steps in which the divergence has weight 0.
+        kl_rise_steps: Steps after those in which the weight rises to 1.
+        optimization: Settings of the optimizer.
+
+    Raises:
+        UserError: If a number is out of range, or a network does not fit.
+
+    References:
+        Latent Normalizing Flows for Discrete Sequences (Ziegler & Rush, 2019), arXiv:1901.10548
+
+    Example:
+        >>> from functools import partial
+        >>> from dflows.backbones import LSTM
+        >>> from dflows.latent import InverseAutoregressivePrior
+        >>> prior = partial(InverseAutoregressivePrior, features=4, hidden=8)
+        >>> network = partial(LSTM, width=8, bidirectional=True)
+        >>> LatentFlowModule(27, 16, prior, network, network).passes
+        2
+    """
+
+    likelihood = "bound"
+
+    def __init__(
+        self,
+        num_classes: int,
+        length: int,
+        prior: Callable[[], FlowPrior],
+        inference: Callable[[], nn.Module],
+        emission: Callable[[], nn.Module],
+        *,
+        width: int | None = None,
+        num_draws: int = 1,
+        importance_draws: int = 16,
+        kl_zero_steps: int = 0,
+        kl_rise_steps: int = 0,
+        optimization: Optimization = DEFAULT_OPTIMIZATION,
+    ) -> None:
+        super().__init__(optimization)
+        for name, value, least in (
+            ("num_draws", num_draws, 1),
+            ("importance_draws", importance_draws, 1),
+            ("kl_zero_steps", kl_zero_steps, 0),
+            ("kl_rise_steps", kl_rise_steps, 0),
+        ):
+            if value < least:
+                raise UserError(f"{name} is {value}: give at least {least}")
+        self.flow = LatentFlow(num_classes, length, prior(), inference(), emission(), width=width)
+        self.num_draws = num_draws
+        self.importance_draws = importance_draws
+        self.kl_zero_steps = kl_zero_steps
+        self.kl_rise_steps = kl_rise_steps
+        self.importance = BitsPerCharacter()
+        self._generator: Generator | None = None
+
+    @property
+    def passes(self) -> int:
+        return self.flow.passes
+
+    def kl_weight(self, step: int) -> float:
+        """Returns the weight of the divergence after so many optimizer steps.
+
+        Args:
+            step: Optimizer steps done.
+        """
+        rising = step - self.kl_zero_steps
+        if rising < 0:
+            return 0.0
+        return min(1.0, rising / self.kl_rise_steps) if self.kl_rise_steps else 1.0
+
+    def objective(self, batch: Batch) -> Tensor:
+        weight = self.kl_weight(self.global_step)
+        return self.flow.terms(self.indices_of(batch), self.num_draws).bound(weight)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Returns the loss, and logs the weight of the divergence in it."""
+        self.log("kl_weight", self.kl_weight(self.global_step))
+        return super().training_step(batch, batch_idx)
+
+    def log_prob(self, batch: Batch) -> Tensor:
+        """Computes the evidence lower bound (B,) on the log-likelihood, in nats."""
+        return self.flow.terms(self.indices_of(batch), self.num_draws, self._generator).bound()
+
+    def sample(
+        self,
+        num_samples: int,
+        *,
+        length: int | None = None,
+        temperature: float = 1.0,
+        generator: Generator | None = None,
+        method: Literal["levels", "fixed_point"] = "levels",
+        context: Tensor | None = None,
+    ) -> Tensor:
+        if method != "levels":
+            raise UserError(
+                f"method is {method!r}, and a latent flow draws its latent sequence in one way: "
+                "leave it at levels"
+            )
+        if context is not None:
+            raise UserError("a latent flow takes no context: choose a FlowModule or LanguageModel")
+        return self.flow.sample(
+            num_samples, length=length, temperature=temperature, generator=generator
+        )
+
+    def prepare(self) -> None:
+        data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if data.row_length > data.length:
+            raise UserError(
+                "a LatentFlowModule takes no context, and the data are conditioned on one: choose "
+                "a LanguageModel or a FlowModule with context_features"
+            )
+        self._check_prior()
+        rank_zero_info(self.describe())
+
+    @torch.no_grad()
+    def _check_prior(self) -> None:
+        prior = self.flow.prior
+        training = prior.training
+        noise = self.flow.head.weight.new_empty(
+            2, min(self.flow.length, CHECKED), prior.features
+        ).normal_()
+        again, _ = prior.eval().inv(prior.transform(noise))
+        prior.train(training)
+        error = float((again - noise).abs().max())
+        if not error < TOLERANCE:
+            raise CertificateError(
+                f"a {type(prior).__name__} does not invert itself: noise comes back with an error "
+                f"of {error:.2g}"
+            )
+
+    def describe(self) -> str:
+        """Returns what the model is, in a line."""
+        flow = self.flow
+        return ", ".join(
+            [
+                f"{type(flow.prior).__name__} of {flow.prior.features} features a position",
+                f"{flow.length} dimensions of {flow.num_classes} classes",
+                f"{flow.passes} passes to generate",
+                f"{sum(parameter.numel() for parameter in self.parameters()):,} parameters",
+                "its likelihoods are bounds",
+            ]
+        )
+
+    def on_validation_epoch_start(self) -> None:
+        """Begins the draws of the validation split, the same every time."""
+        self._restart()
+
+    def on_test_epoch_start(self) -> None:
+        """Begins the draws of the test split, the same every time."""
+        self._restart()
+
+    def _restart(self) -> None:
+        self._generator = Generator(self.device).manual_seed(self.trainer.global_rank)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Adds a batch to the metrics of both bounds, which are of the same draws."""
+        y = self.indices_of(batch)
+        terms = self.flow.terms(y, self.importance_draws, self._generator)
+        self._update("test", batch, terms.bound())
+        self.importance.update(terms.importance_bound(), y.numel())
+
+    def on_test_epoch_end(self) -> None:
+        """Logs both bounds."""
+        super().on_test_epoch_end()
+        self._generator = None
+        self.log("test_bpc_importance", compute(self.importance).float(), sync_dist=True)
+        self.importance.reset()
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs the bound."""
+        super().on_validation_epoch_end()
+        self._generator = None
