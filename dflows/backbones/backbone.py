@@ -199,14 +199,14 @@ def check_positive(**sizes: int) -> None:
             raise UserError(f"{name} is {size}: give at least 1")
 
 
-def check_dropout(dropout: float) -> None:
+def check_dropout(dropout: float, name: str = "dropout") -> None:
     """Refuses probabilities that drop everything or are none.
 
     Raises:
-        UserError: If the dropout is not in [0, 1).
+        UserError: If the dropout is not in [0, 1), named after its key.
     """
     if not 0 <= dropout < 1:
-        raise UserError(f"dropout is {dropout}: give a probability from 0 to below 1")
+        raise UserError(f"{name} is {dropout}: give a probability from 0 to below 1")
 
 
 def check_features(backbone: Backbone, features: Tensor) -> None:

@@ -34,13 +34,17 @@ class LSTM(SteppedBackbone):
             masked, with any ordering.
         hidden: Hidden units of a layer and direction; as many as the width if not given.
         dropout: Probability that a feature is dropped between two layers.
+        weight_drop: Probability that a weight from hidden units to hidden units is dropped in
+            training, the same ones in all steps of one evaluation.
 
     Raises:
-        UserError: If a size is below 1.
+        UserError: If a size is below 1, or a probability is none.
 
     References:
         | Long Short-Term Memory (Hochreiter & Schmidhuber, 1997)
         | Bidirectional Recurrent Neural Networks (Schuster & Paliwal, 1997)
+        | Regularizing and Optimizing LSTM Language Models (Merity et al., 2018): dropped weights
+        | https://arxiv.org/abs/1708.02182
 
     Example:
         >>> backbone = LSTM(width=8)
@@ -60,11 +64,14 @@ class LSTM(SteppedBackbone):
         bidirectional: bool = False,
         hidden: int | None = None,
         dropout: float = 0.0,
+        weight_drop: float = 0.0,
     ) -> None:
         super().__init__(width, level_causal=not bidirectional)
         hidden = width if hidden is None else hidden
         check_positive(layers=layers, hidden=hidden)
         check_dropout(dropout)
+        check_dropout(weight_drop, "weight_drop")
+        self.weight_drop = weight_drop
         self.lstm = nn.LSTM(
             width,
             hidden,
@@ -87,14 +94,14 @@ class LSTM(SteppedBackbone):
     ) -> Tensor:
         if not self.level_causal:
             check_features(self, content)
-            features: Tensor = self.linear(self._read(content))
+            features: Tensor = self.linear(self._read(content)[0])
             return features
         query, levels = check_causal(self, content, query, levels)
         order, _ = self._order(levels)
         if order is not None:
             content, query = content[:, order], query[..., order, :]
         before = torch.cat([self.start.expand(len(content), 1, -1), content[:, :-1]], dim=1)
-        features = self.linear(self._read(before + query))
+        features = self.linear(self._read(before + query)[0])
         # The order is its own inverse: it leaves the dimensions, or turns round a part of them.
         return features if order is None else features[:, order]
 
@@ -108,14 +115,72 @@ class LSTM(SteppedBackbone):
         if self.level_causal:
             return super().features_at(dimensions, content, query, levels)
         check_features(self, content)
-        features: Tensor = self.linear(self._read(content)[:, dimensions])
+        features: Tensor = self.linear(self._read(content)[0][:, dimensions])
         return features
 
-    def _read(self, inputs: Tensor) -> Tensor:
+    def carry(
+        self,
+        content: Tensor,
+        query: Tensor,
+        levels: Tensor,
+        before: Tensor,
+        state: tuple[Tensor, Tensor] | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Computes the features of windows that go on where others ended.
+
+        Args:
+            content: Content (B, D, width).
+            query: Query (D, width).
+            levels: Levels (D,), those of the natural ordering.
+            before: Content (B, width) of the dimension before the first; :attr:`start` of windows
+                that go on from none.
+            state: Hidden and cell state (layers, B, hidden) after it; zeros where not given.
+
+        Returns:
+            Features (B, D, width), and the state after the last dimension.
+
+        Raises:
+            UserError: If the network reads in another direction, or the shapes do not fit.
+        """
+        query, levels = check_causal(self, content, query, levels)
+        order, context = self._order(levels)
+        if order is not None or context or not self.level_causal:
+            raise UserError(
+                "an LSTM carries its state from left to right: choose the ordering Natural, "
+                "bidirectional=False, and no context"
+            )
+        rows = torch.cat([before.unsqueeze(1), content[:, :-1]], dim=1)
+        outputs, state = self._read(rows + query, state)
+        return self.linear(outputs), state
+
+    def _read(
+        self, inputs: Tensor, state: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         # Processors without bfloat16 instructions have no LSTM for autocast to call.
         with torch.autocast("cpu", enabled=False):
-            outputs: Tensor = self.lstm(inputs.to(self.linear.weight.dtype))[0]
-            return outputs
+            lstm, inputs = self.lstm, inputs.to(self.linear.weight.dtype)
+            if not (self.training and self.weight_drop):
+                outputs, state = lstm(inputs, state)
+                return outputs, state
+            if state is None:
+                directions = 2 if lstm.bidirectional else 1
+                shape = (directions * lstm.num_layers, len(inputs), lstm.hidden_size)
+                state = inputs.new_zeros(shape), inputs.new_zeros(shape)
+            weights = []
+            for input_weight, hidden_weight, *biases in lstm.all_weights:
+                weights += [input_weight, F.dropout(hidden_weight, self.weight_drop), *biases]
+            outputs, hidden, cells = torch.lstm(
+                inputs,
+                state,
+                weights,
+                lstm.bias,
+                lstm.num_layers,
+                lstm.dropout,
+                self.training,
+                lstm.bidirectional,
+                lstm.batch_first,
+            )
+            return outputs, (hidden, cells)
 
     @torch.no_grad()
     def begin(self, query: Tensor, levels: Tensor, batch_size: int) -> "State":

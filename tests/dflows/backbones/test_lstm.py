@@ -93,3 +93,69 @@ def test_dropout_is_between_layers():
     backbone = LSTM(WIDTH, layers=1, dropout=0.5)
     content, query, levels = torch.randn(2, 3, WIDTH), torch.randn(3, WIDTH), torch.arange(3)
     assert torch.equal(backbone(content, query, levels), backbone(content, query, levels))
+
+
+class TestCarry:
+    @pytest.mark.parametrize(("layers", "hidden"), [(1, None), (2, 5)])
+    def test_windows_that_go_on_are_one_sequence(self, layers, hidden):
+        backbone = LSTM(WIDTH, layers, hidden=hidden).double()
+        content = torch.randn(2, 9, WIDTH, dtype=torch.float64)
+        query = torch.randn(9, WIDTH, dtype=torch.float64)
+        whole = backbone(content, query, torch.arange(9))
+        before, state = backbone.start.expand(2, WIDTH), None
+        for part in (slice(0, 4), slice(4, 5), slice(5, 9)):
+            levels = torch.arange(part.stop - part.start)
+            features, state = backbone.carry(content[:, part], query[part], levels, before, state)
+            torch.testing.assert_close(features, whole[:, part])
+            before = content[:, part.stop - 1]
+
+    @pytest.mark.parametrize("levels", [[2, 1, 0], [-1, 0, 1]])
+    def test_other_directions_are_refused(self, levels):
+        backbone = LSTM(WIDTH)
+        content, query = torch.randn(2, 3, WIDTH), torch.randn(3, WIDTH)
+        with pytest.raises(UserError, match="from left to right"):
+            backbone.carry(content, query, torch.tensor(levels), content[:, 0])
+
+
+class TestWeightDrop:
+    def example(self, **options):
+        torch.manual_seed(0)
+        return LSTM(WIDTH, **options), torch.randn(2, 4, WIDTH), torch.randn(4, WIDTH)
+
+    @pytest.mark.parametrize(
+        "options", [{}, {"layers": 2, "hidden": 5}, {"layers": 2, "bidirectional": True}]
+    )
+    def test_it_is_an_lstm_of_dropped_weights(self, options):
+        backbone, content, query = self.example(weight_drop=0.5, **options)
+        given = (content,) if options.get("bidirectional") else (content, query, torch.arange(4))
+        torch.manual_seed(1)
+        features = backbone(*given)
+        features.square().sum().backward()
+        torch.manual_seed(1)
+        plain = LSTM(WIDTH, **options)
+        plain.load_state_dict(backbone.state_dict())
+        torch.manual_seed(1)
+        dropped = {}
+        with torch.no_grad():
+            for name, weight in plain.lstm.named_parameters():
+                if "weight_hh" in name:
+                    weight.copy_(nn.functional.dropout(weight, 0.5))
+                    dropped[name] = weight == 0
+        torch.testing.assert_close(plain(*given), features)
+        for name, zero in dropped.items():
+            assert 0 < zero.float().mean() < 1
+            assert not backbone.lstm.get_parameter(name).grad[zero].any()
+
+    def test_it_is_off_in_evaluation(self):
+        backbone, content, query = self.example(weight_drop=0.5)
+        levels = torch.arange(4)
+        assert not torch.equal(backbone(content, query, levels), backbone(content, query, levels))
+        plain = LSTM(WIDTH)
+        plain.load_state_dict(backbone.state_dict())
+        backbone.eval()
+        assert torch.equal(backbone(content, query, levels), plain(content, query, levels))
+
+    @pytest.mark.parametrize("weight_drop", [-0.1, 1.0])
+    def test_it_is_a_probability(self, weight_drop):
+        with pytest.raises(UserError, match=f"weight_drop is {weight_drop}"):
+            LSTM(WIDTH, weight_drop=weight_drop)
