@@ -19,6 +19,7 @@ from dflows.estimators import Draw, Estimator, LocalThenJoint
 from dflows.orderings import untransformed
 from dflows.representations import flatten_batch, is_one_hot, repeat_context, to_one_hot
 from dflows.transforms import Composition, ConditionalTransform, DiscreteTransform, Inverse
+from dflows.transforms.composition import beginnings
 
 __all__ = ["DiscreteFlow", "FlowDistribution", "Method"]
 
@@ -63,6 +64,10 @@ class DiscreteFlow(nn.Module):
         transforms: Transforms in the order base → data; compositions are taken apart.
         context_encoder: Maps what the user conditions on to vectors (B, C) or sequences (B, S, C);
             without it the context must have one of these shapes.
+
+    Attributes:
+        evaluations: Network evaluations, one after the other, that the last samples took: of the
+            base, and of every transform.
 
     Raises:
         UserError: If the parts do not fit each other.
@@ -139,6 +144,7 @@ class DiscreteFlow(nn.Module):
                 "one before it has learnt: give every flow its own, or LocalObjective"
             )
         self._estimators = list(_estimators(stack))
+        self.evaluations: list[int] = []
         for part in stack:
             if isinstance(part, Inverse) and any(
                 not estimator.through for estimator in _estimators(part)
@@ -428,6 +434,7 @@ class DiscreteFlow(nn.Module):
         temperature: float = 1.0,
         generator: Generator | None = None,
         method: Method = "levels",
+        prompt: Tensor | None = None,
     ) -> Tensor:
         """Draws exact samples.
 
@@ -438,13 +445,18 @@ class DiscreteFlow(nn.Module):
             temperature: Divides the base's logits; 1 samples the flow itself.
             generator: Source of randomness.
             method: ``levels``: one evaluation a level; ``fixed_point``: iterations over all
-                positions at once, until nothing changes. The samples are the same.
+                positions at once, until nothing changes. The samples are the same, and
+                :attr:`evaluations` says how many were needed.
+            prompt: What samples begin with, indices (n,), or one a sample in the shape of the
+                samples; the rest is drawn from its exact distribution given the prompt. A flow can
+                do so where the first dimensions depend on none behind them: base and transforms
+                over the natural ordering, or blocks from left to right.
 
         Returns:
             Indices ``(*S, d)``, or ``(*S, B, d)`` with a context.
 
         Raises:
-            UserError: If the temperature, length or method cannot be had.
+            UserError: If the temperature, length, method or prompt cannot be had.
         """
         if not 0 < temperature < math.inf:
             raise UserError(f"temperature is {temperature}: give a positive number")
@@ -457,7 +469,34 @@ class DiscreteFlow(nn.Module):
             temperature=temperature,
             generator=generator,
             method=method,
+            prompt=prompt,
         )
+
+    def _check_prompt(self, prompt: Tensor, shape: torch.Size, length: int) -> Tensor:
+        """Returns a prompt (N, n), one a sample."""
+        number = prompt.shape[-1] if prompt.ndim else 0
+        if not 1 <= number <= length:
+            raise UserError(
+                f"a prompt {tuple(prompt.shape)} was given, and samples have {length} dimensions: "
+                "give it 1 to that many"
+            )
+        prompt = self._check(prompt, wait=True)
+        if prompt.shape[:-1] not in (torch.Size(), shape):
+            raise UserError(
+                f"a prompt {tuple(prompt.shape)} was given for samples {(*shape, length)}: give "
+                f"one for all, ({number},), or one a sample, {(*shape, number)}"
+            )
+        for part in (self.base, *self.transforms):
+            if not part.keeps_beginning(number, length):
+                ordering = getattr(getattr(part, "conditioner", None), "ordering", None)
+                raise UserError(
+                    f"a prompt of {number} dimensions cannot be conditioned on exactly: in "
+                    f"{type(part).__name__}"
+                    + (f" over {ordering!r}" if ordering is not None else "")
+                    + " they depend on dimensions behind them; give no prompt, or train a model "
+                    "over the natural ordering"
+                )
+        return prompt.expand(*shape, number).reshape(-1, number)
 
     def _event(self, length: int | None) -> int:
         length = self.length if length is None else length
@@ -474,26 +513,47 @@ class DiscreteFlow(nn.Module):
         temperature: float,
         generator: Generator | None,
         method: Method,
+        prompt: Tensor | None = None,
     ) -> Tensor:
         if context is not None:
             shape = shape + context.shape[:1]
             repeats = shape.numel() // max(context.shape[0], 1)
             context = repeat_context(context, repeats)
-        fixed_point = method == "fixed_point"
-        value = self.base.sample(
-            shape.numel(),
-            length,
+        noise = self.base.noise(shape.numel(), length, generator)
+        if prompt is not None:
+            prompt = self._check_prompt(prompt.to(noise.device), shape, length)
+        value = self._from_noise(
+            noise, context, prompt, temperature=temperature, fixed_point=method == "fixed_point"
+        )
+        return value.reshape(*shape, length)
+
+    def _from_noise(
+        self,
+        noise: Tensor,
+        context: Tensor | None,
+        prompt: Tensor | None,
+        *,
+        temperature: float,
+        fixed_point: bool,
+    ) -> Tensor:
+        known: list[Tensor | None] = [None] * (1 + len(self.transforms))
+        if prompt is not None:
+            known[:] = beginnings(self.transforms, prompt, noise.shape[1], context)
+        value, count = self.base.from_noise(
+            noise,
             context,
             temperature=temperature,
-            generator=generator,
             fixed_point=fixed_point,
+            beginning=known[0],
         )
-        for transform in self.transforms:
-            if fixed_point:
-                value, _ = transform.fixed_point(value, context)
-            else:
-                value = transform(value, context)
-        return value.reshape(*shape, length)
+        evaluations = [count]
+        for transform, beginning in zip(self.transforms, known[1:], strict=True):
+            value, count = transform.generate(
+                value, context, beginning=beginning, fixed_point=fixed_point
+            )
+            evaluations.append(count)
+        self.evaluations = evaluations
+        return value
 
     @torch.no_grad()
     def greedy(self, context: Tensor | None = None, *, length: int | None = None) -> Tensor:

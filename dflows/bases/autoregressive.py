@@ -118,30 +118,37 @@ class AutoregressiveBase(Base):
             score = score * weight[drawn]
         return score.new_zeros(x.shape[0]).index_add(0, drawn.nonzero()[:, 0], score)
 
-    def sample(
+    def noise(self, num_samples: int, length: int, generator: Generator | None = None) -> Tensor:
+        device = self.conditioner.head.weight.device
+        return torch.rand(num_samples, length, device=device, generator=generator)
+
+    def from_noise(
         self,
-        num_samples: int,
-        length: int,
+        noise: Tensor,
         context: Tensor | None = None,
         *,
         temperature: float = 1.0,
-        generator: Generator | None = None,
         fixed_point: bool = False,
-    ) -> Tensor:
-        device = self.conditioner.head.weight.device
-        uniform = torch.rand(num_samples, length, device=device, generator=generator)
-
+        beginning: Tensor | None = None,
+    ) -> tuple[Tensor, int]:
         def decide(dimensions: Tensor, logits: Tensor) -> Tensor:
             # By the inverse of the distribution function: one number a dimension is all the
             # randomness there is, whatever the order of the evaluations.
             cumulative = (logits / temperature).softmax(dim=-1).cumsum(dim=-1)
-            threshold = uniform[:, dimensions].unsqueeze(-1) * cumulative[..., -1:]
+            threshold = noise[:, dimensions].unsqueeze(-1) * cumulative[..., -1:]
             return (cumulative[..., :-1] <= threshold).sum(dim=-1)
 
-        x = torch.zeros(num_samples, length, dtype=torch.long, device=device)
+        x = torch.zeros(noise.shape, dtype=torch.long, device=noise.device)
+        known = 0
+        if beginning is not None:
+            known = beginning.shape[1]
+            x[:, :known] = beginning
         if fixed_point:
-            return self.conditioner.fixed_point(x, decide, context)[0]
-        return self.conditioner.by_levels(x, decide, context)
+            return self.conditioner.fixed_point(x, decide, context, known)
+        return self.conditioner.by_levels(x, decide, context, known), self.passes
+
+    def keeps_beginning(self, number: int, length: int) -> bool:
+        return self.conditioner.keeps_beginning(number, length)
 
     @property
     def greedy_is_mode(self) -> bool:

@@ -64,6 +64,47 @@ class Base(nn.Module, ABC):
         return (log_prob if weight is None else log_prob * weight).sum(dim=-1)
 
     @abstractmethod
+    def noise(self, num_samples: int, length: int, generator: Generator | None = None) -> Tensor:
+        """Draws all the randomness that samples take: a uniform number for every dimension.
+
+        Args:
+            num_samples: N.
+            length: Dimensions d of an event.
+            generator: Source of randomness.
+
+        Returns:
+            Numbers (N, d) from 0 to below 1.
+        """
+
+    @abstractmethod
+    def from_noise(
+        self,
+        noise: Tensor,
+        context: Tensor | None = None,
+        *,
+        temperature: float = 1.0,
+        fixed_point: bool = False,
+        beginning: Tensor | None = None,
+    ) -> tuple[Tensor, int]:
+        """Makes samples of noise.
+
+        Args:
+            noise: What :meth:`noise` drew (N, d).
+            context: Vectors (N, C) or sequences (N, S, C).
+            temperature: Divides the logits; 1 samples the distribution itself.
+            fixed_point: Whether to iterate over all positions at once in place of going level by
+                level. The samples are the same.
+            beginning: Indices (N, n), what the first dimensions are, for a sample of the others
+                given these; only where :meth:`keeps_beginning` says so.
+
+        Returns:
+            Indices (N, d), and the evaluations, one after the other, that they took.
+        """
+
+    @abstractmethod
+    def keeps_beginning(self, number: int, length: int) -> bool:
+        """Says whether what follows so many dimensions can be drawn exactly, given these."""
+
     def sample(
         self,
         num_samples: int,
@@ -79,15 +120,16 @@ class Base(nn.Module, ABC):
         Args:
             num_samples: N.
             length: Dimensions d of an event.
-            context: Vectors (N, C) or sequences (N, S, C).
-            temperature: Divides the logits; 1 samples the distribution itself.
+            context: As in :meth:`from_noise`, as are temperature and fixed_point.
+            temperature: Divides the logits.
             generator: Source of randomness.
-            fixed_point: Whether to iterate over all positions at once in place of going level by
-                level. The samples are the same.
+            fixed_point: Whether to iterate.
 
         Returns:
             Indices (N, d).
         """
+        noise = self.noise(num_samples, length, generator)
+        return self.from_noise(noise, context, temperature=temperature, fixed_point=fixed_point)[0]
 
     @property
     @abstractmethod

@@ -83,22 +83,29 @@ class FactorizedBase(Base):
         # One flat look-up: a gather of (N, d, K) rows would cost K times as much.
         return table.flatten()[self.groups[: x.shape[1]] * self.num_classes + x]
 
-    def sample(
+    def noise(self, num_samples: int, length: int, generator: Generator | None = None) -> Tensor:
+        shape = (length, num_samples)
+        device = self.logits.device
+        return torch.rand(shape, dtype=torch.double, device=device, generator=generator).T
+
+    def from_noise(
         self,
-        num_samples: int,
-        length: int,
+        noise: Tensor,
         context: Tensor | None = None,
         *,
         temperature: float = 1.0,
-        generator: Generator | None = None,
         fixed_point: bool = False,
-    ) -> Tensor:
+        beginning: Tensor | None = None,
+    ) -> tuple[Tensor, int]:
         probs = (self.logits.double() / temperature).softmax(dim=-1)
-        uniform = torch.rand(
-            length, num_samples, dtype=probs.dtype, device=probs.device, generator=generator
-        )
-        edges = probs.cumsum(dim=-1)[self.groups[:length], :-1].contiguous()
-        return torch.searchsorted(edges, uniform, right=True).T.contiguous()
+        edges = probs.cumsum(dim=-1)[self.groups[: noise.shape[1]], :-1].contiguous()
+        x = torch.searchsorted(edges, noise.T.contiguous(), right=True).T.contiguous()
+        if beginning is not None:
+            x[:, : beginning.shape[1]] = beginning
+        return x, 0
+
+    def keeps_beginning(self, number: int, length: int) -> bool:
+        return True
 
     @property
     def greedy_is_mode(self) -> bool:

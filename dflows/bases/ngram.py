@@ -265,28 +265,31 @@ class NGramBase(Base):
             probs[:, m - 1 :] = share + rest * probs[:, m - 1 :]
         return probs.log()
 
-    def sample(
+    def noise(self, num_samples: int, length: int, generator: Generator | None = None) -> Tensor:
+        shape = (length, num_samples)
+        device = self.keys.device
+        return torch.rand(shape, dtype=torch.double, device=device, generator=generator).T
+
+    def from_noise(
         self,
-        num_samples: int,
-        length: int,
+        noise: Tensor,
         context: Tensor | None = None,
         *,
         temperature: float = 1.0,
-        generator: Generator | None = None,
         fixed_point: bool = False,
-    ) -> Tensor:
-        device = self.keys.device
-        shape = (length, num_samples, 1)
-        uniform = torch.rand(shape, dtype=torch.double, device=device, generator=generator)
-
+        beginning: Tensor | None = None,
+    ) -> tuple[Tensor, int]:
         def decide(dimension: int, probs: Tensor) -> Tensor:
             if temperature != 1:
                 probs = (probs.log() / temperature).softmax(dim=-1)
             cumulative = probs.cumsum(dim=-1)
-            threshold = uniform[dimension] * cumulative[:, -1:]
+            threshold = noise[:, dimension, None] * cumulative[:, -1:]
             return torch.searchsorted(cumulative[:, :-1].contiguous(), threshold, right=True)[:, 0]
 
-        return self._in_order(num_samples, length, decide)
+        return self._in_order(*noise.shape, decide, beginning), 0
+
+    def keeps_beginning(self, number: int, length: int) -> bool:
+        return True
 
     @property
     def greedy_is_mode(self) -> bool:
@@ -296,13 +299,22 @@ class NGramBase(Base):
         return self._in_order(num_values, length, lambda _, probs: probs.argmax(dim=-1))
 
     def _in_order(
-        self, num_values: int, length: int, decide: Callable[[int, Tensor], Tensor]
+        self,
+        num_values: int,
+        length: int,
+        decide: Callable[[int, Tensor], Tensor],
+        beginning: Tensor | None = None,
     ) -> Tensor:
         """Decides one dimension after the other, each by its probabilities (N, K)."""
         values = torch.empty(num_values, length, dtype=torch.long, device=self.keys.device)
         history = torch.zeros_like(values[:, 0])
+        known = 0
+        if beginning is not None:
+            known = beginning.shape[1]
+            values[:, :known] = beginning
         for dimension in range(length):
-            values[:, dimension] = decide(dimension, self._next(history, dimension))
+            if dimension >= known:
+                values[:, dimension] = decide(dimension, self._next(history, dimension))
             history = (history << self._bits) | values[:, dimension]
         return values
 

@@ -5,11 +5,12 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dflows.representations import batch_shape
 from dflows.transforms.transform import DiscreteTransform
 
-__all__ = ["Composition"]
+__all__ = ["Composition", "beginnings"]
 
 
 class Composition(DiscreteTransform):
@@ -45,9 +46,49 @@ class Composition(DiscreteTransform):
             total = total + ladj
         return y, total
 
-    def fixed_point(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, int]:
+    def keeps_beginning(self, number: int, length: int) -> bool:
+        return all(transform.keeps_beginning(number, length) for transform in self.transforms)
+
+    def generate(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        beginning: Tensor | None = None,
+        fixed_point: bool = False,
+    ) -> tuple[Tensor, int]:
+        known: list[Tensor | None] = [None] * len(self.transforms)
+        if beginning is not None:
+            known[:] = beginnings(self.transforms, beginning, x.shape[-1], context)[1:]
         evaluations = 0
-        for transform in self.transforms:
-            x, count = transform.fixed_point(x, context)
+        for transform, part in zip(self.transforms, known, strict=True):
+            x, count = transform.generate(x, context, beginning=part, fixed_point=fixed_point)
             evaluations += count
         return x, evaluations
+
+
+@torch.no_grad()
+def beginnings(
+    transforms: Sequence[DiscreteTransform],
+    beginning: Tensor,
+    length: int,
+    context: Tensor | None = None,
+) -> list[Tensor]:
+    """Finds how x and what every transform makes of it begin, from how y does.
+
+    Args:
+        transforms: Transforms in the order base → data, all of which keep the beginning.
+        beginning: The first dimensions of y (…, n).
+        length: Dimensions of y.
+        context: As the transforms take it.
+
+    Returns:
+        Indices (…, n): of x, and then of every transform's value; the last is `beginning`.
+    """
+    number = beginning.shape[-1]
+    found = [beginning]
+    for transform in reversed(transforms):
+        # What follows is anything, for the beginning does not depend on it.
+        anything = F.pad(found[-1], (0, length - number))
+        found.append(transform.inverse(anything, context)[..., :number])
+    return found[::-1]

@@ -193,14 +193,31 @@ class ConditionalTransform(DiscreteTransform):
         x = y.index_copy(1, dimensions, part.to(y.dtype))
         return x.reshape(shape + x.shape[1:]), ladj.reshape(shape)
 
-    def fixed_point(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, int]:
+    def keeps_beginning(self, number: int, length: int) -> bool:
+        return self.conditioner.keeps_beginning(number, length)
+
+    def generate(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        beginning: Tensor | None = None,
+        fixed_point: bool = False,
+    ) -> tuple[Tensor, int]:
         flat, context, shape = flatten_batch(x, context)
+        y, known = flat, 0
+        if beginning is not None:
+            known = beginning.shape[-1]
+            y = torch.cat([beginning.reshape(-1, known), flat[:, known:]], dim=1)
 
         def decide(dimensions: Tensor, logits: Tensor) -> Tensor:
             return self.bijection(flat[:, dimensions], logits)
 
-        y, iterations = self.conditioner.fixed_point(flat, decide, context)
-        return y.reshape(shape + y.shape[1:]), iterations
+        if fixed_point:
+            y, evaluations = self.conditioner.fixed_point(y, decide, context, known)
+        else:
+            y, evaluations = self.conditioner.by_levels(y, decide, context, known), self.passes
+        return y.reshape(shape + y.shape[1:]), evaluations
 
     @property
     def draws_levels(self) -> bool:

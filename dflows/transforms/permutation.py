@@ -51,13 +51,19 @@ class PermutationTransform(DiscreteTransform):
     def _apply_order(self, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         shape = batch_shape(value)
         dim = len(shape)
-        order = self.order[self.order < value.shape[dim]]
+        order = self.order
+        if value.shape[dim] != len(order):
+            order = order[order < value.shape[dim]]
         if len(order) != value.shape[dim]:
             raise UserError(
                 f"the permutation orders {len(order)} dimensions, and there are {value.shape[dim]}"
             )
         order = order.argsort() if inverse else order
         return value.index_select(dim, order), torch.zeros(shape, device=value.device)
+
+    def keeps_beginning(self, number: int, length: int) -> bool:
+        order = [dimension for dimension in self.order.tolist() if dimension < length]
+        return max(order[:number]) < number
 
     def call_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self._apply_order(x, inverse=False)

@@ -67,7 +67,36 @@ class DiscreteTransform(nn.Module, ABC):
         Returns:
             The same indices as ``transform(x, context)``, and the number of evaluations.
         """
-        return self(x, context), self.passes
+        return self.generate(x, context, fixed_point=True)
+
+    def keeps_beginning(self, number: int, length: int) -> bool:
+        """Says whether the first of so many dimensions of y and those of x tell each other."""
+        return False
+
+    def generate(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        beginning: Tensor | None = None,
+        fixed_point: bool = False,
+    ) -> tuple[Tensor, int]:
+        """Maps base → data, the first dimensions of which may be known.
+
+        Args:
+            x: Indices (…, D).
+            context: As in :meth:`forward`.
+            beginning: The first dimensions of y (…, n), those that the first of x are mapped to;
+                only where :meth:`keeps_beginning` says so.
+            fixed_point: Whether to go as :meth:`fixed_point` does.
+
+        Returns:
+            Indices (…, D), and the evaluations, one after the other, that they took.
+        """
+        y = self(x, context)
+        if beginning is not None:
+            y = torch.cat([beginning, y[..., beginning.shape[-1] :]], dim=-1)
+        return y, self.passes
 
 
 class Inverse(DiscreteTransform):
@@ -84,6 +113,9 @@ class Inverse(DiscreteTransform):
     @property
     def takes_context(self) -> bool:  # type: ignore[override]
         return self.transform.takes_context
+
+    def keeps_beginning(self, number: int, length: int) -> bool:
+        return self.transform.keeps_beginning(number, length)
 
     @property
     def inv(self) -> DiscreteTransform:
