@@ -1,6 +1,6 @@
 """A Transformer whose attention keeps to an ordering, or looks everywhere."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from math import log
 from typing import Literal, cast
@@ -185,7 +185,8 @@ class Transformer(SteppedBackbone):
         layers: Number of layers.
         heads: Number of heads; they share the width.
         attention: ``causal`` keeps to the levels, ``full`` sees all dimensions.
-        positions: How a dimension knows where it is: ``rotary``, ``learned`` or ``none``.
+        positions: How a dimension knows where it is: ``rotary``, ``learned`` (an embedding added
+            to the input), ``layers`` (one added to the input of every layer) or ``none``.
         length: D, the largest number of dimensions, context included. Needed by learned positions
             and by locality.
         locality: ``distance`` adds to the scores a bias learned for every head and distance, which
@@ -202,6 +203,9 @@ class Transformer(SteppedBackbone):
         | Language Models are Unsupervised Multitask Learners (Radford et al., 2019)
         | RoFormer: Enhanced Transformer with Rotary Position Embedding (Su et al., 2021)
         | https://arxiv.org/abs/2104.09864
+        | Character-Level Language Modeling with Deeper Self-Attention (Al-Rfou et al., 2018), for
+          positions at every layer
+        | https://arxiv.org/abs/1808.04444
         | XLNet: Generalized Autoregressive Pretraining (Yang et al., 2019), for the query stream
         | https://arxiv.org/abs/1906.08237
 
@@ -219,7 +223,7 @@ class Transformer(SteppedBackbone):
         heads: int = 4,
         *,
         attention: Literal["causal", "full"] = "causal",
-        positions: Literal["rotary", "learned", "none"] = "rotary",
+        positions: Literal["rotary", "learned", "layers", "none"] = "rotary",
         length: int | None = None,
         locality: Literal["distance"] | None = None,
         dropout: float = 0.0,
@@ -232,8 +236,10 @@ class Transformer(SteppedBackbone):
         check_dropout(dropout)
         if width % heads:
             raise UserError(f"width={width} does not divide into heads={heads} equal parts")
-        if positions not in ("rotary", "learned", "none"):
-            raise UserError(f"positions is {positions!r}: give 'rotary', 'learned' or 'none'")
+        if positions not in ("rotary", "learned", "layers", "none"):
+            raise UserError(
+                f"positions is {positions!r}: give 'rotary', 'learned', 'layers' or 'none'"
+            )
         if positions == "rotary" and (width // heads) % 2:
             raise UserError(
                 f"rotary positions turn features in pairs, and a head has {width // heads}: "
@@ -243,13 +249,14 @@ class Transformer(SteppedBackbone):
             raise UserError(f"locality is {locality!r}: give 'distance' or nothing")
         if length is not None:
             check_positive(length=length)
-        elif positions == "learned" or locality is not None:
+        elif positions in ("learned", "layers") or locality is not None:
             raise UserError(
                 "learned positions and locality have parameters by place: give `length`"
             )
         self.heads = heads
         self.positions = positions
-        self.length = length if positions == "learned" or locality is not None else None
+        learned = positions in ("learned", "layers")
+        self.length = length if learned or locality is not None else None
         reach = length if locality == "distance" else None
         blocks = nn.ModuleList(
             Block(width, heads, feedforward * width, dropout, self.level_causal, reach)
@@ -267,8 +274,9 @@ class Transformer(SteppedBackbone):
         self._stages = Remembered(stages)
         if self.level_causal:
             self.start = nn.Parameter(torch.randn(width))
-        if positions == "learned":
-            self.position = nn.Parameter(torch.randn(length or 0, width) * scale)
+        if learned:
+            number = layers if positions == "layers" else 1
+            self.position = nn.Parameter(torch.randn(number, length or 0, width) * scale)
 
     def extra_repr(self) -> str:
         attention = "causal" if self.level_causal else "full"
@@ -297,36 +305,68 @@ class Transformer(SteppedBackbone):
 
     def _full(self, content: Tensor, only: Tensor | None = None) -> Tensor:
         check_features(self, content)
-        h = self._placed(content)
+        h, places = content, self._places(content.shape[1])
         turn = self._turn(torch.arange(content.shape[1], device=content.device), content.dtype)
-        for n, block in enumerate(self.blocks, start=1):
+        for n, block in enumerate(self.blocks):
             mask = None if block.locality is None else block.locality(content.shape[1])
-            h = block(h, None, mask, turn, only if n == len(self.blocks) else None)
+            last = n + 1 == len(self.blocks)
+            h = block(placed(h, places, n), None, mask, turn, only if last else None)
         normed: Tensor = self.norm(h)
         return normed
 
+    def layer_features(self, content: Tensor, query: Tensor, levels: Tensor) -> list[Tensor]:
+        """Computes what every layer of a causal network makes of the dimensions.
+
+        Args:
+            content: As in :meth:`forward`, as are the rest.
+            query: Query.
+            levels: Levels.
+
+        Returns:
+            Features (B, D, width) after every layer; only those of the last, which are those of
+            :meth:`forward`, have passed the final norm.
+
+        Raises:
+            UserError: As :meth:`forward`, or if the attention is ``full``.
+        """
+        if not self.level_causal:
+            raise UserError("the layers of full attention are not causal: set attention='causal'")
+        streams = self._layers(content, *check_causal(self, content, query, levels))
+        *earlier, last = (h[:, 1:] for h in streams)
+        return [*earlier, self.norm(last)]
+
     def _causal(self, content: Tensor, query: Tensor, levels: Tensor) -> Tensor:
+        h = content
+        for stream in self._layers(content, query, levels):
+            h = stream
+        normed: Tensor = self.norm(h[:, 1:])
+        return normed
+
+    def _layers(self, content: Tensor, query: Tensor, levels: Tensor) -> Iterator[Tensor]:
+        """Yields the streams (B, 1 + D, width) of start and dimensions after every layer."""
         h = self._streams(query).expand(content.shape[0], -1, -1)
+        places = self._places(content.shape[1], start=1)
         content = F.pad(content, (0, 0, 1, 0))
         levels = F.pad(levels, (1, 0), value=-2)
         visible = levels < levels.unsqueeze(-1)
         visible[0, 0] = True
         turn = self._turn(torch.arange(len(levels), device=levels.device), query.dtype)
-        for block in self.blocks:
-            h = block(h, content, self._mask(block.locality, levels, visible), turn)
-        normed: Tensor = self.norm(h[:, 1:])
-        return normed
+        for n, block in enumerate(self.blocks):
+            mask = self._mask(block.locality, levels, visible)
+            h = block(placed(h, places, n), content, mask, turn)
+            yield h
 
     def _streams(self, query: Tensor) -> Tensor:
         """Returns what the streams of start and dimensions begin with, (…, 1 + D, width)."""
-        start = self.start.expand(*query.shape[:-2], 1, -1)
-        return torch.cat([start, self._placed(query)], dim=-2)
+        return torch.cat([self.start.expand(*query.shape[:-2], 1, -1), query], dim=-2)
 
-    def _placed(self, features: Tensor) -> Tensor:
-        length = features.shape[-2]
+    def _places(self, length: int, start: int = 0) -> Tensor | None:
+        """Returns what the first layers add to dimensions (layers, start + D, width)."""
         if self.length is not None:
             check_length(self, length, self.length)
-        return features + self.position[:length] if self.positions == "learned" else features
+        if self.positions not in ("learned", "layers"):
+            return None
+        return F.pad(self.position[:, :length], (0, 0, start, 0))
 
     def _turn(self, positions: Tensor, dtype: torch.dtype) -> Tensor | None:
         if self.positions != "rotary":
@@ -354,7 +394,9 @@ class Transformer(SteppedBackbone):
                 mask = self._mask(block.locality, levels, everything)[:, order][:, :, order]
             masks.append(mask)
         h = self._streams(query)[..., order, :].expand(batch_size, -1, -1)
-        cache = Cache(counts, stream=h, turn=self._turn(order, query.dtype), masks=masks)
+        turn, places = self._turn(order, query.dtype), self._places(len(order) - 1, start=1)
+        places = None if places is None else places[:, order]
+        cache = Cache(counts, stream=h, turn=turn, places=places, masks=masks)
         start, turn = h[:, :1], cache.turned(0, 1)
         for n, (block, mask) in enumerate(zip(self.blocks, masks, strict=True)):
             keys, values = block.remember_content(start, torch.zeros_like(start), turn)
@@ -379,7 +421,9 @@ class Transformer(SteppedBackbone):
         end = begin + (0 if content is None else content.shape[1])
         stop = end + cache.counts[cache.stage]
         inputs, h = [], cache.stream[:, end:stop]
+        places = None if cache.places is None else cache.places[:, end:stop]
         for n, (block, mask) in enumerate(zip(self.blocks, cache.masks, strict=True)):
+            h = placed(h, places, n)
             if content is not None and end > begin:
                 turn = cache.turned(begin, end)
                 keys, values = block.remember_content(cache.inputs[n], content, turn)
@@ -394,6 +438,11 @@ class Transformer(SteppedBackbone):
         cache.known = end
         cache.stage += 1
         return h
+
+
+def placed(h: Tensor, places: Tensor | None, layer: int) -> Tensor:
+    """Adds to the input of a layer what stands for places (layers, D, width), if it has any."""
+    return h if places is None or layer >= len(places) else h + places[layer]
 
 
 def stages(levels: Tensor) -> tuple[Tensor, Tensor, list[int]]:
@@ -421,6 +470,7 @@ class Cache:
         counts: Rows of the context, and of every level.
         stream: What the streams start from (B, 1 + D, width).
         turn: Cosines and sines of rotary positions, or None.
+        places: What the first layers add for places (layers, 1 + D, width), or None.
         masks: Bias of every layer (heads, 1 + D, 1 + D), or None.
         keys: Keys of every layer (B, heads, 1 + D, features), allocated when first needed.
         values: Likewise the values.
@@ -432,6 +482,7 @@ class Cache:
     counts: list[int]
     stream: Tensor
     turn: Tensor | None
+    places: Tensor | None
     masks: list[Tensor | None]
     keys: list[Tensor] = field(default_factory=list)
     values: list[Tensor] = field(default_factory=list)

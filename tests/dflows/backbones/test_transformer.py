@@ -21,11 +21,13 @@ def plain(backbone, content, query, levels):
     turn = None
     if backbone.positions == "rotary":
         turn = rotation(torch.arange(len(levels) + 1), size, content.dtype)
-    query = query + backbone.position[: len(query)] if backbone.positions == "learned" else query
     rows = [backbone.start, *query]
     told = [torch.zeros_like(backbone.start), *content]
     known = [-2, *levels.tolist()]
-    for block in backbone.blocks:
+    places = getattr(backbone, "position", [])
+    for n, block in enumerate(backbone.blocks):
+        if n < len(places):
+            rows = [rows[0], *(h + place for h, place in zip(rows[1:], places[n], strict=False))]
         memory = [block.content_norm(h + block.content(y)) for h, y in zip(rows, told, strict=True)]
         updated = []
         for d, h in enumerate(rows):
@@ -53,7 +55,7 @@ def plain(backbone, content, query, levels):
     return backbone.norm(torch.stack(rows[1:]))
 
 
-@pytest.mark.parametrize("positions", ["rotary", "learned", "none"])
+@pytest.mark.parametrize("positions", ["rotary", "learned", "layers", "none"])
 @pytest.mark.parametrize("locality", [None, "distance"])
 @pytest.mark.parametrize(
     "levels", [[0], [0, 1, 2, 3], [3, 1, 0, 2], [0, 1, 0, 1, 2], [-1, -1, 0, 1, 1]]
@@ -110,7 +112,7 @@ def test_rotated_products_depend_on_the_distance_only():
     assert products[0].std() > 0
 
 
-@pytest.mark.parametrize("positions", ["rotary", "learned"])
+@pytest.mark.parametrize("positions", ["rotary", "learned", "layers"])
 def test_positions_tell_dimensions_apart(positions):
     levels = torch.tensor([0, 0, 1])
     content = torch.randn(1, 3, WIDTH)
@@ -152,9 +154,37 @@ def test_64_layers_start_with_features_and_gradients_of_order_one(attention, loc
     assert 0.05 < first.norm() / last.norm() < 20
 
 
+@pytest.mark.parametrize("attention", ["causal", "full"])
+def test_positions_are_added_once_or_at_every_layer(attention):
+    for positions, number in (("learned", 1), ("layers", 3)):
+        backbone = Transformer(
+            WIDTH, 3, HEADS, attention=attention, positions=positions, length=5
+        ).double()
+        assert backbone.position.shape == (number, 5, WIDTH)
+        backbone(*example(torch.arange(4))).sum().backward()
+        assert backbone.position.grad[:, :4].abs().amin(dim=(1, 2)).gt(0).all()
+        with pytest.raises(UserError, match="made for length=5"):
+            backbone(*example(torch.arange(6)))
+
+
+def test_the_layers_can_be_looked_at():
+    backbone = Transformer(WIDTH, 3, HEADS).double()
+    given = example(torch.tensor([0, 1, 1, 2]))
+    features = backbone.layer_features(*given)
+    assert [one.shape for one in features] == [(2, 4, WIDTH)] * 3
+    torch.testing.assert_close(features[-1], backbone(*given))
+    backbone.blocks = backbone.blocks[:2]
+    torch.testing.assert_close(backbone.norm(features[1]), backbone(*given))
+    with pytest.raises(UserError, match="not causal"):
+        Transformer(WIDTH, 1, HEADS, attention="full").layer_features(*given)
+
+
+@pytest.mark.parametrize("positions", ["rotary", "learned", "layers"])
 @pytest.mark.parametrize("ordering", [Natural(), Reversed(), Strided(3), CoarseToFine(4)])
-def test_one_network_serves_every_ordering_by_steps_too(ordering):
-    backbone = Transformer(WIDTH, 2, HEADS, locality="distance", length=20).double()
+def test_one_network_serves_every_ordering_by_steps_too(ordering, positions):
+    backbone = Transformer(
+        WIDTH, 2, HEADS, positions=positions, locality="distance", length=20
+    ).double()
     content, query, levels = example(ordering.levels(11))
     whole = backbone(content, query, levels)
     cache = backbone.begin(query, levels, 2)
