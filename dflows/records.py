@@ -54,6 +54,7 @@ METRICS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "entropy": ("number", "exact entropy of the distribution, nats"),
         "factorized_entropy": ("number", "sum of the exact marginal entropies, nats"),
         "reference_nats": ("number", "nats per example of the best tabular flow found"),
+        "in_turn_nats": ("number", "nats per example of tables that are fitted in turn"),
         "exhaustive_nats": ("number", "nats of the best of all bijections of the states"),
         "kl": ("number", "exact divergence of the model from the distribution, nats"),
         "factorized_kl": ("number", "kl of the best factorized base, nats"),

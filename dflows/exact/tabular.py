@@ -424,10 +424,15 @@ class _Stack:
 
 
 class TabularFlow(NamedTuple):
-    """A flow of tables, and the cross-entropy in nats that the ascent found it to have."""
+    """A flow of tables, and the cross-entropies in nats that the ascent ended and began with.
+
+    It begins with every transform fitted by itself, the data's side first, which is what
+    :class:`~dflows.estimators.LocalInTurn` trains.
+    """
 
     flow: DiscreteFlow
     cross_entropy: float
+    in_turn: float
 
 
 def tabular_flow(
@@ -458,8 +463,8 @@ def tabular_flow(
         seed: Of all that is drawn.
 
     Returns:
-        The flow, in float64, with :class:`~dflows.backbones.Table` backbones, and its cross-entropy
-        in nats.
+        The flow, in float64, with :class:`~dflows.backbones.Table` backbones, its cross-entropy in
+        nats, and that with which the first ascent began.
 
     Raises:
         UserError: If `probabilities` is no table of probabilities, has too many states, or another
@@ -469,7 +474,7 @@ def tabular_flow(
         >>> from dflows.bijections import RankPermutation
         >>> from dflows.orderings import Natural
         >>> probabilities = torch.tensor([[0.1, 0.4], [0.3, 0.2]])
-        >>> flow, nats = tabular_flow(probabilities, [Natural()], RankPermutation(2))
+        >>> flow, nats, _ = tabular_flow(probabilities, [Natural()], RankPermutation(2))
         >>> round(nats, 4)
         1.304
         >>> flow.log_prob(torch.tensor([[0, 1], [1, 0]])).exp()
@@ -486,9 +491,11 @@ def tabular_flow(
     layers = [_Layer(ordering, length, maps, num_classes) for ordering in orderings]
     stack = _Stack(layers, base, table)
     generator = Generator().manual_seed(seed)
-    best, choices = math.inf, stack.choices()
+    best, choices, in_turn = math.inf, stack.choices(), math.nan
     for ascent in range(restarts + 1):
         for nats in _ascent(stack, sweeps, sweeps // 2 if ascent else 0, generator):
+            if math.isnan(in_turn):
+                in_turn = nats
             if nats < best:
                 best, choices = nats, stack.choices()
     best = stack.finish(choices)
@@ -503,7 +510,7 @@ def tabular_flow(
                 _write(fitted.conditioner, site, logits)
             else:
                 fitted.logits[site.dimension] = logits[0]
-    return TabularFlow(DiscreteFlow(fitted, transforms), best)
+    return TabularFlow(DiscreteFlow(fitted, transforms), best, in_turn)
 
 
 def _ascent(stack: _Stack, sweeps: int, hot: int, generator: Generator) -> Iterator[float]:

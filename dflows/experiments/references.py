@@ -76,6 +76,7 @@ def write_reference(
     )
     metrics = {
         "reference_nats": found.cross_entropy,
+        "in_turn_nats": found.in_turn,
         "reference_kl": found.cross_entropy - data.entropy,
         "entropy": data.entropy,
         "factorized_entropy": data.factorized_entropy,
