@@ -16,7 +16,7 @@ from datamodules import EnumerableDataModule, TextDataModule
 from datamodules.module import StreamDataModule
 from dflows.checks import check_above_entropy
 from dflows.cli.callbacks import Stopwatch
-from dflows.exact import states
+from dflows.exact import each_context_once, states
 from dflows.metrics import GenerationLatency, entropy_in_bits
 from lightning_modules import BaseModule, DiscreteFlowModule, LatentFlowModule
 from lightning_modules.base import Batch
@@ -33,7 +33,7 @@ __all__ = [
     "unigram_bpc",
 ]
 
-BLOCK_SIZE = 16_384
+BLOCK_SIZE = 65_536
 EXACT_STATES = 10_000_000
 SHOWN_STATES = 10_000
 
@@ -68,7 +68,7 @@ def exact_nats(module: BaseModule, data: EnumerableDataModule) -> float:
     """
     table = data.probabilities.flatten()
     nll = 0.0
-    with torch.no_grad():
+    with each_context_once(module):
         for first in range(0, len(table), BLOCK_SIZE):
             last = min(first + BLOCK_SIZE, len(table))
             weight = table[first:last]

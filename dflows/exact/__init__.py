@@ -1,5 +1,6 @@
 """Tiny problems of which everything is known: measures, gradients, and the best tabular flow."""
 
+from dflows.exact.contexts import each_context_once
 from dflows.exact.gradients import (
     GradientComparison,
     compare_estimators,
@@ -32,6 +33,7 @@ __all__ = [
     "compare_gradients",
     "cross_entropy",
     "divergence",
+    "each_context_once",
     "entropy",
     "exhaustive_optimum",
     "expected_log_likelihood",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dflows.errors import UserError
+from dflows.exact.contexts import each_context_once
 from dflows.flow import DiscreteFlow
 
 __all__ = [
@@ -29,7 +30,7 @@ __all__ = [
 MOST_STATES = 50_000_000
 """The largest number of states that are enumerated: a table of 400 MB."""
 
-BLOCK_SIZE = 16_384
+BLOCK_SIZE = 65_536
 
 
 def check_enumerable(num_classes: int, length: int) -> None:
@@ -201,7 +202,7 @@ def _log_probs(
     training = [part for part in flow.modules() if part.training]
     flow.eval()
     try:
-        with torch.no_grad():
+        with each_context_once(flow):
             for first in range(0, count, block_size):
                 last = min(first + block_size, count)
                 numbers, block = torch.arange(first, last), slice(first, last)

@@ -146,7 +146,9 @@ class TestTabularFlow:
     @pytest.mark.parametrize("ordering", ORDERINGS.values(), ids=ORDERINGS)
     def test_every_ordering_and_bijection(self, ordering, bijection):
         table = full_rank(5, 3)
-        flow, nats, _ = tabular_flow(table, [ordering, Natural()], BIJECTIONS[bijection](3), sweeps=4)
+        flow, nats, _ = tabular_flow(
+            table, [ordering, Natural()], BIJECTIONS[bijection](3), sweeps=4
+        )
         assert cross_entropy(flow, table) == pytest.approx(nats, abs=1e-9)
         assert entropy(table) < nats < factorized_entropy(table)
         assert float(probabilities(flow).sum()) == pytest.approx(1)
