@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dflows.backbones import Backbone, SteppedBackbone
+from dflows.acceleration import accelerated
+from dflows.backbones import LSTM, Backbone, SteppedBackbone, Transformer
 from dflows.errors import UserError
 from dflows.orderings import Ordering
 from dflows.representations import is_one_hot
@@ -50,6 +51,11 @@ def _width(backbone: nn.Module, width: int | None) -> int:
             "dimension of the features that it takes and returns"
         )
     return width
+
+
+def _evaluate(network: nn.Module, *inputs: Tensor) -> Tensor:
+    features: Tensor = network(*inputs)
+    return features
 
 
 class _Dimensions(NamedTuple):
@@ -182,6 +188,22 @@ class Conditioner(nn.Module):
         """Whether generation goes by cached steps, one evaluation's work for all levels."""
         backbone = self.backbone
         return isinstance(backbone, SteppedBackbone) and backbone.steps and self.one_pass
+
+    @property
+    def left_to_right(self) -> bool:
+        """Whether every dimension depends on all before it, and there is no context."""
+        natural = torch.arange(self.length)
+        return self.context is None and torch.equal(self.ordering.levels(self.length), natural)
+
+    @property
+    def carries(self) -> bool:
+        """Whether windows can go on where others ended: :meth:`carry`."""
+        return isinstance(self.backbone, LSTM) and self.one_pass and self.left_to_right
+
+    @property
+    def layered(self) -> bool:
+        """Whether the layers of the network can be looked at: :meth:`layer_features`."""
+        return isinstance(self.backbone, Transformer) and self.one_pass
 
     def levels(self, length: int, device: torch.device) -> tuple[Tensor, list[Tensor]]:
         """Returns the levels (d,) of so many dimensions, and the dimensions of every level."""
@@ -319,8 +341,10 @@ class Conditioner(nn.Module):
         count = content.shape[1] - y.shape[1]
         backbone = self.backbone
         if only is not None and isinstance(backbone, Backbone):
-            return backbone.features_at(only + count if count else only, *inputs)
-        features = backbone(*inputs)
+            return accelerated(type(backbone).features_at)(
+                backbone, only + count if count else only, *inputs
+            )
+        features = accelerated(_evaluate)(backbone, *inputs)
         if features.shape != content.shape:
             raise UserError(
                 f"{type(self.backbone).__name__} returned features {tuple(features.shape)} for "
@@ -360,6 +384,54 @@ class Conditioner(nn.Module):
             return logits
         parts = [self.level_logits(y, level, context) for level in needed]
         return logits.index_copy(1, torch.cat(members[self.first_level :]), torch.cat(parts, 1))
+
+    def carry(
+        self, y: Tensor, last: Tensor, state: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Computes the logits of windows that go on where others ended, with an LSTM.
+
+        Args:
+            y: Indices (N, d).
+            last: The value (N,) before each window; -1 where one begins anew, from a state of 0.
+            state: Hidden and cell state (layers, N, hidden) behind it; zeros where not given.
+
+        Returns:
+            Logits (N, d, num_outputs), and the state after the windows.
+
+        Raises:
+            UserError: If the backbone is no LSTM that reads from left to right.
+        """
+        backbone = self.backbone
+        if not isinstance(backbone, LSTM) or not self.carries:
+            raise UserError(
+                f"a {type(backbone).__name__} over {self.ordering!r} carries no state from window "
+                "to window: choose an LSTM over Natural, without a context"
+            )
+        query, levels, _ = self._causal_inputs(y.shape[1], y.device, None)
+        begins = (last < 0).unsqueeze(-1)
+        before = torch.where(begins, backbone.start, self._content(last.clamp(min=0)))
+        if state is not None:
+            hidden, cells = state
+            state = hidden.masked_fill(begins, 0), cells.masked_fill(begins, 0)
+        features, state = backbone.carry(self._content(y), query, levels, before, state)
+        return self._logits(features), state
+
+    def layer_features(self, y: Tensor) -> list[Tensor]:
+        """Computes the features (N, d, width) of values (N, d) after every layer of a Transformer.
+
+        Those of the last layer are what the head reads.
+
+        Raises:
+            UserError: If the backbone is no Transformer of causal attention.
+        """
+        backbone = self.backbone
+        if not isinstance(backbone, Transformer) or not self.layered:
+            raise UserError(
+                f"the layers of a {type(backbone).__name__} cannot be looked at: choose a "
+                "Transformer of causal attention"
+            )
+        query, levels, _ = self._causal_inputs(y.shape[1], y.device, None)
+        return backbone.layer_features(self._content(y), query, levels)
 
     def level_logits(self, y: Tensor, level: int, context: Tensor | None = None) -> Tensor:
         """Computes the logits (N, n, num_outputs) of the n dimensions of one level.

@@ -454,3 +454,49 @@ class TestConstruction:
         assert levels.tolist() == [-1, -1, 0, 1, 0, 1, 0]
         assert (query[:2] == 0).all()
         assert torch.equal(content[:, 2:], conditioner.embedding[y])
+
+
+class TestCarry:
+    def test_windows_that_go_on_are_one_sequence(self):
+        conditioner, y = make(LSTM(WIDTH, layers=2), conditions_first=True), values(3)
+        with torch.no_grad():
+            # The query tells positions of a window apart, and these are to stand for one sequence.
+            conditioner.query.copy_(conditioner.query[:1].expand(LENGTH, -1))
+        whole = conditioner(y)
+        last, state = torch.full((3,), -1), None
+        for part in (slice(0, 2), slice(2, 3), slice(3, 5)):
+            logits, state = conditioner.carry(y[:, part], last, state)
+            torch.testing.assert_close(logits, whole[:, part])
+            last = y[:, part.stop - 1]
+
+    def test_some_may_begin_anew(self):
+        conditioner, y = make(LSTM(WIDTH, layers=2), conditions_first=True), values(3)
+        _, state = conditioner.carry(y, torch.full((3,), -1))
+        logits, _ = conditioner.carry(y, torch.tensor([0, -1, 2]), state)
+        same = [torch.allclose(one, two) for one, two in zip(logits, conditioner(y), strict=True)]
+        assert same == [False, True, False]
+
+    @pytest.mark.parametrize(
+        ("backbone", "ordering", "options"),
+        [
+            ("transformer", NATURAL, {}),
+            ("lstm", Reversed(), {}),
+            ("lstm", NATURAL, {"execution": "masked"}),
+            ("lstm", NATURAL, {"context_features": 2}),
+        ],
+    )
+    def test_others_are_refused(self, backbone, ordering, options):
+        conditioner = make(backbone, ordering, **options)
+        assert not conditioner.carries
+        with pytest.raises(UserError, match="choose an LSTM over Natural"):
+            conditioner.carry(values(), torch.zeros(6, dtype=torch.long))
+
+
+@pytest.mark.parametrize("ordering", [NATURAL, Strided(columns=3)], ids=str)
+def test_the_layers_of_a_transformer_can_be_looked_at(ordering):
+    conditioner, y = make("transformer", ordering, conditions_first=True), values()
+    features = conditioner.layer_features(y)
+    assert len(features) == 2
+    torch.testing.assert_close(conditioner.head(features[-1]), conditioner(y))
+    with pytest.raises(UserError, match="layers of a LSTM cannot"):
+        make("lstm").layer_features(y)
