@@ -13,6 +13,7 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.distributions import Distribution, constraints
 
+from dflows.acceleration import Acceleration
 from dflows.bases import Base
 from dflows.errors import UserError
 from dflows.estimators import Draw, Estimator, LocalThenJoint
@@ -145,6 +146,7 @@ class DiscreteFlow(nn.Module):
             )
         self._estimators = list(_estimators(stack))
         self.evaluations: list[int] = []
+        self._acceleration = Acceleration()
         for part in stack:
             if isinstance(part, Inverse) and any(
                 not estimator.through for estimator in _estimators(part)
@@ -462,6 +464,11 @@ class DiscreteFlow(nn.Module):
             raise UserError(f"temperature is {temperature}: give a positive number")
         if method not in ("levels", "fixed_point"):
             raise UserError(f"method is {method!r}: give 'levels' or 'fixed_point'")
+        if method == "fixed_point" and self._acceleration.cuda_graph:
+            raise UserError(
+                "method is 'fixed_point', which looks whether the values have settled, and a CUDA "
+                "graph cannot: take 'levels', or leave cuda_graph away"
+            )
         return self._sample(
             torch.Size(sample_shape),
             self.encode_context(context),
@@ -486,7 +493,8 @@ class DiscreteFlow(nn.Module):
                 f"a prompt {tuple(prompt.shape)} was given for samples {(*shape, length)}: give "
                 f"one for all, ({number},), or one a sample, {(*shape, number)}"
             )
-        for part in (self.base, *self.transforms):
+        parts: list[Base | DiscreteTransform] = [self.base, *self.transforms]
+        for part in parts:
             if not part.keeps_beginning(number, length):
                 ordering = getattr(getattr(part, "conditioner", None), "ordering", None)
                 raise UserError(
@@ -497,6 +505,27 @@ class DiscreteFlow(nn.Module):
                     "over the natural ordering"
                 )
         return prompt.expand(*shape, number).reshape(-1, number)
+
+    def accelerate(self, *, compile: bool = False, cuda_graph: bool = False) -> None:  # noqa: A002
+        """Sets how samples are computed from now on; those of a seed stay the same to round-off.
+
+        The first samples of every shape take longer: seconds to compile, and some to capture.
+
+        Args:
+            compile: Whether ``torch.compile`` compiles the parts that are run level by level.
+            cuda_graph: Whether to capture all levels as one CUDA graph and replay it; only on a
+                CUDA device, and not by the fixed point, which looks whether values have settled.
+
+        Example:
+            >>> from dflows import FactorizedBase
+            >>> flow = DiscreteFlow(FactorizedBase(3, 4))
+            >>> flow.accelerate(cuda_graph=True)
+            >>> flow.sample((2,))
+            Traceback (most recent call last):
+            ...
+            dflows.errors.UserError: cuda_graph is set, and the model is on cpu: a CUDA graph ...
+        """
+        self._acceleration = Acceleration(compile=compile, cuda_graph=cuda_graph)
 
     def _event(self, length: int | None) -> int:
         length = self.length if length is None else length
@@ -522,8 +551,12 @@ class DiscreteFlow(nn.Module):
         noise = self.base.noise(shape.numel(), length, generator)
         if prompt is not None:
             prompt = self._check_prompt(prompt.to(noise.device), shape, length)
-        value = self._from_noise(
-            noise, context, prompt, temperature=temperature, fixed_point=method == "fixed_point"
+        value, self.evaluations = self._acceleration(
+            self._from_noise,
+            self,
+            (noise, context, prompt),
+            temperature=temperature,
+            fixed_point=method == "fixed_point",
         )
         return value.reshape(*shape, length)
 
@@ -535,7 +568,7 @@ class DiscreteFlow(nn.Module):
         *,
         temperature: float,
         fixed_point: bool,
-    ) -> Tensor:
+    ) -> tuple[Tensor, list[int]]:
         known: list[Tensor | None] = [None] * (1 + len(self.transforms))
         if prompt is not None:
             known[:] = beginnings(self.transforms, prompt, noise.shape[1], context)
@@ -552,8 +585,7 @@ class DiscreteFlow(nn.Module):
                 value, context, beginning=beginning, fixed_point=fixed_point
             )
             evaluations.append(count)
-        self.evaluations = evaluations
-        return value
+        return value, evaluations
 
     @torch.no_grad()
     def greedy(self, context: Tensor | None = None, *, length: int | None = None) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dflows.acceleration import accelerated
 from dflows.backbones.backbone import (
     Remembered,
     SteppedBackbone,
@@ -115,7 +116,10 @@ class LevelConvolution(SteppedBackbone):
         )
         if self.near:
             cache.narrow = query.new_zeros(batch_size, length + 1, self.narrow.out_features)
-        self._stage(cache, None)
+        if len(cache.stages[0].members):
+            self._stage(cache, None)
+        else:
+            cache.stage = 1
         return cache
 
     @torch.no_grad()
@@ -130,21 +134,22 @@ class LevelConvolution(SteppedBackbone):
 
     def _stage(self, cache: "Cache", content: Tensor | None) -> Tensor:
         """Tells of the content of the last stage, and runs the dimensions of the next."""
+        tell, step = accelerated(LevelGatedLayer.tell), accelerated(LevelGatedLayer.step)
         if content is not None:
             told = cache.stages[cache.stage - 1].members
             if cache.narrow is not None:
                 narrow = self.narrow(content).to(cache.narrow.dtype)
                 cache.narrow.index_copy_(1, told, narrow)
             for layer, rows, stream in zip(self.layers, cache.rows, cache.inputs, strict=True):
-                layer.tell(rows, told, stream, content)
+                tell(layer, rows, told, stream, content)
         stage = cache.stages[cache.stage]
         cache.stage += 1
-        stream, cache.inputs = cache.query[:, stage.members], []
+        stream, cache.inputs = cache.query[:, stage.members].contiguous(), []
         if cache.narrow is not None:
             stream = stream + self.widen(_look_up(cache.narrow, stage.near))
         for layer, rows in zip(self.layers, cache.rows, strict=True):
             cache.inputs.append(stream)
-            stream = layer.step(stream, rows, stage.known, stage.sources)
+            stream = step(layer, stream, rows, stage.known, stage.sources)
         return stream
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dflows.acceleration import accelerated
 from dflows.backbones.backbone import (
     Remembered,
     SteppedBackbone,
@@ -417,23 +418,25 @@ class Transformer(SteppedBackbone):
 
     def _stage(self, cache: "Cache", content: Tensor | None) -> Tensor:
         """Adds the content of the last stage to the cache and runs the rows of the next."""
+        attend = accelerated(Block.attend)
+        remember_content = accelerated(Block.remember_content)
         begin = cache.known
         end = begin + (0 if content is None else content.shape[1])
         stop = end + cache.counts[cache.stage]
-        inputs, h = [], cache.stream[:, end:stop]
+        inputs, h = [], cache.stream[:, end:stop].contiguous()
         places = None if cache.places is None else cache.places[:, end:stop]
         for n, (block, mask) in enumerate(zip(self.blocks, cache.masks, strict=True)):
             h = placed(h, places, n)
             if content is not None and end > begin:
                 turn = cache.turned(begin, end)
-                keys, values = block.remember_content(cache.inputs[n], content, turn)
+                keys, values = remember_content(block, cache.inputs[n], content, turn)
                 cache.keep(n, begin, keys, values)
             inputs.append(h)
             if stop > end:
                 keys, values = cache.keys[n][:, :, :end], cache.values[n][:, :, :end]
                 seen = None if mask is None else mask[:, end:stop, :end]
                 turn = cache.turned(end, stop)
-                h = block.attend(h, block.norm(h), keys, values, seen, turn)
+                h = attend(block, h, block.norm(h), keys, values, seen, turn)
         cache.inputs = inputs
         cache.known = end
         cache.stage += 1

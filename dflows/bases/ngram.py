@@ -286,7 +286,7 @@ class NGramBase(Base):
             threshold = noise[:, dimension, None] * cumulative[:, -1:]
             return torch.searchsorted(cumulative[:, :-1].contiguous(), threshold, right=True)[:, 0]
 
-        return self._in_order(*noise.shape, decide, beginning), 0
+        return self._in_order(len(noise), noise.shape[1], decide, beginning), 0
 
     def keeps_beginning(self, number: int, length: int) -> bool:
         return True

@@ -1,0 +1,163 @@
+"""Quicker ways to compute the same samples: compiled functions, and replayed CUDA graphs.
+
+A level of generation is many small operations. ``torch.compile`` makes fewer of them: it is given
+the parts that are run again and again, a block of a Transformer say, each compiled once for all
+levels, flows and layers. A CUDA graph launches all operations of all levels at once: none waits for
+the processor, and the processor for none.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
+from itertools import chain
+from typing import Any, NamedTuple, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from dflows.errors import UserError
+
+__all__ = ["Acceleration", "accelerated"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+BACKEND = "inductor"
+MOST_SHAPES = 64
+MOST_GRAPHS = 16
+
+_compiles: ContextVar[bool] = ContextVar("compiles", default=False)
+
+
+@cache
+def _compiled(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=True, backend=backend)
+
+
+def accelerated(function: Callable[P, R]) -> Callable[P, R]:
+    """Returns a part of generation as it is to be run: compiled, where the flow is told to.
+
+    Args:
+        function: A function of modules, tensors and numbers, the same object at every call.
+    """
+    return _compiled(function, BACKEND) if _compiles.get() else function
+
+
+@contextmanager
+def _compiling() -> Iterator[None]:
+    import torch._dynamo
+
+    token = _compiles.set(True)
+    try:
+        # Beyond the limit a function would silently run as it stands.
+        with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES):
+            yield
+    finally:
+        _compiles.reset(token)
+
+
+class _Graph(NamedTuple):
+    """A captured computation, the tensors that it reads, and what it returns."""
+
+    graph: Any
+    inputs: Sequence[Tensor | None]
+    output: Tensor
+    evaluations: list[int]
+
+
+class Acceleration:
+    """Creates the way in which samples are made of noise.
+
+    Arguments:
+        compile: Whether parts are compiled by ``torch.compile``.
+        cuda_graph: Whether the whole is captured as a CUDA graph, one for every shape, and
+            replayed.
+    """
+
+    def __init__(self, *, compile: bool = False, cuda_graph: bool = False) -> None:  # noqa: A002
+        self.compile = compile
+        self.cuda_graph = cuda_graph
+        self._graphs: dict[object, _Graph] = {}
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(compile={self.compile}, cuda_graph={self.cuda_graph})"
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A graph is bound to the tensors that it was captured with.
+        return {**self.__dict__, "_graphs": {}}
+
+    def __call__(
+        self,
+        function: Callable[..., tuple[Tensor, list[int]]],
+        module: nn.Module,
+        inputs: Sequence[Tensor | None],
+        **options: float,
+    ) -> tuple[Tensor, list[int]]:
+        """Computes a function of tensors.
+
+        Args:
+            function: The function, which reads no value of a tensor where it is to be captured.
+            module: The module whose parameters it uses.
+            inputs: The tensors, or nothing in their places.
+            options: Numbers that it is given beside.
+
+        Raises:
+            UserError: If a graph is asked for and there is no CUDA device.
+        """
+        if self.compile:
+            with _compiling():
+                return self._compute(function, module, inputs, options)
+        return self._compute(function, module, inputs, options)
+
+    def _compute(
+        self,
+        function: Callable[..., tuple[Tensor, list[int]]],
+        module: nn.Module,
+        inputs: Sequence[Tensor | None],
+        options: dict[str, float],
+    ) -> tuple[Tensor, list[int]]:
+        if not self.cuda_graph:
+            return function(*inputs, **options)
+        device = next(tensor.device for tensor in inputs if tensor is not None)
+        if device.type != "cuda":
+            raise UserError(
+                f"cuda_graph is set, and the model is on {device}: a CUDA graph needs a CUDA "
+                "device, so move the model to one, or leave cuda_graph away"
+            )
+        # Parameters may be trained between two replays, but not be moved.
+        places = tuple(tensor.data_ptr() for tensor in chain(module.parameters(), module.buffers()))
+        shapes = tuple(
+            None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype)
+            for tensor in inputs
+        )
+        key = (shapes, tuple(options.items()), places, module.training)
+        with torch.cuda.device(device):
+            if key not in self._graphs:
+                while len(self._graphs) >= MOST_GRAPHS:
+                    del self._graphs[next(iter(self._graphs))]
+                self._graphs[key] = _capture(function, inputs, options)
+            captured = self._graphs[key]
+            for place, value in zip(captured.inputs, inputs, strict=True):
+                if place is not None and value is not None:
+                    place.copy_(value)
+            captured.graph.replay()
+            return captured.output.clone(), captured.evaluations
+
+
+def _capture(
+    function: Callable[..., tuple[Tensor, list[int]]],
+    inputs: Sequence[Tensor | None],
+    options: dict[str, float],
+) -> _Graph:
+    held = [None if tensor is None else tensor.clone() for tensor in inputs]
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(2):  # compiles, and fills tables that are worked out once
+            function(*held, **options)
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output, evaluations = function(*held, **options)
+    return _Graph(graph, held, output, evaluations)
