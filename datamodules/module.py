@@ -38,9 +38,14 @@ class StreamDataModule(pl.LightningDataModule, ABC):
         num_workers: The worker processes of each loader; 0 loads in the main process.
         seed: Every seed has a training stream of its own.
 
+    Attributes:
+        consecutive: Whether row i of a training batch begins where row i of the batch before ended.
+
     Raises:
         UserError: An argument is out of range.
     """
+
+    consecutive = False
 
     def __init__(
         self, length: int, batch_size: int, eval_batch_size: int, num_workers: int, seed: int

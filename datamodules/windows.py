@@ -20,6 +20,7 @@ from datamodules.chunks import Array, Chunks, Cut, regroup
 from datamodules.counter import Counter
 
 __all__ = [
+    "ConsecutiveWindows",
     "EvaluationBatches",
     "ShuffledWindows",
     "StreamedWindows",
@@ -86,6 +87,38 @@ class ShuffledWindows(TrainingStream):
             shift = _shift(self._seed, epoch, len(self._values) - self._windows * self.length)
             self._epochs[epoch] = shift + self.length * order
         return self._epochs[epoch]
+
+
+class ConsecutiveWindows(TrainingStream):
+    """Creates windows of an array in memory that go on where others ended.
+
+    The array is read as a ring, from places at equal distances at once: row n + `streams` begins
+    where row n ends, for ever. Behind the end stands the beginning, so that every place is read as
+    often as any other, and in windows that are cut in all ways.
+
+    Args:
+        values: The array, one dimension, at least `length` long.
+        length: The length of a window.
+        seed: Each begins at a place of its own.
+        streams: The rows of a batch, over all processes.
+    """
+
+    def __init__(self, values: Array, length: int, seed: int, streams: int) -> None:
+        super().__init__(length)
+        self._values = values
+        self._streams = streams
+        self._begin = Counter(seed).integer(len(values))
+
+    def open(self) -> Reader:
+        """Returns what reads rows, of any number at any time."""
+        return self._read
+
+    def _read(self, first: int, rows: int) -> Array:
+        steps, streams = np.divmod(np.arange(first, first + rows), self._streams)
+        size = len(self._values)
+        begins = self._begin + streams * size // self._streams + steps * self.length
+        places: Array = (begins[:, None] + np.arange(self.length)) % size
+        return self._values[places]
 
 
 class StreamedWindows(TrainingStream):

@@ -1,3 +1,5 @@
+from itertools import islice
+
 import numpy as np
 import pytest
 import pytorch_lightning as pl
@@ -83,7 +85,7 @@ class TestText:
         assert data.characters() == low
 
     def test_streaming_evaluates_and_counts_the_same(self):
-        text = ODD * 40
+        text = 2 * (ODD * 20)[: len(ODD) * 18]
         memory, streamed = (
             TextDataModule(cut(text), 8, eval_batch_size=3, streaming=streaming)
             for streaming in (False, True)
@@ -143,6 +145,29 @@ class TestText:
         )
         assert torch.equal(first, again)
         assert not torch.equal(first, second)
+
+    @pytest.mark.parametrize("ranks", [1, 2])
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_consecutive_batches_go_on_whatever_the_processes(self, ranks, workers):
+        parts = []
+        for rank in range(ranks):
+            data = TextDataModule(
+                cut(ODD * 20), 8, 4 // ranks, consecutive=True, num_workers=workers
+            )
+            data.trainer = Process(rank, ranks)
+            parts.append(torch.stack(list(islice(data.train_dataloader(), 6))))
+        batches = torch.cat(parts, dim=1)
+        assert batches.shape == (6, 4, 8)
+        text = 2 * (ODD * 20)[: len(ODD) * 18]
+        for row in batches.unbind(1):
+            assert data.decode(row.flatten()) in text
+        if ranks == 2:
+            alone = TextDataModule(cut(ODD * 20), 8, 4, consecutive=True)
+            assert torch.equal(torch.stack(list(islice(alone.train_dataloader(), 6))), batches)
+
+    def test_consecutive_and_streaming_exclude_each_other(self):
+        with pytest.raises(UserError, match="unset one of the two"):
+            TextDataModule(consecutive=True, streaming=True)
 
     def test_loaders_leave_the_global_generator_alone(self):
         data = TextDataModule(cut(ODD * 50), 8)

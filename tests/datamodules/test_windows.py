@@ -6,6 +6,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from datamodules.windows import (
+    ConsecutiveWindows,
     EvaluationBatches,
     ShuffledWindows,
     StreamedWindows,
@@ -79,6 +80,27 @@ class TestStreams:
     def test_blocks_are_read_in_order(self):
         begins = streams(1000, 4, block=50)[1].open()(0, 200)[:, 0].reshape(4, 50)
         assert (begins[1:].min(1) > begins[:-1].max(1)).all()
+
+
+class TestConsecutive:
+    @pytest.mark.parametrize(("size", "length"), SIZES)
+    @pytest.mark.parametrize("streams", [1, 3])
+    def test_rows_go_on_in_a_ring(self, size, length, streams):
+        values = np.arange(size) * 2
+        rows = ConsecutiveWindows(values, length, 0, streams).open()(0, size * streams)
+        texts = rows.reshape(size, streams, length).swapaxes(0, 1).reshape(streams, -1) // 2
+        assert ((texts[:, 1:] - texts[:, :-1]) % size == 1).all()
+        # The places are at equal distances, and every one is read equally often.
+        distances = (texts[:, 0] - texts[0, 0]) % size
+        assert distances.tolist() == [n * size // streams for n in range(streams)]
+        assert (np.bincount(texts.ravel()) == length * streams).all()
+
+    def test_rows_depend_on_number_and_seed(self):
+        stream = ConsecutiveWindows(np.arange(101), 7, 0, 5)
+        rows = stream.open()(0, 200)
+        for first in (0, 1, 13, 99):
+            assert np.array_equal(stream.open()(first, 13), rows[first : first + 13])
+        assert not np.array_equal(ConsecutiveWindows(np.arange(101), 7, 1, 5).open()(0, 200), rows)
 
 
 class TestTrainingBatches:
