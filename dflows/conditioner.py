@@ -139,7 +139,7 @@ class Conditioner(nn.Module):
         self._dimensions: dict[tuple[int, torch.device, int], _Dimensions] = {}
 
         levels = ordering.levels(length)
-        num_levels = int(levels.max()) + 1
+        num_levels = self.num_levels = int(levels.max()) + 1
         if conditions_first and int(levels.min()):
             raise UserError(
                 f"{ordering!r} has no dimension of level 0, and a base begins there, with a "
@@ -181,7 +181,7 @@ class Conditioner(nn.Module):
     @property
     def passes(self) -> int:
         """Evaluations of the backbone, one after the other, that generation takes."""
-        return int(self.ordering.levels(self.length).max()) + 1 - self.first_level
+        return self.num_levels - self.first_level
 
     @property
     def steps(self) -> bool:
