@@ -39,12 +39,14 @@ class StreamDataModule(pl.LightningDataModule, ABC):
         seed: Every seed has a training stream of its own.
 
     Attributes:
+        is_text: Whether evaluation rows, one after the other, are a text.
         consecutive: Whether row i of a training batch begins where row i of the batch before ended.
 
     Raises:
         UserError: An argument is out of range.
     """
 
+    is_text = False
     consecutive = False
 
     def __init__(

@@ -76,6 +76,8 @@ class TextDataModule(StreamDataModule):
         '...'
     """
 
+    is_text = True
+
     def __init__(
         self,
         source: TextSource | None = None,

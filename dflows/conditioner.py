@@ -200,11 +200,6 @@ class Conditioner(nn.Module):
         """Whether windows can go on where others ended: :meth:`carry`."""
         return isinstance(self.backbone, LSTM) and self.one_pass and self.left_to_right
 
-    @property
-    def layered(self) -> bool:
-        """Whether the layers of the network can be looked at: :meth:`layer_features`."""
-        return isinstance(self.backbone, Transformer) and self.one_pass
-
     def levels(self, length: int, device: torch.device) -> tuple[Tensor, list[Tensor]]:
         """Returns the levels (d,) of so many dimensions, and the dimensions of every level."""
         dimensions = self._dimensions_of(length, device)
@@ -416,22 +411,30 @@ class Conditioner(nn.Module):
         features, state = backbone.carry(self._content(y), query, levels, before, state)
         return self._logits(features), state
 
-    def layer_features(self, y: Tensor) -> list[Tensor]:
-        """Computes the features (N, d, width) of values (N, d) after every layer of a Transformer.
+    def layers(self, y: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Computes the logits of all dimensions, and what was known on the way to them.
 
-        Those of the last layer are what the head reads.
+        Args:
+            y: Indices (N, d).
+
+        Returns:
+            Logits (N, d, num_outputs), and features (N, d, width): after every layer of a
+            Transformer, of others those that the logits were read off alone. These come last.
 
         Raises:
-            UserError: If the backbone is no Transformer of causal attention.
+            UserError: If the backbone does not run in one pass, or takes a context.
         """
-        backbone = self.backbone
-        if not isinstance(backbone, Transformer) or not self.layered:
+        if not self.one_pass or not self.embeds:
             raise UserError(
-                f"the layers of a {type(backbone).__name__} cannot be looked at: choose a "
-                "Transformer of causal attention"
+                f"a {type(self.backbone).__name__} does not give the features of all dimensions "
+                "in one pass: choose a level-causal backbone"
             )
-        query, levels, _ = self._causal_inputs(y.shape[1], y.device, None)
-        return backbone.layer_features(self._content(y), query, levels)
+        if isinstance(self.backbone, Transformer):
+            query, levels, _ = self._causal_inputs(y.shape[1], y.device, None)
+            features = self.backbone.layer_features(self._content(y), query, levels)
+        else:
+            features = [self.features(y)]
+        return self._logits(features[-1]), features
 
     def level_logits(self, y: Tensor, level: int, context: Tensor | None = None) -> Tensor:
         """Computes the logits (N, n, num_outputs) of the n dimensions of one level.

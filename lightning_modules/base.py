@@ -298,17 +298,13 @@ class BaseModule(pl.LightningModule, ABC):
             # One kernel for all parameters; under mixed precision Lightning cannot clip for it.
             fused=not ("mixed" in self.trainer.precision and self.trainer.gradient_clip_val),
         )
-        if (
-            settings.schedule != "constant"
-            and math.isinf(self._total_steps())
-            and not self._timer()
-        ):
+        if settings.schedule != "constant" and not self.has_end:
             raise UserError(
                 f"optimization.schedule is {settings.schedule} and the training has no end: "
                 "set trainer.max_steps or trainer.max_time"
             )
         schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: settings.factor(step, self._progress(step))
+            optimizer, lambda step: settings.factor(step, self.progress(step))
         )
         return {
             "optimizer": optimizer,
@@ -322,10 +318,18 @@ class BaseModule(pl.LightningModule, ABC):
         timers = (entry for entry in self.trainer.callbacks if isinstance(entry, Timer))  # type: ignore[attr-defined]
         return next(timers, None)
 
-    def _progress(self, step: int) -> float:
-        """Returns the part of the training that is done, by steps or by time."""
+    @property
+    def has_end(self) -> bool:
+        """Whether the training ends by steps or by time."""
+        return not math.isinf(self._total_steps()) or self._timer() is not None
+
+    def progress(self, step: int) -> float:
+        """Returns the part of the training that is done after so many steps, or by time.
+
+        All processes must ask at once.
+        """
         progress = step / self._total_steps()
-        timer = self._timer() if self.optimization.schedule != "constant" else None
+        timer = self._timer()
         if timer is not None and (left := timer.time_remaining()) is not None:
             elapsed = timer.time_elapsed() / (timer.time_elapsed() + max(left, 1e-9))
             if self.trainer.world_size > 1:

@@ -1,24 +1,20 @@
 """The opponent without a network: counted n-grams."""
 
-import torch
 from torch import Tensor
 
 from dflows.bases import NGramBase
 from dflows.errors import UserError
 from dflows.flow import DiscreteFlow
-from dflows.metrics import BitsPerCharacter
-from lightning_modules.base import Batch, compute
-from lightning_modules.flow import DiscreteFlowModule
+from lightning_modules.carried import Carried, CarriedModule, Score
 
 __all__ = ["NGramModule"]
 
 
-class NGramModule(DiscreteFlowModule):
+class NGramModule(CarriedModule):
     """Creates an n-gram model of windows, and counts it in one pass over the training split.
 
-    Counting is all the training there is, so one step is enough: ``trainer.max_steps: 1``. Where
-    the data are a text, testing logs `test_bpc_carried` as well: its bits per character where
-    windows do not begin anew. It is found by one process alone.
+    Counting is all the training there is, so one step is enough: ``trainer.max_steps: 1``. A text
+    without breaks is scored with the characters of the longest gram carried.
 
     Arguments:
         num_classes: K; taken from the data where a command builds the module.
@@ -51,8 +47,6 @@ class NGramModule(DiscreteFlowModule):
         base = NGramBase(num_classes, length, order=order, discount=discount)
         super().__init__(DiscreteFlow(base), base_count_windows=count_windows)
         self._seen = order - 1
-        self.carried = BitsPerCharacter()
-        self._before: Tensor | None = None
 
     def prepare(self) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
@@ -68,26 +62,8 @@ class NGramModule(DiscreteFlowModule):
             )
         super().prepare()
 
-    def on_test_start(self) -> None:
-        """Begins the text, if there is one."""
-        text = self.trainer.datamodule.training_chunks() is not None  # type: ignore[attr-defined]
-        if text and self.trainer.world_size == 1:
-            self._before = torch.empty(0, dtype=torch.long, device=self.device)
+    def text_score(self) -> Score:
+        def log_prob(text: Tensor, known: int) -> Tensor:
+            return self.flow.base.log_prob(text.unsqueeze(0))[0, known:]
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Adds a batch to the test metrics, and to those of the text without breaks."""
-        super().test_step(batch, batch_idx)
-        if self._before is not None:
-            windows = self.indices_of(batch).flatten()
-            text = torch.cat([self._before, windows])
-            log_prob = self.flow.base.log_prob(text.unsqueeze(0))[0, len(self._before) :]
-            self.carried.update(log_prob, len(windows))
-            self._before = text[max(len(text) - self._seen, 0) :]
-
-    def on_test_epoch_end(self) -> None:
-        """Logs the test metrics."""
-        super().on_test_epoch_end()
-        if self._before is not None:
-            self.log("test_bpc_carried", compute(self.carried).float())
-            self.carried.reset()
-            self._before = None
+        return Carried(log_prob, self._seen)

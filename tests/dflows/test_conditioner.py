@@ -492,11 +492,18 @@ class TestCarry:
             conditioner.carry(values(), torch.zeros(6, dtype=torch.long))
 
 
-@pytest.mark.parametrize("ordering", [NATURAL, Strided(columns=3)], ids=str)
-def test_the_layers_of_a_transformer_can_be_looked_at(ordering):
-    conditioner, y = make("transformer", ordering, conditions_first=True), values()
-    features = conditioner.layer_features(y)
-    assert len(features) == 2
-    torch.testing.assert_close(conditioner.head(features[-1]), conditioner(y))
-    with pytest.raises(UserError, match="layers of a LSTM cannot"):
-        make("lstm").layer_features(y)
+@pytest.mark.parametrize(("backbone", "number"), [("transformer", 2), ("lstm", 1), ("made", 1)])
+def test_what_is_known_on_the_way(backbone, number):
+    conditioner, y = make(backbone, conditions_first=True), values()
+    logits, features = conditioner.layers(y)
+    assert len(features) == number
+    torch.testing.assert_close(logits, conditioner(y))
+    torch.testing.assert_close(conditioner.head(features[-1]), logits)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "options"), [("transformer", {"execution": "masked"}), ("table", {})]
+)
+def test_what_is_known_on_the_way_needs_one_pass(backbone, options):
+    with pytest.raises(UserError, match="choose a level-causal backbone"):
+        make(backbone, **options).layers(values())
