@@ -85,6 +85,18 @@ METRICS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "generation_seconds_32_p95": ("number", "95th percentile of the same"),
         "generation_bytes_1": ("count", "peak device memory generating 1 sequence, bytes"),
         "generation_bytes_32": ("count", "peak device memory generating 32 sequences, bytes"),
+        # Speed in benchmarks, beside an opponent and what the device can do.
+        "generation_ratio_1": ("number", "the opponent's seconds for 1 sequence over these"),
+        "generation_ratio_32": ("number", "the opponent's seconds for 32 sequences over these"),
+        "roofline_seconds_1": ("number", "least seconds for 1 sequence that the device allows"),
+        "roofline_seconds_32": ("number", "the same for 32 sequences"),
+        "memory_bandwidth": ("number", "measured bytes a second"),
+        "matrix_rate": ("number", "measured floating-point operations a second"),
+        "call_seconds": ("number", "median seconds of one call"),
+        "call_seconds_p95": ("number", "95th percentile of the same"),
+        "call_bytes": ("count", "peak memory of tensors that one call takes, bytes"),
+        "seconds_ratio": ("number", "the opponent's seconds of one call over these"),
+        "bytes_ratio": ("number", "the opponent's bytes of one call over these"),
     }
 )
 """The metrics that a record may hold: the kind of each value, and what it means.
