@@ -55,12 +55,24 @@ def test_figure_and_records_agree():
     assert f">{description}<" in figure, "run python -m dflows.report"
     for record in read_records(ROOT / "results/text"):
         # Text is drawn as paths, and every annotation is named in a comment before them.
-        assert f"<!-- {record.name}  {record.metrics['test_bpc']:.2f} -->" in figure
+        mark = "≤ " if record.likelihood == "bound" else ""
+        assert f"<!-- {record.name}  {mark}{record.metrics['test_bpc']:.2f} -->" in figure
 
 
 def test_a_line_of_the_table_is_a_record():
     line = render_table([record()]).splitlines()[2]
     assert line == "| `quickstart.yaml` | 7 | 2.600 | 2.500 | 0.625 | 100 | 12,345 | 0.012 | – |"
+
+
+def test_a_bound_is_never_shown_as_exact():
+    bound = record(name="latent", likelihood="bound")
+    lines = render_table([record(), bound]).splitlines()
+    assert lines[2].startswith("| `latent.yaml` | 7 | ≤ 2.600 | ≤ 2.500 | ≤ 0.625 | 100 |")
+    assert lines[3].startswith("| `quickstart.yaml` | 7 | 2.600 | 2.500 | 0.625 | 100 |")
+    assert lines[-1].startswith(
+        "Likelihoods are exact but for the bounds, marked ≤, over all 1,000"
+    )
+    assert describe_figure([bound]) == "latent: 7 passes, ≤ 2.500 bits"
 
 
 @pytest.mark.parametrize(

@@ -27,11 +27,17 @@ def _cell(record: Record, key: str, form: str = ".3f") -> str:
     return number(record.metrics.get(key), form)
 
 
+def _bits(record: Record, value: float | None, form: str = ".3f") -> str:
+    """Returns bits per character, marked where they are a bound."""
+    cell = number(value, form)
+    return f"≤ {cell}" if record.likelihood == "bound" and value is not None else cell
+
+
 def _of_unigram(record: Record) -> str:
     metrics = record.metrics
     if not metrics.get("unigram_bpc"):
         return MISSING
-    return number(metrics["test_bpc"] / metrics["unigram_bpc"])
+    return _bits(record, metrics["test_bpc"] / metrics["unigram_bpc"])
 
 
 def _passes_first(record: Record) -> tuple[int, str]:
@@ -41,10 +47,10 @@ def _passes_first(record: Record) -> tuple[int, str]:
 def _footnote(records: Sequence[Record]) -> str:
     metrics = records[0].metrics
     devices = ", ".join(sorted({record.device for record in records}))
-    sentence = (
-        f"All likelihoods are exact, over all {metrics['characters']['test']:,} characters of the "
-        "test split"
-    )
+    sentence = "All likelihoods are exact,"
+    if any(record.likelihood == "bound" for record in records):
+        sentence = "Likelihoods are exact but for the bounds, marked ≤,"
+    sentence += f" over all {metrics['characters']['test']:,} characters of the test split"
     if "unigram_bpc" in metrics:
         sentence += f", whose unigram entropy is {metrics['unigram_bpc']:.3f} bits"
         if "bigram_bpc" in metrics:
@@ -100,8 +106,8 @@ def render_table(records: Sequence[Record], benchmarks: Sequence[Record] = ()) -
         cells = [
             f"`{record.name}.yaml`",
             _cell(record, "passes", "d"),
-            _cell(record, "valid_bpc"),
-            _cell(record, "test_bpc"),
+            _bits(record, record.metrics.get("valid_bpc")),
+            _bits(record, record.metrics.get("test_bpc")),
             _of_unigram(record),
             _cell(record, "train_seconds", ".0f"),
             _cell(record, "characters_per_second", ",.0f"),
@@ -126,7 +132,8 @@ def render_table(records: Sequence[Record], benchmarks: Sequence[Record] = ()) -
 def describe_figure(records: Sequence[Record]) -> str:
     """Returns what the figure shows, in words: its own description, for those who cannot see it."""
     shown = (
-        f"{record.name}: {record.metrics['passes']} passes, {record.metrics['test_bpc']:.3f} bits"
+        f"{record.name}: {record.metrics['passes']} passes, "
+        f"{_bits(record, record.metrics['test_bpc'])} bits"
         for record in sorted(records, key=_passes_first)
         if "passes" in record.metrics
     )
@@ -149,7 +156,7 @@ def draw_figure(records: Sequence[Record], file: Path) -> None:
             right = passes > most / 2
             axes.scatter(passes, bpc, s=60, zorder=3)
             axes.annotate(
-                f"{record.name}  {bpc:.2f}",
+                f"{record.name}  {_bits(record, bpc, '.2f')}",
                 (passes, bpc),
                 textcoords="offset points",
                 xytext=(-9, 5) if right else (0, 9),
@@ -172,12 +179,13 @@ def draw_figure(records: Sequence[Record], file: Path) -> None:
         axes.set_xscale("symlog", base=2, linthresh=1)
         axes.xaxis.set_major_formatter("{x:.0f}")
         axes.set_xlim(-0.1, 1.2 * most)
-        axes.set_ylim(0, 1.15 * max(metrics.get("unigram_bpc", 0), *_bits(records)))
+        axes.set_ylim(0, 1.15 * max(metrics.get("unigram_bpc", 0), *_heights(records)))
         axes.set_xlabel("passes: sequential network evaluations to generate a batch")
-        axes.set_ylabel("exact bits per character, test")
+        bounds = any(record.likelihood == "bound" for record in records)
+        axes.set_ylabel(f"{'' if bounds else 'exact '}bits per character, test")
         for side in ("top", "right"):
             axes.spines[side].set_visible(False)
 
 
-def _bits(records: Sequence[Record]) -> list[float]:
+def _heights(records: Sequence[Record]) -> list[float]:
     return [record.metrics["test_bpc"] for record in records]
