@@ -1,0 +1,349 @@
+"""Language models: scored both ways, trained through windows that go on, and with more losses."""
+
+import math
+from functools import partial
+
+import pytest
+import pytorch_lightning as pl
+import torch
+
+from datamodules import FullRankDataModule, LocalText, TextDataModule
+from dflows.backbones import LSTM, MADE, DilatedConvolution, Transformer
+from dflows.cli.noise import quiet
+from dflows.errors import UserError
+from dflows.orderings import Natural, Reversed, Strided
+from lightning_modules import LanguageModel, Optimization
+from lightning_modules.auxiliary import Auxiliary
+from tests.commands import write_text
+from tests.dflows.small import shaken
+
+D = 6
+RECURRENT = partial(LSTM, width=8, layers=2)
+ATTENTIVE = partial(Transformer, width=8, layers=3, heads=2)
+
+
+def trainer(folder, steps=4, **options):
+    quiet()
+    return pl.Trainer(
+        **{
+            "accelerator": "cpu",
+            "max_steps": steps,
+            "max_epochs": -1,
+            "val_check_interval": 2,
+            "limit_val_batches": 1,
+            "check_val_every_n_epoch": None,
+            "logger": False,
+            "enable_checkpointing": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "default_root_dir": folder,
+            **options,
+        }
+    )
+
+
+@pytest.fixture
+def text(tmp_path):
+    source = LocalText(path=write_text(tmp_path, size=620).as_posix(), fractions=(0.8, 0.1, 0.1))
+
+    def make(**options):
+        return TextDataModule(
+            source,
+            D,
+            4,
+            vocabulary="corpus",
+            **{"eval_batch_size": 3, "consecutive": True} | options,
+        )
+
+    return make
+
+
+def model(data, backbone=RECURRENT, **options):
+    torch.manual_seed(0)
+    return shaken(LanguageModel(data.num_classes, D, backbone, **options))
+
+
+def bits(log_probs):
+    return -torch.stack(log_probs).mean().item() / math.log(2)
+
+
+@torch.no_grad()
+def after(module, before, character):
+    """The log-likelihood of a character by a pass over what comes before it in its window."""
+    y = torch.cat([before, character.view(1)]).unsqueeze(0)
+    return module.flow.base.log_prob(y)[0, -1]
+
+
+class TestScoredBothWays:
+    @pytest.mark.parametrize("carry", [False, True])
+    def test_an_lstm_carries_its_state(self, text, tmp_path, carry):
+        data = text()
+        module = model(data, carry=carry)
+        (result,) = trainer(tmp_path).test(module, datamodule=data, verbose=False)
+        characters = torch.cat([batch.flatten() for batch in data.test_dataloader()])
+        assert len(characters) % D  # the last window is shorter
+        conditioner = module.conditioner
+        backbone = conditioner.backbone
+        states, before, scores = [None, None], backbone.start, []
+        with torch.no_grad():
+            for n, character in enumerate(characters):
+                x = before + conditioner.query[n % D]
+                for layer, weights in enumerate(backbone.lstm.all_weights):
+                    zeros = torch.zeros(8)
+                    states[layer] = torch.lstm_cell(
+                        x[None], [s[None] for s in states[layer] or (zeros, zeros)], *weights
+                    )
+                    states[layer] = [state[0] for state in states[layer]]
+                    x = states[layer][0]
+                logits = conditioner.head(backbone.linear(x))
+                scores.append(logits.log_softmax(-1)[character])
+                before = conditioner.embedding[character]
+        assert result["test_bpc_carried"] == pytest.approx(bits(scores), rel=1e-5)
+        assert result["test_bpc_carried"] != pytest.approx(result["test_bpc"], rel=1e-3)
+        # Again, the same: nothing is left of the first time. And windows begin from zero.
+        assert trainer(tmp_path).test(module, datamodule=data, verbose=False) == [result]
+        windows = [
+            after(module, window[:d], window[d])
+            for window in characters.split(D)
+            for d in range(len(window))
+        ]
+        assert result["test_bpc"] == pytest.approx(bits(windows), rel=1e-5)
+
+    @pytest.mark.parametrize("stride", [None, 1, 2, 4, 5, D])
+    @pytest.mark.parametrize("eval_batch_size", [1, 3])
+    def test_others_see_what_comes_before_by_overlapping_windows(
+        self, text, tmp_path, stride, eval_batch_size
+    ):
+        data = text(eval_batch_size=eval_batch_size)
+        module = model(data, ATTENTIVE, carried_stride=stride)
+        (result,) = trainer(tmp_path).test(module, datamodule=data, verbose=False)
+        characters = torch.cat([batch.flatten() for batch in data.test_dataloader()])
+        stride = stride or 3
+        scores, seen = [], []
+        for window in range(0, len(characters), D):
+            stop = min(window + D, len(characters))
+            for begin in range(window, stop, stride):
+                end = min(begin + stride, stop)
+                # What was kept is D - stride characters, and those of the window before.
+                first = max(0, end - D, window - (D - stride))
+                for n in range(begin, end):
+                    seen.append(n - first)
+                    scores.append(after(module, characters[first:n], characters[n]))
+        assert len(scores) == len(characters)
+        assert min(seen[D:]) >= D - stride
+        assert result["test_bpc_carried"] == pytest.approx(bits(scores), rel=1e-5)
+        if stride == D:
+            assert result["test_bpc_carried"] == pytest.approx(result["test_bpc"], rel=1e-6)
+
+    @pytest.mark.parametrize(
+        ("backbone", "options"),
+        [
+            (partial(MADE, width=8, length=D), {}),
+            (partial(DilatedConvolution, width=8, layers=1), {}),
+            (RECURRENT, {"execution": "masked"}),
+        ],
+    )
+    def test_any_network_from_left_to_right_is(self, text, tmp_path, backbone, options):
+        data = text()
+        module = model(data, backbone, **options)
+        (result,) = trainer(tmp_path).test(module, datamodule=data, verbose=False)
+        assert math.isfinite(result["test_bpc_carried"])
+
+    @pytest.mark.parametrize("ordering", [Reversed(), Strided(3)])
+    def test_another_ordering_has_windows_alone(self, text, tmp_path, ordering):
+        data = text()
+        module = model(data, ATTENTIVE, ordering=ordering)
+        (result,) = trainer(tmp_path).test(module, datamodule=data, verbose=False)
+        assert "test_bpc_carried" not in result
+
+    def test_data_that_are_no_text_have_windows_alone(self, tmp_path):
+        data = FullRankDataModule(length=D, num_classes=2, batch_size=8, eval_examples=64)
+        (result,) = trainer(tmp_path).test(model(data), datamodule=data, verbose=False)
+        assert "test_bpc_carried" not in result
+
+
+class TestCarry:
+    def test_windows_go_on_from_a_state_without_a_gradient(self, text):
+        data = text()
+        module = model(data, carry=True, restart=0.0)
+        first, second = torch.randint(data.num_classes, (2, 3, D))
+        begun = module.objective(first)
+        torch.testing.assert_close(begun, module.log_prob(first))
+        last, (hidden, cells) = (
+            first[:, -1],
+            module.conditioner.carry(first, first.new_full((3,), -1))[1],
+        )
+        logits, _ = module.conditioner.carry(second, last, (hidden.detach(), cells.detach()))
+        expected = logits.log_softmax(-1).gather(-1, second.unsqueeze(-1)).sum(dim=(1, 2))
+        found = module.objective(second)
+        torch.testing.assert_close(found, expected)
+        assert not torch.allclose(found, module.log_prob(second))
+        parameters = list(module.flow.parameters())
+        for one, two in zip(
+            torch.autograd.grad(found.sum(), parameters),
+            torch.autograd.grad(expected.sum(), parameters),
+            strict=True,
+        ):
+            torch.testing.assert_close(one, two)
+
+    def test_some_windows_begin_anew(self, text):
+        data = text()
+        module = model(data, carry=True, restart=0.5)
+        first, second = torch.randint(data.num_classes, (2, 64, D))
+        module.objective(first)
+        same = torch.isclose(module.objective(second), module.log_prob(second))
+        assert 10 < same.sum() < 54
+
+    @pytest.mark.parametrize("steps", [3, 4])
+    def test_a_resumed_run_is_the_uninterrupted_one(self, text, tmp_path, steps):
+        def fit(steps, name, **more):
+            data = text()
+            torch.manual_seed(1)
+            module = LanguageModel(
+                data.num_classes,
+                D,
+                partial(RECURRENT, weight_drop=0.3),
+                carry=True,
+                optimization=Optimization(learning_rate=0.01),
+            )
+            run = trainer(tmp_path, steps)
+            run.fit(module, datamodule=data, weights_only=True, **more)
+            run.save_checkpoint(tmp_path / name)
+            return torch.load(tmp_path / name, weights_only=True)
+
+        whole = fit(7, "whole.ckpt")
+        fit(steps, "part.ckpt")
+        resumed = fit(7, "resumed.ckpt", ckpt_path=tmp_path / "part.ckpt")
+        for name, weight in whole["state_dict"].items():
+            assert torch.equal(resumed["state_dict"][name], weight), name
+        for one, two in zip(
+            whole["training"]["states"], resumed["training"]["states"], strict=True
+        ):
+            assert torch.equal(one, two)
+
+    def test_a_new_fit_begins_anew(self, text, tmp_path):
+        data = text()
+        module = model(data, carry=True)
+        trainer(tmp_path, steps=2).fit(module, datamodule=data)
+        module.trainer = trainer(tmp_path)
+        module.trainer.datamodule = data
+        assert module._state is not None
+        module.prepare()
+        assert module._state is None
+
+    def test_windows_of_any_places_are_refused(self, text, tmp_path):
+        data = text(consecutive=False)
+        with pytest.raises(UserError, match="set consecutive of a TextDataModule"):
+            trainer(tmp_path).fit(model(data, carry=True), datamodule=data)
+
+    def test_another_batch_begins_anew(self, text):
+        data = text()
+        module = model(data, carry=True, restart=0.0)
+        first, second = torch.randint(data.num_classes, (2, 4, D))
+        module.objective(first)
+        torch.testing.assert_close(module.objective(second[:3]), module.log_prob(second[:3]))
+
+
+class TestAuxiliary:
+    def test_the_value_is_the_log_likelihood_and_the_gradient_has_more(self, text):
+        data = text()
+        module = model(data, ATTENTIVE, auxiliary=Auxiliary()).double()
+        plain = model(data, ATTENTIVE).double()
+        plain.load_state_dict(module.state_dict(), strict=False)
+        assert len(module.state_dict()) > len(plain.state_dict())
+        y = torch.randint(data.num_classes, (5, D))
+        torch.testing.assert_close(module.log_prob(y), plain.log_prob(y))
+        torch.testing.assert_close(module.objective(y), plain.log_prob(y))
+        module.objective(y).sum().backward()
+        plain.objective(y).sum().backward()
+        _, features = plain.conditioner.layers(y)
+        added = module.auxiliary(features, y, 0.0).sum()
+        added.backward()
+        for (name, one), two in zip(
+            module.flow.named_parameters(), plain.flow.parameters(), strict=True
+        ):
+            torch.testing.assert_close(one.grad, two.grad, msg=name)
+        assert all(parameter.grad.any() for parameter in module.parameters())
+
+    def test_without_them_nothing_changes(self, text):
+        data = text()
+        module = model(data, ATTENTIVE)
+        assert module.auxiliary is None
+        assert not [name for name in module.state_dict() if "auxiliary" in name]
+        y = torch.randint(data.num_classes, (5, D))
+        torch.testing.assert_close(module.objective(y), module.log_prob(y))
+
+    @pytest.mark.parametrize("layers", [False, True])
+    def test_layers_end_with_a_part_of_the_training(self, text, tmp_path, layers):
+        data = text()
+        auxiliary = Auxiliary(layers=layers, until=0.75)
+        module = model(data, ATTENTIVE, auxiliary=auxiliary)
+        heads, moved = module.auxiliary, []
+        before = [parameter.detach().clone() for parameter in heads.parameters()]
+
+        class Watch(pl.Callback):
+            def on_before_optimizer_step(self, *_):
+                moved.append([bool(layer[1].weight.grad.any()) for layer in heads.layers])
+
+        trainer(tmp_path, steps=8, callbacks=[Watch()]).fit(module, datamodule=data)
+        # Of 3 layers the first two end after a quarter and after half of the 8 steps.
+        course = [[True, True]] * 2 + [[False, True]] * 2 + [[False, False]] * 4
+        assert moved == (course if layers else [[]] * 8)
+        after = list(heads.parameters())
+        assert not any(torch.equal(one, two) for one, two in zip(before, after, strict=True))
+
+    def test_layers_end_with_a_part_of_the_time(self, text, tmp_path):
+        data = text()
+        module = model(data, ATTENTIVE, auxiliary=Auxiliary())
+        run = trainer(tmp_path, steps=-1, max_time={"seconds": 1}, limit_val_batches=0)
+        run.fit(module, datamodule=data)
+        assert module._done > 0.9
+
+    def test_layers_need_an_end(self, text, tmp_path):
+        data = text()
+        run = trainer(tmp_path, steps=-1)
+        with pytest.raises(UserError, match=r"set trainer.max_steps or trainer.max_time"):
+            run.fit(model(data, ATTENTIVE, auxiliary=Auxiliary()), datamodule=data)
+
+    def test_other_networks_have_more_targets(self, text, tmp_path):
+        data = text()
+        module = model(data, RECURRENT, auxiliary=Auxiliary(layers=False))
+        before = module.auxiliary.last.weight.detach().clone()
+        trainer(tmp_path).fit(module, datamodule=data)
+        assert not torch.equal(module.auxiliary.last.weight, before)
+
+
+@pytest.mark.parametrize(
+    ("backbone", "options", "message"),
+    [
+        (ATTENTIVE, {"carried_stride": 0}, "carried_stride is 0: give a number from 1 to 6"),
+        (ATTENTIVE, {"carried_stride": 7}, "carried_stride is 7"),
+        (RECURRENT, {"restart": 1.5}, "restart is 1.5"),
+        (ATTENTIVE, {"carry": True}, "carry is set, and a Transformer over .* has no state"),
+        (RECURRENT, {"carry": True, "ordering": Reversed()}, "has no state to carry"),
+        (
+            RECURRENT,
+            {"carry": True, "auxiliary": Auxiliary(layers=False)},
+            "unset carry or auxiliary",
+        ),
+        (RECURRENT, {"auxiliary": Auxiliary()}, "no layer before its last"),
+        (
+            partial(ATTENTIVE, layers=1),
+            {"auxiliary": Auxiliary()},
+            "no layer before its last",
+        ),
+        (
+            ATTENTIVE,
+            {"auxiliary": Auxiliary(), "ordering": Strided(2)},
+            "need a level-causal backbone over Natural",
+        ),
+        (
+            ATTENTIVE,
+            {"auxiliary": Auxiliary(), "execution": "masked", "ordering": Natural()},
+            "need a level-causal backbone over Natural",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_refused(backbone, options, message):
+    with pytest.raises(UserError, match=message):
+        LanguageModel(3, D, backbone, **options)
