@@ -66,9 +66,10 @@ class FlowPrior(nn.Module, ABC):
     LSTM reads is the difference between the two priors, and decides which direction is parallel
     over time and which goes position by position.
 
-    The couplings are zuko's. The recurrence over time is written here: zuko's autoregressive
-    transform inverts by running its network over the whole sequence once a position, where a
-    cached state makes it one step a position.
+    The couplings' networks and maps of one feature are zuko's, but for the squared one, which it
+    has not. The recurrence over time is written here: zuko's autoregressive transform inverts by
+    running its network over the whole sequence once a position, where a cached state makes it one
+    step a position.
 
     Arguments:
         features: Entries of the vector at a position, at least 2.
@@ -227,11 +228,8 @@ class _Steps:
 class AutoregressivePrior(FlowPrior):
     """Creates the prior AF/SCF, whose state reads the sequence: z_t given all z before it.
 
-    Its density is parallel over time; drawing goes position by position.
-
-    Arguments:
-        arguments: Those of :class:`FlowPrior`, in its order.
-        options: Those of :class:`FlowPrior`, by name.
+    Its density is parallel over time; drawing goes position by position. Its
+    arguments are those of :class:`FlowPrior`.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -262,11 +260,8 @@ class AutoregressivePrior(FlowPrior):
 class InverseAutoregressivePrior(FlowPrior):
     """Creates the prior IAF/SCF, whose state reads the noise: z_t given all noise before it.
 
-    Drawing is parallel over time; the density goes position by position.
-
-    Arguments:
-        arguments: Those of :class:`FlowPrior`, in its order.
-        options: Those of :class:`FlowPrior`, by name.
+    Drawing is parallel over time; the density goes position by position. Its
+    arguments are those of :class:`FlowPrior`.
 
     Example:
         >>> _ = torch.manual_seed(0)
