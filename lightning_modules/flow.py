@@ -109,6 +109,7 @@ class DiscreteFlowModule(BaseModule):
         generator: Generator | None = None,
         method: Literal["levels", "fixed_point"] = "levels",
         context: Tensor | None = None,
+        prompt: Tensor | None = None,
     ) -> Tensor:
         if context is not None and len(context) != num_samples:
             raise UserError(
@@ -121,6 +122,7 @@ class DiscreteFlowModule(BaseModule):
             temperature=temperature,
             generator=generator,
             method=method,
+            prompt=prompt,
         )
 
     @property

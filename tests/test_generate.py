@@ -1,17 +1,19 @@
 """``python -m dflows.generate`` from a checkpoint alone."""
 
+import re
 import shutil
 from functools import partial
 
 import pytest
 import torch
 
-from datamodules.vocabulary import IntegerVocabulary
+from datamodules.vocabulary import CharacterVocabulary, IntegerVocabulary
+from dflows import acceleration
 from dflows.backbones import LSTM
 from dflows.cli.checkpoints import KEY, describe_run, load_model, read_checkpoint
 from dflows.generate import draw
 from dflows.orderings import Parity
-from lightning_modules import FlowModule
+from lightning_modules import FlowModule, LanguageModel
 from tests.commands import ODD, run_apart, run_here, small_config, write_text
 
 
@@ -76,6 +78,83 @@ def test_a_conditional_model_is_refused(tmp_path, capsys):
         f"error: the model in {path} is conditional, and this command has no context to give it: "
         "draw with flow(context).sample() in Python\n"
     )
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory):
+    """A checkpoint of an LSTM over windows of 16."""
+    folder = tmp_path_factory.mktemp("language-model")
+    module = LanguageModel(len(ALPHABET), 16, partial(LSTM, width=8))
+    init_args = {
+        "num_classes": len(ALPHABET),
+        "length": 16,
+        "backbone": {"class_path": "dflows.backbones.LSTM", "init_args": {"width": 8}},
+    }
+    model = {"class_path": "lightning_modules.LanguageModel", "init_args": init_args}
+    vocabulary = CharacterVocabulary(ALPHABET).to_json()
+    described = describe_run({"model": model, "data": {}}, vocabulary, 16)
+    path = folder / "model.ckpt"
+    torch.save({"state_dict": module.state_dict(), KEY: described}, path)
+    return path
+
+
+ALPHABET = "abcdefgh"
+
+
+@pytest.mark.parametrize("length", [5, 16, 20, 40])
+def test_samples_begin_with_the_prompt(language_model, length, capsys):
+    arguments = ("--checkpoint", language_model, "--length", length, "--prompt", "badge")
+    first = generated(capsys, *arguments)
+    lines = first.splitlines()
+    assert [len(line) for line in lines] == [length] * 4
+    assert all(line.startswith("badge") for line in lines)
+    assert length == 5 or len(set(lines)) == 4
+    assert generated(capsys, *arguments, "--method", "fixed_point") == first
+    if length > 16:
+        assert all(line[16:21] != "badge" for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--prompt", "bat"), "the prompt, line 1, column 3: 't' (U+0074) is not among"),
+        (("--prompt", ""), "prompt is empty: give at least one character"),
+        (
+            ("--prompt", "badge", "--length", 4),
+            "the prompt has 5 characters, and samples have 4: give a shorter prompt, or a greater",
+        ),
+        (
+            ("--prompt", "a" * 17, "--length", 40),
+            "the prompt has 17 characters, and the model draws 16 at once: give a shorter prompt",
+        ),
+        (("--cuda_graph", "--device", "cpu"), "cuda_graph is set, and the model is on cpu"),
+    ],
+)
+def test_what_no_language_model_can_do_is_refused(language_model, arguments, message, capsys):
+    assert run_here("generate", "--checkpoint", language_model, *arguments) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {message}")
+
+
+def test_a_prompt_is_refused_where_it_cannot_be_conditioned_on(checkpoint, capsys):
+    assert run_here("generate", "--checkpoint", checkpoint, "--prompt", ODD[:5]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: a prompt of 5 dimensions cannot be conditioned on exactly: in ")
+    assert "over Strided(columns=3)" in line
+
+
+def test_the_iterations_of_the_fixed_point_are_told(language_model, capsys):
+    arguments = ("--checkpoint", language_model, "--num_samples", 300, "--method", "fixed_point")
+    assert run_here("generate", *arguments) == 0
+    error = capsys.readouterr().err
+    found = re.fullmatch(r"the fixed point took (\S+) iterations a batch; .* is 16\n", error)
+    assert 1 <= float(found[1]) <= 17
+
+
+def test_compiled_samples_are_the_same(language_model, capsys, monkeypatch):
+    monkeypatch.setattr(acceleration, "BACKEND", "eager")
+    arguments = ("--checkpoint", language_model, "--prompt", "a", "--length", 20)
+    assert generated(capsys, *arguments, "--compile") == generated(capsys, *arguments)
 
 
 def test_a_low_temperature_repeats_itself(checkpoint, capsys):
@@ -160,6 +239,10 @@ def test_a_module_of_the_users_own_works_from_its_checkpoint(tmp_path):
     generated = run_apart("generate", *asked, "--num_samples", "1", cwd=tmp_path)
     assert generated.returncode == 0, generated.stderr
     assert len(generated.stdout.rstrip("\n")) == 16
+    refused = run_apart("generate", *asked, "--prompt", "ab", cwd=tmp_path)
+    assert refused.stderr == "error: a prompt was given, and a Unigram takes none: leave it away\n"
+    refused = run_apart("generate", *asked, "--compile", cwd=tmp_path)
+    assert "compile is set, and a Unigram is computed in one way" in refused.stderr
     evaluated = run_apart("evaluate", *asked, cwd=tmp_path)
     assert evaluated.returncode == 0, evaluated.stderr
     assert "360 characters" in evaluated.stdout

@@ -82,9 +82,9 @@ class Spy(TorchDispatchMode):
             self.waits.append(name)
         result = function(*args, **(kwargs or {}))
         shape = tuple(result.shape) if isinstance(result, torch.Tensor) else ()
-        if len(shape) > 1 and (shape[0], shape[-1]) == (BATCH, CLASSES):
-            if result.numel() > self.most * CLASSES:
-                self.wide.append((name, shape))
+        of_classes = len(shape) > 1 and (shape[0], shape[-1]) == (BATCH, CLASSES)
+        if of_classes and result.numel() > self.most * CLASSES:
+            self.wide.append((name, shape))
         return result
 
 
