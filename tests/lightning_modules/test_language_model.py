@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import pytorch_lightning as pl
 import torch
+import yaml
 
 from datamodules import FullRankDataModule, LocalText, TextDataModule
 from dflows.backbones import LSTM, MADE, DilatedConvolution, Transformer
@@ -14,7 +15,7 @@ from dflows.errors import UserError
 from dflows.orderings import Natural, Reversed, Strided
 from lightning_modules import LanguageModel, Optimization
 from lightning_modules.auxiliary import Auxiliary
-from tests.commands import write_text
+from tests.commands import run_apart, run_here, small_config, write_text
 from tests.dflows.small import shaken
 
 D = 6
@@ -347,3 +348,52 @@ class TestAuxiliary:
 def test_what_does_not_fit_is_refused(backbone, options, message):
     with pytest.raises(UserError, match=message):
         LanguageModel(3, D, backbone, **options)
+
+
+PROCESSES = {
+    "carry": {
+        "carry": True,
+        "restart": 0.0,
+        "backbone": {"class_path": "dflows.backbones.LSTM", "init_args": {"width": 8}},
+    },
+    "auxiliary": {
+        "auxiliary": {"until": 0.5},
+        "backbone": {
+            "class_path": "dflows.backbones.Transformer",
+            "init_args": {"width": 8, "layers": 2, "heads": 2},
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("name", PROCESSES)
+def test_two_processes_train_as_one(name, tmp_path):
+    config = small_config(tmp_path, write_text(tmp_path), max_steps=6, val_check_interval=6)
+    content = yaml.safe_load(config.read_text(encoding="utf-8"))
+    content["model"] = {
+        "class_path": "lightning_modules.LanguageModel",
+        "init_args": {**PROCESSES[name], "optimization": {"learning_rate": 0.01}},
+    }
+    content["data"]["init_args"]["consecutive"] = name == "carry"
+    config.write_text(yaml.safe_dump(content, allow_unicode=True), encoding="utf-8")
+    runs = tmp_path / "runs" / "small"
+    two = ("--trainer.devices", 2, "--trainer.strategy", "ddp", "--data.batch_size", 4)
+    assert run_here("fit", "--config", config) == 0
+    stops = [()]
+    if name == "carry":
+        # The two stop half-way, and go on from what one of them has written.
+        stops = [("--trainer.max_steps", 3), ("--ckpt_path", runs / "version_1" / "last.ckpt")]
+    for more in stops:
+        done = run_apart("fit", "--config", config, *two, *more, cwd=tmp_path)
+        assert done.returncode == 0, done.stdout + done.stderr
+    checkpoints = [
+        torch.load(runs / version / "last.ckpt", weights_only=True)
+        for version in ("version_0", "version_1")
+    ]
+    assert [checkpoint["global_step"] for checkpoint in checkpoints] == [6, 6]
+    first, second = (checkpoint["state_dict"] for checkpoint in checkpoints)
+    for key, weight in first.items():
+        torch.testing.assert_close(second[key], weight, rtol=1e-3, atol=1e-5, msg=key)
+    if name == "carry":
+        (one, *_), (both, *_) = (checkpoint["training"]["states"] for checkpoint in checkpoints)
+        assert torch.equal(both.flatten(), one.flatten())
