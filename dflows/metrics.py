@@ -24,6 +24,7 @@ __all__ = [
     "BitsPerCharacter",
     "ExactMatch",
     "GenerationLatency",
+    "LevelBits",
     "NatsPerExample",
     "ResidualEntropy",
     "bits_per_character",
@@ -327,6 +328,67 @@ class ExactMatch(_Accumulator):
         """Returns the share of examples told right, 0 to 1."""
         _check_counted(self, self.num_examples, "examples")
         return self.num_right.double() / self.num_examples
+
+
+class LevelBits(_Accumulator):
+    """Creates a metric of the bits that the dimensions of every level cost.
+
+    Over a strided ordering these are the bits of the columns: what is generated first, knowing the
+    least, and what comes after it.
+
+    ``update(log_prob)`` takes log-likelihoods in nats (N, d), one a dimension, with d at most the
+    length. ``compute()`` returns a float64 tensor, bits per dimension of each level, the same on
+    all processes, and raises a ``ValueError`` if no process has counted a dimension.
+
+    Arguments:
+        levels: The level of every position, (length,).
+        kwargs: Keyword arguments of :class:`torchmetrics.Metric`.
+
+    Raises:
+        ValueError: If a level is negative, or there is none.
+
+    Example:
+        >>> metric = LevelBits([0, 1, 0, 1])
+        >>> metric.update(torch.tensor([[-4.0, -1.0, -2.0, -1.0]]) * math.log(2))
+        >>> metric.compute()
+        tensor([3.0000, 1.0000], dtype=torch.float64)
+    """
+
+    levels: Tensor
+    log_prob_sums: Tensor
+    counts: Tensor
+
+    def __init__(self, levels: Sequence[int] | Tensor, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        table = torch.as_tensor(levels, dtype=torch.long)
+        if table.ndim != 1 or not len(table) or int(table.min()) < 0:
+            raise ValueError(
+                f"levels is {table.tolist()}: expected one number of at least 0 for every position"
+            )
+        self.register_buffer("levels", table, persistent=False)
+        size = int(table.max()) + 1
+        self.add_state(
+            "log_prob_sums", torch.zeros(size, dtype=torch.float64), dist_reduce_fx="sum"
+        )
+        self.add_state("counts", torch.zeros(size, dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, log_prob: Tensor) -> None:
+        """Adds a batch: log-likelihoods in nats (N, d)."""
+        if log_prob.ndim != 2 or log_prob.shape[1] > len(self.levels):
+            raise ValueError(
+                f"log_prob has shape {tuple(log_prob.shape)}: expected (N, d), with d at most "
+                f"{len(self.levels)}"
+            )
+        levels = self.levels[: log_prob.shape[1]]
+        sums = log_prob.to(self.log_prob_sums).sum(dim=0)
+        self.log_prob_sums = self.log_prob_sums.index_add(0, levels, sums)
+        number = torch.full_like(levels, len(log_prob))
+        self.counts = self.counts.index_add(0, levels, number)
+
+    def compute(self) -> Tensor:
+        """Returns the bits per dimension of every level, NaN where none was counted."""
+        _check_counted(self, self.counts.sum(), "dimensions")
+        return -self.log_prob_sums / self.counts / math.log(2)
 
 
 class ResidualEntropy(_Accumulator):

@@ -63,6 +63,7 @@ METRICS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "accuracy": ("number", "share of test examples told exactly by greedy decoding"),
         # The flows.
         "residual_bpc": ("numbers", "bits per dimension after each flow was undone, on test"),
+        "level_bpc": ("numbers", "bits per dimension of each level of the one ordering, on test"),
         "untransformed": ("count", "dimensions that no flow transforms"),
         "passes": ("count", "sequential network evaluations of one batch of samples"),
         "fixed_point_iterations": ("number", "mean iterations of fixed-point generation"),
@@ -88,6 +89,8 @@ METRICS: Mapping[str, tuple[str, str]] = MappingProxyType(
         # Speed in benchmarks, beside an opponent and what the device can do.
         "generation_ratio_1": ("number", "the opponent's seconds for 1 sequence over these"),
         "generation_ratio_32": ("number", "the opponent's seconds for 32 sequences over these"),
+        "naive_ratio_1": ("number", "the naive opponent's seconds for 1 sequence over these"),
+        "naive_ratio_32": ("number", "the naive opponent's seconds for 32 sequences over these"),
         "roofline_seconds_1": ("number", "least seconds for 1 sequence that the device allows"),
         "roofline_seconds_32": ("number", "the same for 32 sequences"),
         "memory_bandwidth": ("number", "measured bytes a second"),

@@ -8,19 +8,30 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
-from dflows.bases import Base, FactorizedBase, NGramBase
+from dflows.bases import AutoregressiveBase, Base, FactorizedBase, NGramBase
 from dflows.bijections import Bijection, RankPermutation
 from dflows.checks import check_flow
 from dflows.conditioner import Conditioner, Execution
 from dflows.errors import UserError
 from dflows.estimators import Estimator, LocalInTurn, LocalObjective
 from dflows.flow import DiscreteFlow
-from dflows.metrics import ExactMatch, ResidualEntropy
+from dflows.metrics import ExactMatch, LevelBits, ResidualEntropy
 from dflows.orderings import Ordering, alike
 from dflows.transforms import ConditionalTransform
 from lightning_modules.base import DEFAULT_OPTIMIZATION, BaseModule, Batch, Optimization, compute
 
 __all__ = ["DiscreteFlowModule", "FlowModule"]
+
+
+def _levels(flow: DiscreteFlow) -> Tensor | None:
+    """Returns the levels (D,) that several dimensions share, where there is one such ordering."""
+    orderings = [transform.ordering for transform in flow.conditional_transforms]
+    if isinstance(flow.base, AutoregressiveBase):
+        orderings.append(flow.base.conditioner.ordering)
+    found = [ordering.levels(flow.length) for ordering in orderings]
+    if not found or any(not torch.equal(levels, found[0]) for levels in found):
+        return None
+    return found[0] if int(found[0].max()) + 1 < flow.length else None
 
 
 class DiscreteFlowModule(BaseModule):
@@ -91,6 +102,9 @@ class DiscreteFlowModule(BaseModule):
             len(flow.transforms), flow.num_classes, alike(orderings, flow.length)
         )
         self.residual_bpc: list[float] = []
+        levels = _levels(flow)
+        self.level_bits = None if levels is None else LevelBits(levels)
+        self.level_bpc: list[float] = []
         self.exact_match = ExactMatch()
         self._step_before = 0
 
@@ -251,13 +265,14 @@ class DiscreteFlowModule(BaseModule):
         y, context = self.indices_of(batch), self.context_of(batch)
         if self.conditional:
             self.exact_match.update(self.flow.greedy(context, length=y.shape[-1]), y)
-        if not len(self.flow.transforms):
-            self._update("test", batch, self.log_prob(batch))
-            return
         # The last of the residuals is x, whose likelihood under the base is that of y.
         residuals = self.flow.residuals(y, context)
-        log_prob = self.flow.base.log_prob(residuals[-1], self.flow.encode_context(context))
-        self.residual_entropy.update(residuals)
+        x = residuals[-1] if residuals else y
+        log_prob = self.flow.base.log_prob(x, self.flow.encode_context(context))
+        if residuals:
+            self.residual_entropy.update(residuals)
+        if self.level_bits is not None:
+            self.level_bits.update(log_prob)
         self._update("test", batch, log_prob.sum(dim=-1))
 
     def on_test_epoch_end(self) -> None:
@@ -266,6 +281,9 @@ class DiscreteFlowModule(BaseModule):
         if len(self.flow.transforms):
             self.residual_bpc = compute(self.residual_entropy).reshape(-1).tolist()
             self.residual_entropy.reset()
+        if self.level_bits is not None:
+            self.level_bpc = compute(self.level_bits).tolist()
+            self.level_bits.reset()
         if self.conditional:
             accuracy = compute(self.exact_match)
             self.log("test_accuracy", accuracy.float(), prog_bar=True, sync_dist=True)

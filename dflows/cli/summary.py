@@ -217,6 +217,10 @@ class Figures:
             self.rows.append(
                 ("entropy after each flow, bits", residuals, "test, from data to base")
             )
+        if module.level_bpc and all(map(math.isfinite, module.level_bpc)):
+            self.metrics["level_bpc"] = module.level_bpc
+            levels = ", ".join(f"{bits:.2f}" for bits in module.level_bpc)
+            self.rows.append(("bits of each level", levels, "test, in the order of generation"))
         of = f"{flow.length} characters at once" if flow.passes else "no network"
         self.rows.append(("passes to generate", str(flow.passes), of))
 

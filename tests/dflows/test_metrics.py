@@ -12,6 +12,7 @@ from dflows.metrics import (
     BitsPerCharacter,
     ExactMatch,
     GenerationLatency,
+    LevelBits,
     NatsPerExample,
     ResidualEntropy,
     bits_per_character,
@@ -23,6 +24,7 @@ from dflows.metrics import (
 NUM_CLASSES = 5
 NUM_FLOWS = 2
 GROUPS = [0, 1, 0, 1, 2, 2, 2]
+LEVELS = [0, 1, 1, 2, 0, 1, 2]
 # Windows of (batch, length): batches differ in size, and the last window is a shorter one.
 SHAPES = [(3, 7), (1, 7), (4, 7), (2, 7), (1, 2)]
 
@@ -70,12 +72,24 @@ def reference_match(shapes=SHAPES):
     return sum(one == other for one, other in firsts) / len(firsts)
 
 
+def reference_levels(shapes=SHAPES):
+    """The bits of every level, where the first flow's residuals are nats."""
+    found = [[] for _ in range(max(LEVELS) + 1)]
+    for _, residuals in batches(shapes):
+        for window in residuals[0].tolist():
+            for level, nats in zip(LEVELS, window, strict=False):
+                found[level].append(nats / math.log(2))
+    return [math.fsum(bits) / len(bits) for bits in found]
+
+
 def updated(metric, shapes=SHAPES, take=slice(None)):
     for log_prob, residuals in list(batches(shapes))[take]:
         if isinstance(metric, BitsPerCharacter):
             metric.update(log_prob, residuals[0].numel())
         elif isinstance(metric, NatsPerExample):
             metric.update(log_prob)
+        elif isinstance(metric, LevelBits):
+            metric.update(-residuals[0].double())
         elif isinstance(metric, ExactMatch):
             metric.update(residuals[0][:, :1], residuals[1][:, :1])
         else:
@@ -89,6 +103,7 @@ def metrics():
         "nats": NatsPerExample(),
         "match": ExactMatch(),
         "residual": ResidualEntropy(NUM_FLOWS, NUM_CLASSES, GROUPS),
+        "levels": LevelBits(LEVELS),
     }
 
 
@@ -101,6 +116,7 @@ def expected(shapes=SHAPES):
             [reference_entropy(flow, GROUPS, shapes) for flow in range(NUM_FLOWS)],
             dtype=torch.float64,
         ),
+        "levels": torch.tensor(reference_levels(shapes), dtype=torch.float64),
     }
 
 
@@ -130,6 +146,7 @@ def test_forward_returns_the_value_of_the_batch(name):
         "nats": (log_prob,),
         "match": (residuals[0][:, :1], residuals[1][:, :1]),
         "residual": (residuals,),
+        "levels": (-residuals[0].double(),),
     }
     value = metric(*inputs[name])
     torch.testing.assert_close(value, expected(SHAPES[:1])[name], rtol=1e-7, atol=0)
@@ -252,6 +269,10 @@ def test_wrong_dtypes_are_refused(update, message):
         (lambda: ResidualEntropy(1, 1), "at least 2 classes"),
         (lambda: ResidualEntropy(1, 3, [0, -1]), "groups is"),
         (lambda: ResidualEntropy(1, 3, []), "groups is"),
+        (lambda: LevelBits([]), "levels is"),
+        (lambda: LevelBits([0, -1]), "levels is"),
+        (lambda: LevelBits([0, 1]).update(torch.zeros(1, 3)), "with d at most 2"),
+        (lambda: LevelBits([0]).update(torch.zeros(1)), r"expected \(N, d\)"),
         (lambda: ResidualEntropy(2, 3).update([torch.zeros(1, 2).long()]), "of 1 flows"),
         (lambda: ResidualEntropy(1, 3).update([torch.full((1, 2), 3)]), "expected 0 to 2"),
         (lambda: ResidualEntropy(1, 3).update([torch.full((1, 2), -1)]), "expected 0 to 2"),

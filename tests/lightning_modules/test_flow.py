@@ -1,5 +1,6 @@
 """The flow module: five choices, the start of the base, checks, refits and residuals."""
 
+import math
 from functools import partial
 
 import pytest
@@ -91,6 +92,21 @@ def test_every_choice_is_a_key_and_trains(key, choice, data, tmp_path):
     flows = len(module.flow.transforms)
     assert len(module.residual_bpc) == flows
     assert module.sample(3, length=4).shape == (3, 4)
+
+
+@pytest.mark.parametrize(
+    ("orderings", "levels"), [([Strided(3)], 3), ([Parity(), Parity(first=1)], 0), ([Natural()], 0)]
+)
+def test_levels_of_one_ordering_have_bits_of_their_own(orderings, levels, data, tmp_path):
+    module = FlowModule(K, D, orderings, CONVOLUTION)
+    run = trainer(tmp_path, steps=2)
+    run.fit(module, datamodule=data)
+    (result,) = run.test(module, datamodule=data, verbose=False)
+    assert len(module.level_bpc) == levels
+    if levels:
+        sizes = Strided(3).levels(D).bincount()
+        mean = (torch.tensor(module.level_bpc) * sizes).sum() / D
+        assert mean * D * math.log(2) == pytest.approx(result["test_nats"], rel=1e-4)
 
 
 def test_a_shared_backbone_is_one_network():
