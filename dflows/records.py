@@ -43,7 +43,6 @@ METRICS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "importance_draws": ("count", "draws of the importance-weighted bound"),
         "test_nats": ("number", "nats per example of the test split"),
         "valid_nats": ("number", "nats per example of the validation split"),
-        "level_bpc": ("numbers", "bits per character of the dimensions of each level, on test"),
         "characters": ("counts", "characters scored, by split"),
         "examples": ("counts", "examples scored, by split"),
         # What they are compared with.

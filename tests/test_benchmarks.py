@@ -1,0 +1,58 @@
+"""The benchmarks run, and write records with their opponents."""
+
+import subprocess
+import sys
+
+import pytest
+
+from dflows.records import read_records
+from tests.commands import ROOT, environment
+
+
+def run(name, folder):
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / f"{name}.py", "--smoke", "--record", folder],
+        cwd=folder,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return {record.name: record for record in read_records(folder)}
+
+
+def test_generation(tmp_path):
+    records = run("generation", tmp_path)
+    systems = {record.config["system"] for record in records.values()}
+    assert {"transformer", "lstm", "bipartite-8", "levels-16", "rank-16", "n-gram"} <= systems
+    for record in records.values():
+        metrics = record.metrics
+        assert record.kind == "benchmark"
+        assert record.config["opponent_1"] == "transformer steps"
+        opponent = records["generation-equal-transformer-steps"].metrics
+        for number in (1, 32):
+            seconds = metrics[f"generation_seconds_{number}"]
+            assert 0 < seconds <= metrics[f"generation_seconds_{number}_p95"]
+            ratio = opponent[f"generation_seconds_{number}"] / seconds
+            assert metrics[f"generation_ratio_{number}"] == pytest.approx(ratio)
+            if record.config["system"] != "n-gram":
+                assert 0 < metrics[f"roofline_seconds_{number}"] < seconds
+    assert records["generation-equal-transformer-naive"].metrics["naive_ratio_1"] == 1
+
+
+def test_modular(tmp_path):
+    records = run("modular", tmp_path)
+    for num_classes in (5, 27):
+        ours = records[f"modular-gathers-{num_classes}"].metrics
+        dense = records[f"modular-dense-{num_classes}"]
+        assert dense.config["opponent"] == f"modular-gathers-{num_classes}"
+        ratio = ours["call_bytes"] / dense.metrics["call_bytes"]
+        assert dense.metrics["bytes_ratio"] == pytest.approx(ratio)
+        assert ratio < 1
+    steps = [name for name in records if name.startswith("step-")]
+    assert len(steps) == 12
+    flow = records["step-transformer-rank"]
+    assert flow.metrics["seconds_ratio"] > 0
+    assert flow.config["opponent"] in records
