@@ -13,7 +13,14 @@ from types import MappingProxyType
 from dflows.cli.errors import run_command
 from dflows.errors import UserError
 from dflows.records import read_records
-from dflows.reports import addition, estimators, full_rank, mixture, potts
+from dflows.reports import (
+    addition,
+    estimators,
+    full_rank,
+    language_modelling,
+    mixture,
+    potts,
+)
 from dflows.reports.experiment import Experiment, read_experiment
 from dflows.reports.markdown import write_page
 from dflows.reports.text import draw_figure, render_table
@@ -27,12 +34,17 @@ RENDERERS: Mapping[str, Callable[[Experiment], str]] = MappingProxyType(
         "mixture": mixture.render,
         "addition": addition.render,
         "potts": potts.render,
+        "language-modelling": language_modelling.render,
     }
 )
 """What renders the tables of each experiment, by its name."""
 
 DRAWERS: Mapping[str, Callable[[Experiment, Path], None]] = MappingProxyType(
-    {"estimators": estimators.draw, "mixture": mixture.draw}
+    {
+        "estimators": estimators.draw,
+        "mixture": mixture.draw,
+        "language-modelling": language_modelling.draw,
+    }
 )
 """What draws the figures of those that have one."""
 

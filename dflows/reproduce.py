@@ -4,7 +4,8 @@
     python -m dflows.reproduce full-rank --smoke
 
 An experiment is a grid of runs of ``python -m dflows.fit``: its plan, in ``configs/reproduce/``,
-says which configurations each lays over the others. A run whose record is there is not repeated, so
+says which configurations each lays over the others, and ``--overlay`` lays one over them all, such
+as where a copy of the text is. A run whose record is there is not repeated, so
 that what was interrupted goes on; whoever changes a plan or its configurations adds ``--again``.
 ``python -m dflows.report`` makes tables and figures of the records.
 """
@@ -31,7 +32,7 @@ from dflows.experiments.references import task_data, write_reference
 
 __all__ = ["EXPERIMENTS", "main", "reproduce"]
 
-EXPERIMENTS = ("full-rank", "estimators", "mixture", "addition", "potts")
+EXPERIMENTS = ("full-rank", "estimators", "mixture", "addition", "potts", "language-modelling")
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,14 @@ class Options:
         again: Whether runs are repeated whose records are there.
         only: Pattern that the names of runs match.
         results: Folder of all records.
+        overlay: Configuration that is laid over those of every run; none where it is empty.
     """
 
     smoke: bool
     again: bool
     only: str
     results: Path
+    overlay: str
 
 
 def _parser() -> Parser:
@@ -58,6 +61,9 @@ def _parser() -> Parser:
     parser.add_argument("--again", action="store_true", help="Repeat runs that have a record.")
     parser.add_argument(
         "--only", type=str, default="*", help="Pattern of the runs, for example '*rank*-5x5'."
+    )
+    parser.add_argument(
+        "--overlay", type=str, default="", help="Configuration that is laid over all others."
     )
     parser.add_argument("--results", type=str, default="results", help="Folder of all records.")
     return parser
@@ -154,7 +160,8 @@ def reproduce(arguments: Sequence[str]) -> None:
     given = _parser().parse_args(list(arguments))
     if given.name not in EXPERIMENTS:
         raise UserError(f"no experiment {given.name}: give one of {', '.join(EXPERIMENTS)}")
-    options = Options(given.smoke, given.again, given.only, Path(given.results))
+    results = Path(given.results)
+    options = Options(given.smoke, given.again, given.only, results, given.overlay)
     # What a smoke leaves is no finished run, and must not stand for one.
     folder = options.results / (f"{given.name}-smoke" if options.smoke else given.name)
     console = stdout_console()
@@ -167,7 +174,8 @@ def reproduce(arguments: Sequence[str]) -> None:
             continue
         console.rule(f"{plan.title}: {run.name}, seed {run.seed}, {number} of {len(runs)}")
         with run.arguments() as line:
-            fit([*line, "--record", str(folder)])
+            over = ["--config", options.overlay] if options.overlay else []
+            fit([*line, *over, "--record", str(folder)])
     found += len(runs) + _gradients(plan, options, folder, console)
     if not found:
         raise UserError(f"nothing of {given.name} matches {options.only}: leave --only away")

@@ -8,13 +8,17 @@ import pytest
 from dflows.records import read_records
 from dflows.report import DRAWERS, RENDERERS
 from dflows.report import main as report
-from dflows.reports import estimators, mixture
+from dflows.reports import estimators, language_modelling, mixture
 from dflows.reports.experiment import read_experiment
 from dflows.reports.markdown import BEGIN, END, update_page
 from dflows.reproduce import EXPERIMENTS, main
 from tests.commands import ROOT
 
-DESCRIBED = {"estimators": estimators.describe_figure, "mixture": mixture.describe_figure}
+DESCRIBED = {
+    "estimators": estimators.describe_figure,
+    "mixture": mixture.describe_figure,
+    "language-modelling": language_modelling.describe_figure,
+}
 
 
 @pytest.fixture(scope="module", params=EXPERIMENTS)
@@ -63,6 +67,16 @@ def test_wrong_arguments_are_one_line(arguments, code, message, capsys):
     assert main(arguments) == code
     (line,) = capsys.readouterr().err.splitlines()
     assert message in line
+
+
+def test_an_overlay_is_laid_over_every_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    overlay = tmp_path / "mine.yaml"
+    overlay.write_text("trainer: {max_steps: 3, val_check_interval: 3}\n", encoding="utf-8")
+    line = ["potts", "--smoke", "--only", "factorized*", "--overlay", str(overlay)]
+    assert main(line) == 0
+    (found,) = read_records(tmp_path / "results" / "potts-smoke")
+    assert found.metrics["steps"] == 3
 
 
 @pytest.mark.parametrize("name", [name for name in RENDERERS if (ROOT / "results" / name).is_dir()])

@@ -79,6 +79,7 @@ class Row:
         config: Keys laid over them.
         reference: Name of the tabular reference that it is compared with.
         published: Published figures, by task.
+        published_seconds: Published seconds of generating one example, by task.
         tasks: Tasks that it is run on; all by default.
         seeds: Seeds that it is run with; those of the experiment by default.
     """
@@ -88,6 +89,7 @@ class Row:
     config: dict[str, Any] = field(default_factory=dict)
     reference: str | None = None
     published: dict[str, float] = field(default_factory=dict)
+    published_seconds: dict[str, float] = field(default_factory=dict)
     tasks: list[str] | None = None
     seeds: list[int] | None = None
 
@@ -205,6 +207,8 @@ class Plan:
         for name, row in self.rows.items():
             lists.append((f"rows.{name}.tasks", row.tasks or [], self.tasks))
             lists.append((f"rows.{name}.published", [*row.published], self.tasks))
+            seconds = [*row.published_seconds]
+            lists.append((f"rows.{name}.published_seconds", seconds, self.tasks))
             named = [] if row.reference is None else [row.reference]
             lists.append((f"rows.{name}.reference", named, self.references))
         if self.gradients is not None:

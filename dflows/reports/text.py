@@ -8,7 +8,7 @@ from dflows.records import Record
 from dflows.reports.figures import drawing
 from dflows.reports.markdown import MISSING, number, table
 
-__all__ = ["describe_figure", "draw_figure", "render_table"]
+__all__ = ["bits", "describe_figure", "draw_figure", "render_table"]
 
 HEAD = (
     "config",
@@ -27,7 +27,7 @@ def _cell(record: Record, key: str, form: str = ".3f") -> str:
     return number(record.metrics.get(key), form)
 
 
-def _bits(record: Record, value: float | None, form: str = ".3f") -> str:
+def bits(record: Record, value: float | None, form: str = ".3f") -> str:
     """Returns bits per character, marked where they are a bound."""
     cell = number(value, form)
     return f"≤ {cell}" if record.likelihood == "bound" and value is not None else cell
@@ -37,7 +37,7 @@ def _of_unigram(record: Record) -> str:
     metrics = record.metrics
     if not metrics.get("unigram_bpc"):
         return MISSING
-    return _bits(record, metrics["test_bpc"] / metrics["unigram_bpc"])
+    return bits(record, metrics["test_bpc"] / metrics["unigram_bpc"])
 
 
 def _passes_first(record: Record) -> tuple[int, str]:
@@ -106,8 +106,8 @@ def render_table(records: Sequence[Record], benchmarks: Sequence[Record] = ()) -
         cells = [
             f"`{record.name}.yaml`",
             _cell(record, "passes", "d"),
-            _bits(record, record.metrics.get("valid_bpc")),
-            _bits(record, record.metrics.get("test_bpc")),
+            bits(record, record.metrics.get("valid_bpc")),
+            bits(record, record.metrics.get("test_bpc")),
             _of_unigram(record),
             _cell(record, "train_seconds", ".0f"),
             _cell(record, "characters_per_second", ",.0f"),
@@ -133,7 +133,7 @@ def describe_figure(records: Sequence[Record]) -> str:
     """Returns what the figure shows, in words: its own description, for those who cannot see it."""
     shown = (
         f"{record.name}: {record.metrics['passes']} passes, "
-        f"{_bits(record, record.metrics['test_bpc'])} bits"
+        f"{bits(record, record.metrics['test_bpc'])} bits"
         for record in sorted(records, key=_passes_first)
         if "passes" in record.metrics
     )
@@ -156,7 +156,7 @@ def draw_figure(records: Sequence[Record], file: Path) -> None:
             right = passes > most / 2
             axes.scatter(passes, bpc, s=60, zorder=3)
             axes.annotate(
-                f"{record.name}  {_bits(record, bpc, '.2f')}",
+                f"{record.name}  {bits(record, bpc, '.2f')}",
                 (passes, bpc),
                 textcoords="offset points",
                 xytext=(-9, 5) if right else (0, 9),

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from datamodules import FullRankDataModule, TextDataModule
 from datamodules.sources import LocalText
@@ -13,12 +14,13 @@ from dflows.checks import CertificateError
 from dflows.cli.summary import Figures, bigram_bpc, exact_nats, unigram_bpc
 
 
-class Uniform:
+class Uniform(nn.Module):
     """A stand-in for a module: every state has the same likelihood, times a factor."""
 
     device = torch.device("cpu")
 
     def __init__(self, states, factor):
+        super().__init__()
         self.value = math.log(factor / states)
 
     def log_prob(self, y):

@@ -15,6 +15,7 @@ TASKS = {
     "mixture": ["grid"],
     "addition": ["D10"],
     "potts": ["side3-K3-J0.1"],
+    "language-modelling": ["ptb"],
 }
 ROWS = {
     "flow": Row("flow", reference="own", published={}),
@@ -31,6 +32,14 @@ RUN = {
     "passes": 6,
     "steps": 1000,
     "train_seconds": 12.0,
+    "test_bpc": 2.25,
+    "test_bpc_carried": 2.125,
+    "level_bpc": [4.0, 0.5],
+    "unigram_bpc": 4.25,
+    "characters": {"test": 1000},
+    "generation_length": 128,
+    "generation_seconds_1": 0.5,
+    "generation_seconds_32": 1.5,
 }
 AGAIN = RUN | {"exact_nats": 7.9, "test_nats": 7.85, "kl": 0.4, "accuracy": 0.75}
 GRADIENTS = {
@@ -75,7 +84,11 @@ def experiment(name, absent=()):
         found[f"rank-1-{task}"] = [record(f"rank-1-{task}", RUN | {"probabilities": [0.25] * 4})]
         found[f"gradients-flow-{task}"] = [record(f"gradients-flow-{task}", GRADIENTS)]
         for key, nats in (("own", 7.6), ("other", 7.0)):
-            metrics = {"reference_nats": nats, "reference_kl": nats - 6.5, "in_turn_nats": nats + 0.05}
+            metrics = {
+                "reference_nats": nats,
+                "reference_kl": nats - 6.5,
+                "in_turn_nats": nats + 0.05,
+            }
             found[f"reference-{key}-{task}"] = [record(f"reference-{key}-{task}", metrics)]
     kept = {
         key: [
@@ -92,7 +105,10 @@ def experiment(name, absent=()):
 @pytest.mark.parametrize(
     ("name", "line"),
     [
-        ("full-rank", "| flow | 7.2 | 7.800 ± 0.141 (2) | 7.650 | 7.600 | +0.200 | 50% | 1,000 | 12 |"),
+        (
+            "full-rank",
+            "| flow | 7.2 | 7.800 ± 0.141 (2) | 7.650 | 7.600 | +0.200 | 50% | 1,000 | 12 |",
+        ),
         ("full-rank", "| other flow | 7.2 | 7.700 | 7.050 | 7.000 | +0.700 | 67% | 1,000 | 12 |"),
         ("estimators", "| flow | 7.800 ± 0.141 (2) (12 s) | 7.800 ± 0.141 (2) (12 s) |"),
         ("estimators", "| *tables, in turn* | 7.650 | 7.050 |"),
@@ -108,6 +124,11 @@ def experiment(name, absent=()):
             ),
         ),
         ("potts", "| flow | 7.25 (below the entropy) | 7.800 ± 0.141 (2) | +0.3000 | 6 |"),
+        (
+            "language-modelling",
+            "| flow | 7.25 | – | 2.250 | 2.125 | – | 6 | 1 | 12 | 0.500 | 1.500 |",
+        ),
+        ("language-modelling", "| flow, 6 passes | 4.00 0.50 |"),
     ],
 )
 def test_a_row_is_the_mean_of_its_seeds_beside_its_own_reference(name, line):
@@ -123,6 +144,8 @@ def test_a_row_is_the_mean_of_its_seeds_beside_its_own_reference(name, line):
         {"exact_nats", "kl"},
         {"entropy", "factorized_entropy", "factorized_kl"},
         {"train_seconds", "steps", "passes", "accuracy"},
+        {"test_bpc", "test_bpc_carried", "unigram_bpc"},
+        {"characters", "level_bpc", "generation_length", "generation_seconds_1"},
         {*GRADIENTS},
         {*RUN, *GRADIENTS},
     ],
@@ -151,6 +174,14 @@ USED = {
     "mixture": {"reference_kl", "kl", "entropy"},
     "addition": {"steps", "accuracy"},
     "potts": {"exact_nats", "entropy", "passes"},
+    "language-modelling": {
+        "characters",
+        "generation_seconds_1",
+        "level_bpc",
+        "test_bpc",
+        "test_bpc_carried",
+        "train_seconds",
+    },
 }
 """Some of the metrics that every table shows."""
 
