@@ -1,5 +1,6 @@
 """Lightning modules: the base one that users subclass, flows, and their opponents."""
 
+from lightning_modules.auxiliary import Auxiliary
 from lightning_modules.base import BaseModule, Batch, Optimization
 from lightning_modules.flow import DiscreteFlowModule, FlowModule
 from lightning_modules.language_model import LanguageModel
@@ -7,6 +8,7 @@ from lightning_modules.latent_flow import LatentFlowModule
 from lightning_modules.ngram import NGramModule
 
 __all__ = [
+    "Auxiliary",
     "BaseModule",
     "Batch",
     "DiscreteFlowModule",

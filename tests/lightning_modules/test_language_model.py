@@ -13,8 +13,7 @@ from dflows.backbones import LSTM, MADE, DilatedConvolution, Transformer
 from dflows.cli.noise import quiet
 from dflows.errors import UserError
 from dflows.orderings import Natural, Reversed, Strided
-from lightning_modules import LanguageModel, Optimization
-from lightning_modules.auxiliary import Auxiliary
+from lightning_modules import Auxiliary, LanguageModel, Optimization
 from tests.commands import run_apart, run_here, small_config, write_text
 from tests.dflows.small import shaken
 
@@ -394,6 +393,7 @@ def test_two_processes_train_as_one(name, tmp_path):
     first, second = (checkpoint["state_dict"] for checkpoint in checkpoints)
     for key, weight in first.items():
         torch.testing.assert_close(second[key], weight, rtol=1e-3, atol=1e-5, msg=key)
+    assert run_here("evaluate", "--checkpoint", runs / "version_1") == 0
     if name == "carry":
         (one, *_), (both, *_) = (checkpoint["training"]["states"] for checkpoint in checkpoints)
         assert torch.equal(both.flatten(), one.flatten())
