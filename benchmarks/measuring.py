@@ -1,7 +1,6 @@
 """What the benchmarks share: what the device can do, memory, and records with their opponents."""
 
 import argparse
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -91,7 +90,7 @@ def write(
         config=config,
         seed=seed,
         device=describe_device(device),
-        precision=os.environ.get("DFLOWS_PRECISION", "32-true"),
+        precision="32-true",
         seconds=time.perf_counter() - begin,
         parameters=parameters,
         metrics=metrics,
