@@ -15,9 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
-import yaml
 from rich.console import Console
 
 from dflows.cli.configs import Parser, resolved_arguments
@@ -26,9 +24,12 @@ from dflows.cli.fitting import fit
 from dflows.cli.noise import quiet
 from dflows.cli.summary import stdout_console
 from dflows.errors import UserError
+from dflows.experiments.agreement import disagreements
 from dflows.experiments.gradients import write_gradients
-from dflows.experiments.plan import Plan, gradients_name, read_plan, reference_name
+from dflows.experiments.overlays import laid_over
+from dflows.experiments.plan import Plan, Run, gradients_name, read_plan, reference_name
 from dflows.experiments.references import task_data, write_reference
+from dflows.records import read_record
 
 __all__ = ["EXPERIMENTS", "main", "reproduce"]
 
@@ -69,24 +70,6 @@ def _parser() -> Parser:
     return parser
 
 
-def merged(*mappings: dict[str, Any]) -> dict[str, Any]:
-    """Lays nested mappings over each other."""
-    result: dict[str, Any] = {}
-    for mapping in mappings:
-        for key, value in mapping.items():
-            old = result.get(key)
-            if isinstance(old, dict) and isinstance(value, dict):
-                value = merged(old, value)
-            result[key] = value
-    return result
-
-
-def _configs_of(names: Sequence[str]) -> list[dict[str, Any]]:
-    pairs = [part for name in names for part in ("--config", name)]
-    with resolved_arguments(pairs) as resolved:
-        return [yaml.safe_load(Path(path).read_text(encoding="utf-8")) for path in resolved[1::2]]
-
-
 def _references(plan: Plan, options: Options, folder: Path, console: Console) -> int:
     """Finds the tabular references that are missing, and counts all that are asked for."""
     wanted = 0
@@ -106,7 +89,7 @@ def _references(plan: Plan, options: Options, folder: Path, console: Console) ->
             wanted += 1
             if _kept(folder, record, 0, options, console):
                 continue
-            config = merged(*_configs_of(plan.configs), keys)
+            config = laid_over(plan.configs, [keys])
             data = data or task_data(config)
             with console.status(f"{plan.title}: best tabular flow {name} on {task}"):
                 file = write_reference(plan, name, task, data, config["data"], folder)
@@ -147,6 +130,13 @@ def _kept(folder: Path, name: str, seed: int, options: Options, console: Console
     return True
 
 
+def _compare(folder: Path, run: Run, console: Console) -> None:
+    """Says where the record of a run is of other keys than the plan's."""
+    record = read_record(folder / f"{run.name}-{run.seed}.json")
+    if keys := [*disagreements(record.config, run.keys)]:
+        console.print(f"its configuration is not the plan's in {', '.join(keys)}", style="yellow")
+
+
 def reproduce(arguments: Sequence[str]) -> None:
     """Runs the command.
 
@@ -171,6 +161,7 @@ def reproduce(arguments: Sequence[str]) -> None:
     found = _references(plan, options, folder, console)
     for number, run in enumerate(runs, 1):
         if _kept(folder, run.name, run.seed, options, console):
+            _compare(folder, run, console)
             continue
         console.rule(f"{plan.title}: {run.name}, seed {run.seed}, {number} of {len(runs)}")
         with run.arguments() as line:

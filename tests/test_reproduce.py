@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from dflows.experiments.agreement import disagreements
 from dflows.records import read_records
 from dflows.report import DRAWERS, RENDERERS
 from dflows.report import main as report
@@ -48,10 +49,12 @@ def test_every_run_has_a_record_and_the_report_a_page(ran, monkeypatch, capsys):
     assert report([]) == 0
     table = page.read_text(encoding="utf-8")
     assert table.count("\n| ") > 2
-    # What is there is kept.
+    # What is there is kept, and is of the plan.
     capsys.readouterr()
     assert main([name, "--smoke"]) == 0
-    assert capsys.readouterr().out.count("kept: ") == len(records)
+    printed = capsys.readouterr().out
+    assert printed.count("kept: ") == len(records)
+    assert "is not the plan's" not in printed
 
 
 @pytest.mark.parametrize(
@@ -90,6 +93,22 @@ def test_pages_and_records_agree(name, tmp_path):
     ours = (ROOT / page).read_text(encoding="utf-8")
     assert update_page(ours, "", page) != ours
     assert (tmp_path / page).read_text(encoding="utf-8") == ours, "run python -m dflows.report"
+
+
+TEXT = "data.init_args.source"
+"""Where a text comes from is the user's own: the plans name the hub's."""
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in EXPERIMENTS if (ROOT / "results" / name).is_dir()]
+)
+def test_records_are_of_their_plan(name):
+    experiment = read_experiment(name, ROOT / "results")
+    for run in experiment.plan.runs():
+        for record in experiment.of(run.row, run.task):
+            if record.seed == run.seed:
+                keys = [*disagreements(record.config, run.keys)]
+                assert [key for key in keys if not key.startswith(TEXT)] == [], record.name
 
 
 @pytest.mark.parametrize("name", [name for name in DRAWERS if (ROOT / "results" / name).is_dir()])

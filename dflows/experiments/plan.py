@@ -5,6 +5,7 @@ A run is a row of the experiment's table on one of its tasks with one seed. All 
 experiment, of the row and of the task.
 """
 
+import copy
 import itertools
 import re
 import tempfile
@@ -19,6 +20,7 @@ from jsonargparse import ArgumentParser
 
 from dflows.bijections import Bijection
 from dflows.errors import UserError
+from dflows.experiments.overlays import laid_over
 from dflows.orderings import Ordering
 
 __all__ = [
@@ -155,6 +157,11 @@ class Run:
         """The name of its record."""
         return f"{self.row}-{self.task}"
 
+    @property
+    def keys(self) -> dict[str, Any]:
+        """All keys that it sets, nested."""
+        return laid_over(self.configs, [*self.overlays, {"seed_everything": self.seed}])
+
     @contextmanager
     def arguments(self) -> Iterator[list[str]]:
         """Gives the arguments of its `python -m dflows.fit`, which name files while it lasts."""
@@ -276,8 +283,9 @@ def _make(kind: type[Any], keys: Any, where: str) -> Any:
 def _references(keys: Any) -> dict[str, Reference]:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--references", type=dict[str, Reference])
+    # A copy, for parsing changes what it is given, and a plan's parts may be one another's.
     found: dict[str, Reference] = parser.instantiate_classes(
-        parser.parse_object({"references": keys})
+        parser.parse_object({"references": copy.deepcopy(keys)})
     ).references
     return found
 
