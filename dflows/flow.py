@@ -156,14 +156,20 @@ class DiscreteFlow(nn.Module):
                     "only: give SoftmaxStraightThrough or PosteriorRule to what is inverted"
                 )
 
-    def at_step(self, step: int) -> None:
+    def at_step(self, step: int, progress: float | None = None) -> None:
         """Tells the estimators how many optimizer steps were done.
 
-        Those that change with the step need it before each, in a training loop of one's own;
+        Those that change with the training need it before each, in a training loop of one's own;
         :class:`lightning_modules.DiscreteFlowModule` does it.
+
+        Args:
+            step: The number of steps.
+            progress: The part of the training that is done, 0 to 1, where it is known.
         """
         for estimator in self._estimators:
             estimator.at_step(step)
+            if progress is not None:
+                estimator.at_progress(progress, len(self.conditional_transforms))
 
     @property
     def _through(self) -> bool:
@@ -177,7 +183,13 @@ class DiscreteFlow(nn.Module):
     def _turn(self) -> int:
         """Number of the flow whose turn it is, the data's side first."""
         flows = self.conditional_transforms
-        return min(flows[0].estimator.turn, len(flows) - 1)
+        turn = flows[0].estimator.turn
+        if turn is None:
+            raise UserError(
+                "flows share the training in turn, and how much of it is done is not known: call "
+                "at_step(step, progress) before each step, or give LocalInTurn the steps of a turn"
+            )
+        return min(turn, len(flows) - 1)
 
     @property
     def waiting(self) -> list[ConditionalTransform]:

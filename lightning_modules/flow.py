@@ -1,6 +1,7 @@
 """Modules that train discrete flows: any one, and one that is made of five choices."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -32,6 +33,21 @@ def _levels(flow: DiscreteFlow) -> Tensor | None:
     if not found or any(not torch.equal(levels, found[0]) for levels in found):
         return None
     return found[0] if int(found[0].max()) + 1 < flow.length else None
+
+
+def _turns(flow: DiscreteFlow) -> set[int | None]:
+    """Returns of how many steps the turns are in which flows are trained."""
+    estimators = [transform.estimator for transform in flow.conditional_transforms]
+    return {part.steps for part in estimators if isinstance(part, LocalInTurn)}
+
+
+def _optimization(flow: DiscreteFlow, optimization: Optimization) -> Optimization:
+    """Makes the learning rate take its course once a turn, where flows share the training."""
+    number = len(flow.conditional_transforms)
+    settles = optimization.schedule != "constant" or optimization.warmup_steps
+    if _turns(flow) == {None} and optimization.cycles == 1 and settles:
+        return replace(optimization, cycles=max(number, 1))
+    return optimization
 
 
 class DiscreteFlowModule(BaseModule):
@@ -70,7 +86,7 @@ class DiscreteFlowModule(BaseModule):
         base_refit_decay: float = 0.99,
         base_count_windows: int = 4096,
     ) -> None:
-        super().__init__(optimization)
+        super().__init__(_optimization(flow, optimization))
         if base_count_windows < 1:
             raise UserError(f"base_count_windows is {base_count_windows}: give at least 1")
         if base_refit_every < 0 or not 0 <= base_refit_decay < 1:
@@ -162,12 +178,19 @@ class DiscreteFlowModule(BaseModule):
             UserError: If flows are trained in turns of unequal length, or some never.
         """
         flows = self.flow.conditional_transforms
-        turns = [flow.estimator for flow in flows if isinstance(flow.estimator, LocalInTurn)]
-        steps = {estimator.steps for estimator in turns}
+        steps = _turns(self.flow)
         if len(steps) > 1:
-            raise UserError(f"turns are of {sorted(steps)} steps: give every flow the same number")
+            raise UserError(
+                f"turns are of {' and '.join(sorted(map(str, steps)))} steps: give every flow the "
+                "same number, or none"
+            )
+        if None in steps and len(flows) > 1 and not self.has_end:
+            raise UserError(
+                "flows share the training in turn, and it has no end: set trainer.max_steps or "
+                "trainer.max_time, or give LocalInTurn the steps of a turn"
+            )
         most = self.trainer.max_steps
-        for length in steps:
+        for length in steps - {None}:
             if 0 <= most <= length * (len(flows) - 1):
                 raise UserError(
                     f"trainer.max_steps is {most}, and with turns of {length} steps the last of "
@@ -236,7 +259,7 @@ class DiscreteFlowModule(BaseModule):
         """Notes the step: of accumulated batches only the last makes one."""
         super().on_train_batch_start(batch, batch_idx)
         self._step_before = self.trainer.global_step
-        self.flow.at_step(self._step_before)
+        self.flow.at_step(self._step_before, self.progress(self._step_before))
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Keeps flows still whose turn it is not."""

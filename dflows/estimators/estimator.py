@@ -25,8 +25,9 @@ class Estimator(nn.Module, ABC):
     draw: Draw = "all"
     """What is trained in one step: all flows and levels, one level of each flow, one flow, or the
     flow whose turn it is."""
-    turn: int = 0
-    """Number of the flow whose turn it is, the data's side first, where `draw` says so."""
+    turn: int | None = 0
+    """Number of the flow whose turn it is, the data's side first, where `draw` says so; None where
+    it is not known."""
     draws_maps: bool = False
     """Whether the objective draws the maps in training mode, in place of taking the chosen ones.
 
@@ -42,6 +43,14 @@ class Estimator(nn.Module, ABC):
 
     def at_step(self, step: int) -> None:
         """Takes notice of how many optimizer steps were done, before each; a hook."""
+
+    def at_progress(self, progress: float, num_flows: int) -> None:
+        """Takes notice of the part of the training that is done, 0 to 1, before each step; a hook.
+
+        Args:
+            progress: The part.
+            num_flows: Transforms of the stack that hold a network.
+        """
 
     @abstractmethod
     def inverse(

@@ -64,14 +64,17 @@ class LocalInTurn(_Local):
     Trained all at once, a flow learns from what the flows on its data's side make of the data, and
     this goes on changing while they learn. In turn, each flow learns from what is settled, and a
     step costs the training of one flow, however many there are. It asks for as many steps as all
-    flows need together. A learning rate that takes its course once a turn settles each: give
-    :class:`lightning_modules.Optimization` as many `cycles` as there are flows, and a warm-up.
+    flows need together. A learning rate that takes its course once a turn settles each.
 
-    Whose turn it is follows from the number of the step alone, as for :class:`LocalThenJoint`. Of a
-    backbone that runs masked, one level an example is trained in a step.
+    The flows share the training equally, by steps or by time, and
+    :class:`lightning_modules.DiscreteFlowModule` makes the learning rate take its course once a
+    turn; or a turn is of so many steps, and :class:`lightning_modules.Optimization` is given the
+    `cycles`. Of a backbone that runs masked, one level an example is trained in a step.
 
     Arguments:
-        steps: Optimizer steps of one turn. When all flows had theirs, the last goes on.
+        steps: Optimizer steps of one turn; when all flows had theirs, the last goes on. None: an
+            equal part of the training, of which a training loop of one's own tells
+            :meth:`dflows.DiscreteFlow.at_step` how much is done.
 
     Raises:
         UserError: If the number of steps is below 1.
@@ -81,21 +84,33 @@ class LocalInTurn(_Local):
         >>> estimator.at_step(250)
         >>> estimator.turn
         2
+        >>> estimator = LocalInTurn()
+        >>> estimator.at_progress(0.4, num_flows=8)
+        >>> estimator.turn
+        3
     """
 
     draw = "turn"
 
-    def __init__(self, steps: int) -> None:
+    def __init__(self, steps: int | None = None) -> None:
         super().__init__()
-        if steps < 1:
-            raise UserError(f"steps is {steps}: give at least 1")
+        if steps is not None and steps < 1:
+            raise UserError(
+                f"steps is {steps}: give at least 1, or none for equal parts of the training"
+            )
         self.steps = steps
+        self.turn = None if steps is None else 0
 
     def extra_repr(self) -> str:
         return f"steps={self.steps}"
 
     def at_step(self, step: int) -> None:
-        self.turn = step // self.steps
+        if self.steps is not None:
+            self.turn = step // self.steps
+
+    def at_progress(self, progress: float, num_flows: int) -> None:
+        if self.steps is None:
+            self.turn = int(progress * num_flows)
 
 
 class LocalThenJoint(Estimator):
@@ -164,6 +179,9 @@ class LocalThenJoint(Estimator):
 
     def check(self, bijection: Bijection) -> None:
         self.joint.check(bijection)
+
+    def at_progress(self, progress: float, num_flows: int) -> None:
+        self._now.at_progress(progress, num_flows)
 
     def at_step(self, step: int) -> None:
         self.is_joint = step >= self.joint_from_step

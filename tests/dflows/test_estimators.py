@@ -306,6 +306,20 @@ class TestLocalInTurn:
                 else:
                     assert not grad.any(), name  # and there: distributed training awaits it
 
+    def test_equal_parts_of_the_training(self):
+        y = torch.randint(4, (6, 5))
+        stack = make_flow(4, 5, STACK, backbone="causal").transforms
+        for transform in stack:
+            transform.train_by(LocalInTurn())
+        flow = DiscreteFlow(FactorizedBase(4, 5, STACK), stack)
+        with pytest.raises(UserError, match=r"how much of it is done is not known: call at_step"):
+            flow.objective(y)
+        flows = flow.conditional_transforms[::-1]
+        for progress, turn in ((0.0, 0), (0.33, 0), (0.34, 1), (0.67, 2), (1.0, 2)):
+            flow.at_step(7, progress)
+            assert flow.waiting == [each for each in flows if each is not flows[turn]]
+        flow.objective(y)
+
     def test_one_flow_alone_is_trained_as_ever(self):
         y = torch.randint(4, (6, 5))
         flow = make_flow(4, 5, [Natural()], estimator="in-turn", backbone="causal")

@@ -276,14 +276,15 @@ def same(one, other):
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_flows_do_not_move_but_in_their_turn(data, tmp_path):
+@pytest.mark.parametrize("steps", [3, None])
+def test_flows_do_not_move_but_in_their_turn(steps, data, tmp_path):
     orderings = [Parity(), Parity(first=1), Natural()]
     module = FlowModule(
         K,
         D,
         orderings,
         CONVOLUTION,
-        estimator=partial(LocalInTurn, steps=3),
+        estimator=partial(LocalInTurn, steps=steps),
         optimization=Optimization(learning_rate=0.1, weight_decay=0.5, betas=(0.9, 0.99)),
     )
     history = [parameters_of_flows(module)]
@@ -296,9 +297,23 @@ def test_flows_do_not_move_but_in_their_turn(data, tmp_path):
     run.fit(module, datamodule=data)
     assert len(history) == 12
     for step in range(11):
-        turn = min(step // 3, 2)
+        turn = 3 * step // 11 if steps is None else min(step // steps, 2)
         for flow in range(3):
             assert same(history[step][flow], history[step + 1][flow]) == (flow != turn), step
+
+
+def test_the_learning_rate_takes_its_course_once_an_equal_turn():
+    def cycles(**keys):
+        optimization = Optimization(**keys)
+        orderings = [Parity(), Parity(first=1)]
+        module = FlowModule(
+            K, D, orderings, CONVOLUTION, estimator=LocalInTurn, optimization=optimization
+        )
+        return module.optimization.cycles
+
+    assert cycles(schedule="cosine") == 2
+    assert cycles(schedule="cosine", cycles=4) == 4
+    assert cycles() == 1
 
 
 def test_turns_that_do_not_fit_the_run_are_refused(data, tmp_path):
@@ -311,8 +326,10 @@ def test_turns_that_do_not_fit_the_run_are_refused(data, tmp_path):
         return made
 
     options = {"limit_val_batches": 0}
-    with pytest.raises(UserError, match=r"turns are of \[1, 2\] steps: give every flow the same"):
+    with pytest.raises(UserError, match="turns are of 1 and 2 steps: give every flow the same"):
         trainer(tmp_path, steps=9, **options).fit(module(1, 2), datamodule=data)
+    with pytest.raises(UserError, match="flows share the training in turn, and it has no end"):
+        trainer(tmp_path, steps=-1, **options).fit(module(None, None), datamodule=data)
     message = "max_steps is 4, and with turns of 2 steps the last of 3 flows begins after 4"
     with pytest.raises(UserError, match=message):
         trainer(tmp_path, steps=4, **options).fit(module(2, 2, 2), datamodule=data)
