@@ -322,7 +322,9 @@ class FlowModule(DiscreteFlowModule):
         orderings: Which dimensions condition which: one a flow, in the order base → data.
         backbone: The network: called once a flow without arguments, or once for all.
         bijection: What is done to one variable: called with K.
-        estimator: How learning passes the discrete choice.
+        estimator: How learning passes the discrete choice. By default the local objective, of
+            one flow after the other (:class:`dflows.estimators.LocalInTurn`) where there are
+            several that do not share a network.
         base: The distribution of x: called with K, D and the orderings.
         share_backbone: Whether all flows share one network; embeddings and heads are their own.
         width: Features of one dimension, where the backbone does not tell its own.
@@ -357,7 +359,7 @@ class FlowModule(DiscreteFlowModule):
         orderings: list[Ordering],
         backbone: Callable[[], nn.Module],
         bijection: Callable[[int], Bijection] = RankPermutation,
-        estimator: Callable[[], Estimator] = LocalObjective,
+        estimator: Callable[[], Estimator] | None = None,
         base: Callable[[int, int, Sequence[Ordering]], Base] = FactorizedBase,
         *,
         share_backbone: bool = False,
@@ -373,6 +375,8 @@ class FlowModule(DiscreteFlowModule):
         base_count_windows: int = 4096,
     ) -> None:
         shared = backbone() if share_backbone else None
+        in_turn = len(orderings) > 1 and not share_backbone
+        estimator = estimator or (LocalInTurn if in_turn else LocalObjective)
         transforms = [
             ConditionalTransform(
                 length,

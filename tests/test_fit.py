@@ -31,7 +31,7 @@ def test_the_run_has_checkpoints_configuration_vocabulary_and_record(finished):
     assert not [name for name in names if name.endswith(".tmp")]
     assert (folder / "records" / "small-1.json").read_bytes() == (run / "small-1.json").read_bytes()
     resolved = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    assert resolved["model"]["init_args"]["estimator"]["class_path"].endswith("LocalObjective")
+    assert resolved["model"]["init_args"]["base"]["class_path"].endswith("FactorizedBase")
 
 
 def test_the_record_holds_the_figures_of_the_table(finished):

@@ -302,6 +302,20 @@ def test_flows_do_not_move_but_in_their_turn(steps, data, tmp_path):
             assert same(history[step][flow], history[step + 1][flow]) == (flow != turn), step
 
 
+@pytest.mark.parametrize(
+    ("orderings", "shared", "estimator"),
+    [
+        ([Parity()], False, LocalObjective),
+        ([Parity(), Parity(first=1)], False, LocalInTurn),
+        ([Parity(), Parity(first=1)], True, LocalObjective),
+    ],
+)
+def test_a_stack_is_trained_in_turn_by_default(orderings, shared, estimator):
+    module = FlowModule(K, D, orderings, CONVOLUTION, share_backbone=shared)
+    found = {type(transform.estimator) for transform in module.flow.conditional_transforms}
+    assert found == {estimator}
+
+
 def test_the_learning_rate_takes_its_course_once_an_equal_turn():
     def cycles(**keys):
         optimization = Optimization(**keys)
