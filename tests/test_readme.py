@@ -72,7 +72,8 @@ def test_the_commands_are_taken(command, arguments, tmp_path, monkeypatch, capsy
     monkeypatch.chdir(tmp_path)
     if command == "reproduce":
         # tests/test_reproduce.py runs it.
-        assert arguments == [EXPERIMENTS[0], "--smoke"]
+        assert arguments[0] in EXPERIMENTS
+        assert arguments[1:] == ["--smoke"]
     elif command == "fit":
         (tmp_path / "mine.yaml").write_text("name: mine\n", encoding="utf-8")
         arguments = [*arguments, "--print_config"]
