@@ -88,24 +88,34 @@ class PottsLattice:
         """The exact entropy of the lattice in nats."""
         return self.log_partition - self.coupling * self.mean_equal_pairs
 
-    def tabulate(self) -> Tensor:
-        """Returns the probability of every state, float64, shape (K,) * side ** 2."""
+    def row_energies(self) -> tuple[Tensor, Tensor]:
+        """Returns how many pairs are equal in rows, and in rows that are one below the other.
+
+        Returns:
+            Numbers of equal pairs, float64, shapes (R,) and (R, R) with R = K ** side; a row is
+            numbered by its digits, the last site running first.
+        """
         side, classes = self.side, self.num_classes
         equal = torch.eye(classes, dtype=torch.double)
-        columns = range(side)
         within = torch.zeros((classes,) * side, dtype=torch.double)
-        for column in columns[:-1]:
+        for column in range(side - 1):
             within += _spread(equal, (column, column + 1), side)
         if self.periodic:
             within += _spread(equal, (0, side - 1), side)
         between = torch.zeros((classes,) * (2 * side), dtype=torch.double)
-        for column in columns:
+        for column in range(side):
             between += _spread(equal, (column, side + column), 2 * side)
         rows = classes**side
-        within, between = within.reshape(rows), between.reshape(rows, rows)
+        return within.reshape(rows), between.reshape(rows, rows)
+
+    def tabulate(self) -> Tensor:
+        """Returns the probability of every state, float64, shape (K,) * side ** 2."""
+        side, classes = self.side, self.num_classes
+        rows = classes**side
+        within, between = self.row_energies()
         # Rows are summed up in place: a table of all states takes hundreds of megabytes.
         table = torch.zeros((rows,) * side, dtype=torch.double)
-        for row in columns:
+        for row in range(side):
             table += _spread(within, (row,), side)
             if self.periodic or row < side - 1:
                 table += _spread(between, (row, (row + 1) % side), side)

@@ -9,8 +9,10 @@ from torch import Tensor
 from datamodules.chains import Chains, Gibbs, SwendsenWang
 from datamodules.enumerable import EnumerableDataModule
 from datamodules.lattice import PottsLattice
+from datamodules.rows import MOST_ROWS, RowByRow
 from datamodules.windows import TrainingStream
 from dflows.errors import UserError
+from dflows.exact import MOST_STATES
 
 __all__ = ["PottsDataModule"]
 
@@ -37,11 +39,12 @@ class PottsDataModule(EnumerableDataModule):
         num_classes: The states of a site, K.
         coupling: J.
         boundary: `periodic` or `free`.
-        sampler: `exact` draws from the table. `gibbs` and `swendsen_wang` draw by Markov chains, on
-            lattices of any size; every draw is the end of a chain of its own, hence independent of
-            the others, and exact in the limit of many sweeps. `gibbs` draws site by site, for a
-            coupling of either sign; `swendsen_wang` draws clusters, for one from 0 on, and needs
-            fewer sweeps on large lattices that are ordered.
+        sampler: `exact` draws from the table, or, where there are too many states for one, row by
+            row with the help of transfer matrices, of up to 2,048 states of a row. `gibbs` and
+            `swendsen_wang` draw by Markov chains, on lattices of any size; every draw is the end of
+            a chain of its own, hence independent of the others, and exact in the limit of many
+            sweeps. `gibbs` draws site by site, for a coupling of either sign; `swendsen_wang` draws
+            clusters, for one from 0 on, and needs fewer sweeps on large lattices that are ordered.
         sweeps: The sweeps of such a chain, which starts at independent uniform sites. Those of
             `gibbs` by default leave a total variation below 1e-12 at side 3, K = 3 and a coupling
             of at most 0.5. Near the transition, :math:`J = \ln(1 + \sqrt K)`, take more.
@@ -52,8 +55,9 @@ class PottsDataModule(EnumerableDataModule):
         seed: Every seed has draws of its own, of the same distribution.
 
     Raises:
-        UserError: An argument is out of range; there are more states than can be held and the
-            sampler is `exact`; the lattice is too wide for its partition function to be computed.
+        UserError: An argument is out of range; there are too many states, of the lattice and of a
+            row, and the sampler is `exact`; the lattice is too wide for its partition function to
+            be computed.
 
     References:
         | Discrete Flows: Invertible Generative Models of Discrete Data (Tran et al., 2019), 4.4
@@ -97,17 +101,25 @@ class PottsDataModule(EnumerableDataModule):
         if sweeps < 1:
             raise UserError(f"sweeps must be at least 1, not {sweeps}")
         self._lattice = PottsLattice(side, num_classes, coupling, boundary == "periodic")
+        tabulated = num_classes ** (side * side) <= MOST_STATES
+        if sampler == "exact" and not tabulated and num_classes**side > MOST_ROWS:
+            raise UserError(
+                f"side {side} with {num_classes} classes has more than {MOST_STATES:,} states, and "
+                f"a row more than {MOST_ROWS:,}, too many for exact draws: set sampler to gibbs or "
+                "swendsen_wang"
+            )
         super().__init__(
             side * side,
             num_classes,
             batch_size,
             eval_batch_size,
             eval_examples=eval_examples,
-            enumerated=sampler == "exact",
+            enumerated=False,
             num_workers=num_workers,
             seed=seed,
         )
         self._sampler = sampler
+        self._tabulated = tabulated
         self._sweeps = sweeps
 
     def tabulate(self) -> Tensor:
@@ -135,7 +147,9 @@ class PottsDataModule(EnumerableDataModule):
 
     def draws(self, key: int) -> TrainingStream:
         if self._sampler == "exact":
-            return super().draws(key)
+            if self._tabulated:
+                return super().draws(key)
+            return RowByRow(self._lattice, self.seed, key)
         sampler = SAMPLERS[self._sampler](
             self.neighbours.numpy(), self.length, self.num_classes, self._lattice.coupling
         )

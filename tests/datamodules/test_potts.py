@@ -51,8 +51,9 @@ def test_dimensions_are_sites_row_by_row():
     assert math.log(corner / rows) == pytest.approx(2.0)  # one pair less is unequal
 
 
-def test_larger_than_a_table():
-    data = PottsDataModule(4, 4, 0.5, sampler="gibbs", batch_size=8, eval_examples=20)
+@pytest.mark.parametrize("sampler", ["gibbs", "exact"])
+def test_larger_than_a_table(sampler):
+    data = PottsDataModule(4, 4, 0.5, sampler=sampler, batch_size=8, eval_examples=20)
     assert next(iter(data.train_dataloader())).shape == (8, 16)
     assert data.class_counts().tolist() == [4_000_000] * 4
     assert data.class_counts("test").sum() == 20 * 16
@@ -65,7 +66,7 @@ def test_larger_than_a_table():
     [
         ({"num_classes": 1}, "num_classes must be at least 2, not 1"),
         ({"side": 1}, "side must be at least 2, not 1"),
-        ({"side": 4, "num_classes": 4}, "more than 50,000,000 states"),
+        ({"side": 4, "num_classes": 7}, "too many for exact draws: set sampler to gibbs or"),
         ({"side": 9, "sampler": "gibbs"}, "side 9 with 3 classes is too wide"),
         ({"coupling": math.inf}, "coupling must be between"),
         ({"boundary": "open"}, 'boundary is "open": give one of periodic, free'),
