@@ -190,7 +190,7 @@ class DiscreteFlowModule(BaseModule):
                 "trainer.max_time, or give LocalInTurn the steps of a turn"
             )
         most = self.trainer.max_steps
-        for length in steps - {None}:
+        for length in filter(None, steps):
             if 0 <= most <= length * (len(flows) - 1):
                 raise UserError(
                     f"trainer.max_steps is {most}, and with turns of {length} steps the last of "
