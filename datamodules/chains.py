@@ -7,12 +7,10 @@ from numpy.typing import NDArray
 
 from datamodules.chunks import Array
 from datamodules.counter import Counter
+from datamodules.draws import Draws
 from datamodules.vocabulary import compact_dtype
-from datamodules.windows import Reader, TrainingStream
 
 __all__ = ["Chains", "Gibbs", "Sampler", "SwendsenWang"]
-
-BLOCK_SIZE = 4096
 
 
 class Sampler(ABC):
@@ -119,7 +117,7 @@ class SwendsenWang(Sampler):
         return np.take_along_axis(self.classes(for_clusters), clusters, 0)
 
 
-class Chains(TrainingStream):
+class Chains(Draws):
     """Creates draws that are each the end of a chain of their own, from independent uniform sites.
 
     Args:
@@ -134,17 +132,7 @@ class Chains(TrainingStream):
         self._sweeps = sweeps
         self._key = key
 
-    def open(self) -> Reader:
-        """Returns what reads draws, of any number at any time."""
-        return self._read
-
-    def _read(self, first: int, rows: int) -> Array:
-        begins = range(first, first + rows, BLOCK_SIZE)
-        ends = [min(begin + BLOCK_SIZE, first + rows) for begin in begins]
-        blocks = [self._block(np.arange(*limits)) for limits in zip(begins, ends, strict=True)]
-        return np.concatenate(blocks)
-
-    def _block(self, numbers: NDArray[np.int64]) -> Array:
+    def block(self, numbers: NDArray[np.int64]) -> Array:
         states = self._sampler.classes(self._uniform(0, self._sampler.sites, numbers))
         for sweep in range(1, self._sweeps + 1):
             uniform = self._uniform(sweep, self._sampler.width, numbers)

@@ -5,19 +5,17 @@ from numpy.typing import NDArray
 
 from datamodules.chunks import Array
 from datamodules.counter import Counter
+from datamodules.draws import Draws
 from datamodules.lattice import PottsLattice
 from datamodules.vocabulary import compact_dtype
-from datamodules.windows import Reader, TrainingStream
 
 __all__ = ["MOST_ROWS", "RowByRow"]
 
 MOST_ROWS = 2048
 """States of a row up to which transfer matrices are held, 32 MB each."""
 
-BLOCK_SIZE = 4096
 
-
-class RowByRow(TrainingStream):
+class RowByRow(Draws):
     r"""Creates independent draws of a lattice, each row from its distribution given those above.
 
     A lattice is a chain of rows, closed where it is periodic, so that powers of the transfer matrix
@@ -49,17 +47,7 @@ class RowByRow(TrainingStream):
         self._first = np.cumsum(np.exp(within - within.max()) * first)
         self._to_come = to_come[-2::-1]
 
-    def open(self) -> Reader:
-        """Returns what reads draws, of any number at any time."""
-        return self._read
-
-    def _read(self, first: int, rows: int) -> Array:
-        begins = range(first, first + rows, BLOCK_SIZE)
-        ends = [min(begin + BLOCK_SIZE, first + rows) for begin in begins]
-        blocks = [self._block(np.arange(*limits)) for limits in zip(begins, ends, strict=True)]
-        return np.concatenate(blocks)
-
-    def _block(self, numbers: NDArray[np.int64]) -> Array:
+    def block(self, numbers: NDArray[np.int64]) -> Array:
         places = numbers * self._side + np.arange(self._side)[:, None]
         uniform = self._counter.uniform(places)
         row = np.searchsorted(self._first, uniform[0] * self._first[-1], side="right")

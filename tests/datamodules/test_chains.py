@@ -147,7 +147,7 @@ class TestChains:
         assert rows.shape == (100, 9)
         for first, number in ((0, 1), (7, 20), (93, 7)):
             assert np.array_equal(read(first, number), rows[first : first + number])
-        monkeypatch.setattr("datamodules.chains.BLOCK_SIZE", 33)
+        monkeypatch.setattr("datamodules.draws.BLOCK_SIZE", 33)
         assert np.array_equal(read(0, 100), rows)
 
     @pytest.mark.parametrize("other", [(3, 0, 1), (3, 1, 0), (4, 0, 0)])
