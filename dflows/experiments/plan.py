@@ -160,7 +160,8 @@ class Run:
     @property
     def keys(self) -> dict[str, Any]:
         """All keys that it sets, nested."""
-        return laid_over(self.configs, [*self.overlays, {"seed_everything": self.seed}])
+        named = {"seed_everything": self.seed, "name": self.name}
+        return laid_over(self.configs, [*self.overlays, named])
 
     @contextmanager
     def arguments(self) -> Iterator[list[str]]:
