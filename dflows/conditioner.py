@@ -418,7 +418,7 @@ class Conditioner(nn.Module):
             y: Indices (N, d).
 
         Returns:
-            Logits (N, d, num_outputs), and features (N, d, width): after every layer of a
+            Logits (N, d, num_outputs), and features (N, d, width) after every layer of a
             Transformer, of others those that the logits were read off alone. These come last.
 
         Raises:

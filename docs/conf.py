@@ -54,6 +54,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(?!(dflows|datamodules|lightning_modules)\.).*"),
     ("py:.*", r".*\._\w+"),
+    ("py:.*", r".*\.[A-Z]"),  # type variables, which have none either
 ]
 
 
