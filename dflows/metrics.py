@@ -330,6 +330,16 @@ class ExactMatch(_Accumulator):
         return self.num_right.double() / self.num_examples
 
 
+def _of_positions(name: str, numbers: Sequence[int] | Tensor) -> Tensor:
+    """Returns the numbers (length,) of positions, of at least 0, as a tensor."""
+    table = torch.as_tensor(numbers, dtype=torch.long)
+    if table.ndim != 1 or not len(table) or int(table.min()) < 0:
+        raise ValueError(
+            f"{name} is {table.tolist()}: expected one number of at least 0 for every position"
+        )
+    return table
+
+
 class LevelBits(_Accumulator):
     """Creates a metric of the bits that the dimensions of every level cost.
 
@@ -360,11 +370,7 @@ class LevelBits(_Accumulator):
 
     def __init__(self, levels: Sequence[int] | Tensor, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        table = torch.as_tensor(levels, dtype=torch.long)
-        if table.ndim != 1 or not len(table) or int(table.min()) < 0:
-            raise ValueError(
-                f"levels is {table.tolist()}: expected one number of at least 0 for every position"
-            )
+        table = _of_positions("levels", levels)
         self.register_buffer("levels", table, persistent=False)
         size = int(table.max()) + 1
         self.add_state(
@@ -437,11 +443,7 @@ class ResidualEntropy(_Accumulator):
                 "expected at least 0 flows of at least 2 classes"
             )
         self.num_classes = num_classes
-        table = None if groups is None else torch.as_tensor(groups, dtype=torch.long)
-        if table is not None and (table.ndim != 1 or not len(table) or int(table.min()) < 0):
-            raise ValueError(
-                f"groups is {table.tolist()}: expected one number of at least 0 for every position"
-            )
+        table = None if groups is None else _of_positions("groups", groups)
         self.register_buffer("groups", table, persistent=False)
         num_groups = 1 if table is None else int(table.max()) + 1
         counts = torch.zeros(num_flows, num_groups, num_classes, dtype=torch.long)

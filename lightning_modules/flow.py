@@ -123,6 +123,7 @@ class DiscreteFlowModule(BaseModule):
         self.level_bpc: list[float] = []
         self.exact_match = ExactMatch()
         self._step_before = 0
+        self._done = 0.0
 
     def objective(self, batch: Batch) -> Tensor:
         return self.flow.objective(self.indices_of(batch), self.context_of(batch))
@@ -256,10 +257,11 @@ class DiscreteFlowModule(BaseModule):
             yield self.flow.residuals(y, context)[-1] if len(self.flow.transforms) else y
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Notes the step: of accumulated batches only the last makes one."""
+        """Notes the step, of accumulated batches only the last makes one, and how much is done."""
         super().on_train_batch_start(batch, batch_idx)
         self._step_before = self.trainer.global_step
-        self.flow.at_step(self._step_before, self.progress(self._step_before))
+        self._done = self.progress(self._step_before)
+        self.flow.at_step(self._step_before, self._done)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Keeps flows still whose turn it is not."""

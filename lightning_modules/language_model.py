@@ -121,7 +121,6 @@ class LanguageModel(CarriedModule):
         self.carried_stride = (length + 1) // 2 if carried_stride is None else carried_stride
         self.auxiliary = None if auxiliary is None else self._auxiliary_heads(auxiliary)
         self._check_carried()
-        self._done = 0.0
         self._state: State | None = None
         self._states: list[Tensor] | None = None
 
@@ -192,22 +191,16 @@ class LanguageModel(CarriedModule):
                 "end: set trainer.max_steps or trainer.max_time"
             )
 
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Notes how far the training is."""
-        super().on_train_batch_start(batch, batch_idx)
-        if self.auxiliary is not None:
-            self._done = self.progress(self.trainer.global_step)
-
     def objective(self, batch: Batch) -> Tensor:
         y = self.indices_of(batch)
         if self.carry:
-            return log_likelihoods(self._carried_logits(y), y).sum(dim=-1)
+            return AutoregressiveBase.score(self._carried_logits(y), y).sum(dim=-1)
         if self.auxiliary is None:
             return super().objective(batch)
         logits, features = self.conditioner.layers(y)
         added: Tensor = self.auxiliary(features, y, self._done)
         # The value stays the log-likelihood; what is added is in the gradient alone.
-        return log_likelihoods(logits, y).sum(dim=-1) + added - added.detach()
+        return AutoregressiveBase.score(logits, y).sum(dim=-1) + added - added.detach()
 
     def _carried_logits(self, y: Tensor) -> Tensor:
         """Computes the logits (B, D, K) of training windows that go on, and keeps the state."""
@@ -257,7 +250,7 @@ class LanguageModel(CarriedModule):
             found = []
             for window in text.split(self.flow.length):
                 logits, state = self.conditioner.carry(window.unsqueeze(0), last, state)
-                found.append(log_likelihoods(logits[0], window))
+                found.append(AutoregressiveBase.score(logits[0], window))
                 last = window[-1:]
             return torch.cat(found)
 
@@ -285,8 +278,3 @@ class LanguageModel(CarriedModule):
         return torch.cat(
             [row[begin - end :] for row, begin, end in zip(rows, begins, ends, strict=True)]
         )
-
-
-def log_likelihoods(logits: Tensor, y: Tensor) -> Tensor:
-    """Returns the log-likelihoods (…) of indices (…) under logits (…, K)."""
-    return logits.log_softmax(dim=-1).gather(-1, y.unsqueeze(-1)).squeeze(-1)

@@ -96,11 +96,20 @@ class AutoregressiveBase(Base):
         return self.conditioner.passes
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        log_probs = self.conditioner(x, context).log_softmax(dim=-1)
-        return self._score(log_probs, x)
+        return self.score(self.conditioner(x, context), x)
 
     @staticmethod
-    def _score(log_probs: Tensor, x: Tensor) -> Tensor:
+    def score(logits: Tensor, x: Tensor) -> Tensor:
+        """Computes the log-likelihood of every dimension from the network's logits, in nats.
+
+        Args:
+            logits: Logits (…, d, K).
+            x: Indices (…, d) or one-hot vectors (…, d, K).
+
+        Returns:
+            Log-likelihoods (…, d).
+        """
+        log_probs = logits.log_softmax(dim=-1)
         if is_one_hot(x):
             return (x * log_probs).sum(dim=-1)
         return log_probs.gather(-1, x.unsqueeze(-1)).squeeze(-1)
@@ -113,7 +122,7 @@ class AutoregressiveBase(Base):
         _, members = self.conditioner.levels(x.shape[1], x.device)
         level = torch.randint(len(members), x.shape[:1], device=x.device)
         drawn, logits = self.conditioner.drawn_logits(x, level, context)
-        score = len(members) * self._score(logits.log_softmax(dim=-1), x[drawn])
+        score = len(members) * self.score(logits, x[drawn])
         if weight is not None:
             score = score * weight[drawn]
         return score.new_zeros(x.shape[0]).index_add(0, drawn.nonzero()[:, 0], score)

@@ -16,7 +16,7 @@ from datamodules import EnumerableDataModule, TextDataModule
 from datamodules.module import StreamDataModule
 from dflows.checks import check_above_entropy
 from dflows.cli.callbacks import Stopwatch
-from dflows.exact import each_context_once, states
+from dflows.exact import expected_loss, states
 from dflows.metrics import GenerationLatency, entropy_in_bits
 from lightning_modules import BaseModule, DiscreteFlowModule, LatentFlowModule
 from lightning_modules.base import Batch
@@ -33,7 +33,6 @@ __all__ = [
     "unigram_bpc",
 ]
 
-BLOCK_SIZE = 65_536
 EXACT_STATES = 10_000_000
 SHOWN_STATES = 10_000
 
@@ -66,15 +65,7 @@ def exact_nats(module: BaseModule, data: EnumerableDataModule) -> float:
         CertificateError: If it lies below the entropy, as it can only where the model is no
             distribution.
     """
-    table = data.probabilities.flatten()
-    nll = 0.0
-    with each_context_once(module):
-        for first in range(0, len(table), BLOCK_SIZE):
-            last = min(first + BLOCK_SIZE, len(table))
-            weight = table[first:last]
-            y = states(data.num_classes, data.length, first, last)[weight > 0]
-            log_prob = module.log_prob(y.to(module.device)).double().cpu()
-            nll -= float(weight[weight > 0] @ log_prob)
+    nll = expected_loss(module, module.log_prob, data.probabilities)
     check_above_entropy(nll, data.entropy)
     return nll
 

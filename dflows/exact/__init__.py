@@ -1,6 +1,5 @@
 """Tiny problems of which everything is known: measures, gradients, and the best tabular flow."""
 
-from dflows.exact.contexts import each_context_once
 from dflows.exact.gradients import (
     GradientComparison,
     compare_estimators,
@@ -15,6 +14,7 @@ from dflows.exact.measures import (
     cross_entropy,
     divergence,
     entropy,
+    expected_loss,
     factorized_entropy,
     marginals,
     probabilities,
@@ -33,10 +33,10 @@ __all__ = [
     "compare_gradients",
     "cross_entropy",
     "divergence",
-    "each_context_once",
     "entropy",
     "exhaustive_optimum",
     "expected_log_likelihood",
+    "expected_loss",
     "factorized_entropy",
     "marginals",
     "mixture_log_likelihood",

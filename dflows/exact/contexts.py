@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -25,28 +26,27 @@ class _Once:
 
     def __call__(self, y: Tensor, context: Tensor | None = None) -> Tensor:
         conditioner = self._conditioner
-        evaluate = type(conditioner).forward
+        whole = partial(type(conditioner).forward, conditioner, y, context)
         # Values with a gradient, and contexts, differ from row to row.
         if y.ndim != 2 or y.is_floating_point() or context is not None:
-            return evaluate(conditioner, y, context)
+            return whole()
         levels, members = conditioner.levels(y.shape[1], y.device)
         rows = torch.arange(len(y), device=y.device)
         found, count = [], 0
         for level in range(conditioner.first_level, len(members)):
             lower = y[:, levels < level]
             if conditioner.num_classes ** lower.shape[1] > MOST_CONTEXTS:
-                return evaluate(conditioner, y, context)
+                return whole()
             powers = conditioner.num_classes ** torch.arange(lower.shape[1], device=y.device)
             number, where = (lower * powers).sum(dim=-1).unique(return_inverse=True)
             some = rows.new_empty(len(number)).scatter_(0, where, rows)
-            found.append((members[level], some, where))
+            found.append((level, members[level], some, where))
             count += len(some)
         if count >= len(y):
-            return evaluate(conditioner, y, context)
+            return whole()
         logits = conditioner.head.weight.new_zeros(*y.shape, conditioner.num_outputs)
-        for dimensions, some, where in found:
-            part = evaluate(conditioner, y[some], None)[:, dimensions]
-            logits.index_copy_(1, dimensions, part[where])
+        for level, dimensions, some, where in found:
+            logits.index_copy_(1, dimensions, conditioner.level_logits(y[some], level)[where])
         return logits
 
 

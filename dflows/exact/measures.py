@@ -4,10 +4,10 @@ A distribution over D dimensions of K classes is a table, float64 (K,) * D, that
 probability of every state. All measures are in nats.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dflows.errors import UserError
 from dflows.exact.contexts import each_context_once
@@ -20,6 +20,7 @@ __all__ = [
     "cross_entropy",
     "divergence",
     "entropy",
+    "expected_loss",
     "factorized_entropy",
     "marginals",
     "probabilities",
@@ -187,7 +188,12 @@ def _entropy(table: Tensor) -> float:
 
 
 def _log_probs(
-    flow: DiscreteFlow, block_size: int, table: Tensor | None = None
+    module: nn.Module,
+    log_prob: Callable[[Tensor], Tensor],
+    num_classes: int,
+    length: int,
+    block_size: int,
+    table: Tensor | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Scores all states, or those that have a probability in a table, block by block.
 
@@ -196,22 +202,22 @@ def _log_probs(
     """
     if block_size < 1:
         raise UserError(f"block_size is {block_size}: give at least 1 state")
-    parameter = next(flow.parameters(), None)
+    parameter = next(module.parameters(), None)
     device = torch.device("cpu") if parameter is None else parameter.device
-    count = flow.num_classes**flow.length
-    training = [part for part in flow.modules() if part.training]
-    flow.eval()
+    count = num_classes**length
+    training = [part for part in module.modules() if part.training]
+    module.eval()
     try:
-        with each_context_once(flow):
+        with each_context_once(module):
             for first in range(0, count, block_size):
                 last = min(first + block_size, count)
                 numbers, block = torch.arange(first, last), slice(first, last)
-                y = states(flow.num_classes, flow.length, first, last)
+                y = states(num_classes, length, first, last)
                 if table is not None:
                     kept = table[block] > 0
                     numbers, y = numbers[kept], y[kept]
                 if len(y):
-                    yield numbers, flow.log_prob(y.to(device)).cpu().double()
+                    yield numbers, log_prob(y.to(device)).cpu().double()
     finally:
         for part in training:
             part.training = True
@@ -238,15 +244,50 @@ def probabilities(flow: DiscreteFlow, block_size: int = BLOCK_SIZE) -> Tensor:
         (torch.Size([3, 3, 3, 3]), 1.0)
     """
     check_enumerable(flow.num_classes, flow.length)
-    log_probs = torch.cat([log_prob for _, log_prob in _log_probs(flow, block_size)])
+    size = flow.num_classes, flow.length
+    blocks = _log_probs(flow, flow.log_prob, *size, block_size)
+    log_probs = torch.cat([log_prob for _, log_prob in blocks])
     return log_probs.exp().reshape((flow.num_classes,) * flow.length)
 
 
-def cross_entropy(flow: DiscreteFlow, probabilities: Tensor, block_size: int = BLOCK_SIZE) -> float:
-    r"""Computes the expected loss :math:`-\sum_y p(y) \log q(y)` of a flow, exactly.
+def expected_loss(
+    module: nn.Module,
+    log_prob: Callable[[Tensor], Tensor],
+    probabilities: Tensor,
+    block_size: int = BLOCK_SIZE,
+) -> float:
+    r"""Computes the expected loss :math:`-\sum_y p(y) \log q(y)` of any model, exactly.
 
-    States of no probability are not scored. The flow is evaluated in its own precision, and
-    summed up in float64.
+    States of no probability are not scored. The model is evaluated in its own precision and in
+    evaluation mode, and summed up in float64.
+
+    Args:
+        module: The model.
+        log_prob: Takes indices (n, D) on its device and returns log-probabilities (n,).
+        probabilities: The probability of every state, (K,) * D.
+        block_size: States that are scored at once.
+
+    Returns:
+        The expected loss in nats; infinite if the model gives none to a state that has one.
+
+    Raises:
+        UserError: If `probabilities` is no table of probabilities.
+
+    Example:
+        >>> from torch import nn
+        >>> quarter = torch.tensor(0.25).log()
+        >>> table = torch.tensor([[0.5, 0.25], [0.0, 0.25]])
+        >>> round(expected_loss(nn.Identity(), lambda y: quarter.expand(len(y)), table), 4)  # ln 4
+        1.3863
+    """
+    table = check_probabilities(probabilities).cpu()
+    flat = table.flatten()
+    blocks = _log_probs(module, log_prob, table.shape[0], table.ndim, block_size, flat)
+    return -sum(float(flat[numbers] @ log_prob) for numbers, log_prob in blocks)
+
+
+def cross_entropy(flow: DiscreteFlow, probabilities: Tensor, block_size: int = BLOCK_SIZE) -> float:
+    """Computes the expected loss of a flow, exactly: :func:`expected_loss` of its likelihood.
 
     Args:
         flow: A flow without a context.
@@ -265,16 +306,13 @@ def cross_entropy(flow: DiscreteFlow, probabilities: Tensor, block_size: int = B
         >>> round(cross_entropy(flow, torch.tensor([[0.5, 0.25], [0.0, 0.25]])), 4)  # ln 4
         1.3863
     """
-    table = check_probabilities(probabilities)
     expected = (flow.num_classes,) * flow.length
-    if table.shape != expected:
+    if check_probabilities(probabilities).shape != expected:
         raise UserError(
-            f"a table of probabilities of shape {tuple(table.shape)} was given to a flow of "
+            f"a table of probabilities of shape {tuple(probabilities.shape)} was given to a flow of "
             f"num_classes={flow.num_classes} and length={flow.length}: give {expected}"
         )
-    table = table.cpu().flatten()
-    blocks = _log_probs(flow, block_size, table)
-    return -sum(float(table[numbers] @ log_prob) for numbers, log_prob in blocks)
+    return expected_loss(flow, flow.log_prob, probabilities, block_size)
 
 
 def divergence(flow: DiscreteFlow, probabilities: Tensor, block_size: int = BLOCK_SIZE) -> float:

@@ -1,6 +1,8 @@
 """The table and the figure of the comparison on characters."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from dflows.experiments.plan import Row
 from dflows.records import Record
@@ -26,6 +28,14 @@ HEAD = (
 )
 
 
+class Shown(NamedTuple):
+    """A row by its name, and the record that stands for it."""
+
+    name: str
+    row: Row
+    record: Record
+
+
 def render(experiment: Experiment) -> str:
     """Renders a table for every text, and what the levels of a window cost.
 
@@ -35,32 +45,35 @@ def render(experiment: Experiment) -> str:
     Returns:
         Markdown.
     """
-    return "\n\n".join(
-        part
-        for task in experiment.plan.tasks
-        if [*experiment.rows(task)]
-        for part in (_task(experiment, task), _levels(experiment, task))
-        if part
-    )
+    parts = []
+    for task in experiment.plan.tasks:
+        if shown := _shown(experiment, task):
+            parts += [_task(task, shown), *_levels(shown)]
+    return "\n\n".join(parts)
 
 
-def _task(experiment: Experiment, task: str) -> str:
-    shown = [(row, experiment.of(name, task)[0]) for name, row in experiment.rows(task)]
-    metrics = shown[0][1].metrics
+def _shown(experiment: Experiment, task: str) -> list[Shown]:
+    """Returns the rows that a task has records of, with the first of each."""
+    return [Shown(name, row, experiment.of(name, task)[0]) for name, row in experiment.rows(task)]
+
+
+def _task(task: str, shown: Sequence[Shown]) -> str:
+    metrics = shown[0].record.metrics
     caption = f"**{task}**"
     if "test" in metrics.get("characters", {}):
         caption += f": {metrics['characters']['test']:,} characters of test"
     if "unigram_bpc" in metrics:
         caption += f", unigram entropy {metrics['unigram_bpc']:.3f} bits"
-    lengths = {record.metrics.get("generation_length", 0) for _, record in shown} - {0}
+    lengths = {one.record.metrics.get("generation_length", 0) for one in shown} - {0}
     windows = " or ".join(map(str, sorted(lengths)))
     caption += f". A sequence is a window of {windows} characters." if windows else "."
-    budgets = sorted({record.budget for _, record in shown if record.budget})
+    budgets = sorted({one.record.budget for one in shown if one.record.budget})
     caption += f" Budget: {'; '.join(budgets)}." if budgets else ""
-    return f"{caption}\n\n{table(HEAD, [_line(task, *each) for each in shown])}"
+    return f"{caption}\n\n{table(HEAD, [_line(task, one) for one in shown])}"
 
 
-def _line(task: str, row: Row, record: Record) -> list[str]:
+def _line(task: str, shown: Shown) -> list[str]:
+    _, row, record = shown
     metrics = record.metrics
     return [
         row.label,
@@ -77,25 +90,21 @@ def _line(task: str, row: Row, record: Record) -> list[str]:
     ]
 
 
-def _levels(experiment: Experiment, task: str) -> str:
+def _levels(shown: Sequence[Shown]) -> list[str]:
+    """Returns a table of what the levels of a window cost, if any record tells."""
     lines = []
-    for name, row in experiment.rows(task):
-        metrics = experiment.of(name, task)[0].metrics
+    for _, row, record in shown:
+        metrics = record.metrics
         if "level_bpc" in metrics:
             costs = " ".join(f"{value:.2f}" for value in metrics["level_bpc"])
             lines.append([f"{row.label}, {number(metrics.get('passes'), 'd')} passes", costs])
-    if not lines:
-        return ""
     head = ("system", "bits per character of each level, in the order of generation")
-    return table(head, lines)
+    return [table(head, lines)] if lines else []
 
 
-def _points(experiment: Experiment) -> list[tuple[str, Record]]:
-    return [
-        (name, experiment.of(name, task)[0])
-        for task in [*experiment.plan.tasks][:1]
-        for name, _ in experiment.rows(task)
-    ]
+def _points(experiment: Experiment) -> list[Shown]:
+    """Returns what the figure shows: the first text."""
+    return _shown(experiment, next(iter(experiment.plan.tasks)))
 
 
 def describe_figure(experiment: Experiment) -> str:
@@ -104,7 +113,7 @@ def describe_figure(experiment: Experiment) -> str:
         f"{name}: {bits(record, record.metrics.get('test_bpc'))} bits, "
         f"{number(record.metrics.get('passes'), 'd')} passes, "
         f"{number(record.metrics.get('generation_seconds_1'))} s"
-        for name, record in _points(experiment)
+        for name, _, record in _points(experiment)
     ]
     return "Bits per character against passes, and against seconds. " + "; ".join(parts)
 
@@ -118,7 +127,7 @@ def draw(experiment: Experiment, file: Path) -> None:
     """
     words = describe_figure(experiment)
     with drawing(file, words, ncols=2, figsize=(11, 4.6), sharey=True) as (_, axes):
-        for number_of, (name, record) in enumerate(_points(experiment)):
+        for number_of, (name, _, record) in enumerate(_points(experiment)):
             height = record.metrics.get("test_bpc")
             if height is None:
                 continue

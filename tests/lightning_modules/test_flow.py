@@ -14,7 +14,6 @@ from dflows.backbones import LSTM, DilatedConvolution, Transformer
 from dflows.bases import AutoregressiveBase, FactorizedBase
 from dflows.bijections import ModularAffine, ModularShift, RankPermutation
 from dflows.checks import CertificateError
-from dflows.cli.noise import quiet
 from dflows.encoders import SequenceEncoder
 from dflows.errors import UserError
 from dflows.estimators import (
@@ -28,26 +27,10 @@ from dflows.estimators import (
 )
 from dflows.orderings import BehindContext, Natural, Parity, Reversed, Strided
 from lightning_modules import FlowModule, LanguageModel, Optimization
+from tests.training import trainer
 
 K, D = 4, 6
 CONVOLUTION = partial(DilatedConvolution, width=8, layers=1)
-
-
-def trainer(folder, steps=4, **options):
-    quiet()
-    return pl.Trainer(
-        accelerator="cpu",
-        max_steps=steps,
-        max_epochs=-1,
-        val_check_interval=2,
-        check_val_every_n_epoch=None,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-        **options,
-    )
 
 
 @pytest.fixture(scope="module")

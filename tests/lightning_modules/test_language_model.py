@@ -10,10 +10,10 @@ import yaml
 
 from datamodules import FullRankDataModule, LocalText, TextDataModule
 from dflows.backbones import LSTM, MADE, DilatedConvolution, Transformer
-from dflows.cli.noise import quiet
 from dflows.errors import UserError
 from dflows.orderings import Natural, Reversed, Strided
 from lightning_modules import Auxiliary, LanguageModel, Optimization
+from tests import training
 from tests.commands import run_apart, run_here, small_config, write_text
 from tests.dflows.small import shaken
 
@@ -23,23 +23,7 @@ ATTENTIVE = partial(Transformer, width=8, layers=3, heads=2)
 
 
 def trainer(folder, steps=4, **options):
-    quiet()
-    return pl.Trainer(
-        **{
-            "accelerator": "cpu",
-            "max_steps": steps,
-            "max_epochs": -1,
-            "val_check_interval": 2,
-            "limit_val_batches": 1,
-            "check_val_every_n_epoch": None,
-            "logger": False,
-            "enable_checkpointing": False,
-            "enable_progress_bar": False,
-            "enable_model_summary": False,
-            "default_root_dir": folder,
-            **options,
-        }
-    )
+    return training.trainer(folder, steps, **{"limit_val_batches": 1} | options)
 
 
 @pytest.fixture

@@ -8,14 +8,14 @@ import pytorch_lightning as pl
 import torch
 import yaml
 
-from datamodules import AdditionDataModule, FullRankDataModule, LocalText, TextDataModule
+from datamodules import AdditionDataModule, FullRankDataModule
 from dflows.backbones import LSTM
 from dflows.checks import CertificateError
-from dflows.cli.noise import quiet
 from dflows.errors import UserError
 from dflows.latent import AutoregressivePrior, InverseAutoregressivePrior
 from dflows.records import read_record
 from lightning_modules import LatentFlowModule, Optimization
+from tests import training
 from tests.commands import run_here, small_config, write_text
 
 PRIORS = (AutoregressivePrior, InverseAutoregressivePrior)
@@ -28,27 +28,8 @@ def made(num_classes=5, length=16, kind=AutoregressivePrior, **options):
 
 
 def trainer(folder, steps=1, **options):
-    quiet()
-    return pl.Trainer(
-        accelerator="cpu",
-        max_steps=steps,
-        max_epochs=-1,
-        limit_val_batches=2,
-        val_check_interval=steps,
-        check_val_every_n_epoch=None,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-        **options,
-    )
-
-
-@pytest.fixture
-def text(tmp_path):
-    source = LocalText(path=write_text(tmp_path).as_posix(), fractions=(0.8, 0.1, 0.1))
-    return TextDataModule(source, length=16, batch_size=4, eval_batch_size=3)
+    usual = {"limit_val_batches": 2, "val_check_interval": steps}
+    return training.trainer(folder, steps, **usual | options)
 
 
 def test_the_divergence_is_annealed():

@@ -5,45 +5,25 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
-import pytorch_lightning as pl
 import torch
 import yaml
 
 from datamodules import AdditionDataModule, FullRankDataModule, LocalText, TextDataModule
 from dflows.backbones import DilatedConvolution
 from dflows.bases import NGramBase
-from dflows.cli.noise import quiet
 from dflows.errors import UserError
 from dflows.orderings import Parity
 from dflows.records import read_record
 from lightning_modules import FlowModule, NGramModule, Optimization
+from tests import training
 from tests.commands import run_here, small_config, write_text
 
 CONVOLUTION = partial(DilatedConvolution, width=8, layers=1)
 
 
 def trainer(folder, steps=1, **options):
-    quiet()
-    return pl.Trainer(
-        accelerator="cpu",
-        max_steps=steps,
-        max_epochs=-1,
-        val_check_interval=1,
-        check_val_every_n_epoch=None,
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        default_root_dir=folder,
-        **options,
-    )
-
-
-@pytest.fixture
-def text(tmp_path):
-    source = LocalText(path=write_text(tmp_path).as_posix(), fractions=(0.8, 0.1, 0.1))
-    return TextDataModule(source, length=16, batch_size=4, eval_batch_size=3)
+    usual = {"val_check_interval": 1, "gradient_clip_val": 1.0}
+    return training.trainer(folder, steps, **usual | options)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
