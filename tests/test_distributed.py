@@ -21,6 +21,9 @@ def runs(tmp_path_factory):
         arguments = ("--config", config, "--data.batch_size", 8 // processes)
         # Clipping would hide gradients of a wrong size.
         arguments += ("--trainer.gradient_clip_val", 0, "--model.base_refit_every", 2)
+        # A backbone that runs masked draws levels, other ones in every process.
+        arguments += ("--model.backbone", "dflows.backbones.LevelConvolution")
+        arguments += ("--model.backbone.width", 8, "--model.backbone.layers", 1)
         if processes == 1:
             assert run_here("fit", *arguments) == 0
         else:

@@ -259,7 +259,7 @@ class Figures:
     def print(self, console: Console, title: str) -> None:
         """Prints the table."""
         table = Table(title=title, title_justify="left", show_header=False)
-        table.add_column(style="bold")
+        table.add_column(style="bold", no_wrap=True)
         table.add_column(justify="right")
         table.add_column(style="dim")
         for row in self.rows:

@@ -309,7 +309,7 @@ def cross_entropy(flow: DiscreteFlow, probabilities: Tensor, block_size: int = B
     expected = (flow.num_classes,) * flow.length
     if check_probabilities(probabilities).shape != expected:
         raise UserError(
-            f"a table of probabilities of shape {tuple(probabilities.shape)} was given to a flow of "
+            f"a table of probabilities {tuple(probabilities.shape)} was given to a flow of "
             f"num_classes={flow.num_classes} and length={flow.length}: give {expected}"
         )
     return expected_loss(flow, flow.log_prob, probabilities, block_size)

@@ -172,7 +172,7 @@ class TestKeys:
             (("--model.base_refit_decay", 2), "base_refit_decay is 2"),
             (("--model.init_args.length", 8), "model.init_args.length is 8, and the data have 16"),
             (("--model.num_classes", 5), "model.init_args.num_classes is 5, and the data have 23"),
-            (("--trainer.max_steps", -1), "the training has no end"),
+            (("--trainer.max_steps", -1), "in turn, and it has no end"),
             (("--trainer.max_steps", 0), "trainer.max_steps is 0: give at least 1"),
             (("--trainer.enable_checkpointing", "false"), "trainer.enable_checkpointing is false"),
             (("--seed_everything", "false"), "seed_everything is false"),
