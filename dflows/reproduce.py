@@ -43,7 +43,7 @@ class Options:
     Arguments:
         smoke: Whether only what shows that the experiment works.
         again: Whether runs are repeated whose records are there.
-        only: Pattern that the names of runs match.
+        only: Pattern that the names of runs match, with or without their seeds.
         results: Folder of all records.
         overlay: Configuration that is laid over those of every run; none where it is empty.
     """
@@ -61,7 +61,10 @@ def _parser() -> Parser:
     parser.add_argument("--smoke", action="store_true", help="Run the part that takes a minute.")
     parser.add_argument("--again", action="store_true", help="Repeat runs that have a record.")
     parser.add_argument(
-        "--only", type=str, default="*", help="Pattern of the runs, for example '*rank*-5x5'."
+        "--only",
+        type=str,
+        default="*",
+        help="Pattern of the runs, for example '*rank*-5x5', or '*rank*-5x5-0' for one seed.",
     )
     parser.add_argument(
         "--overlay", type=str, default="", help="Configuration that is laid over all others."
@@ -122,6 +125,11 @@ def _gradients(plan: Plan, options: Options, folder: Path, console: Console) -> 
     return count
 
 
+def _asked(run: Run, options: Options) -> bool:
+    names = (run.name, f"{run.name}-{run.seed}")
+    return any(fnmatchcase(name, options.only) for name in names)
+
+
 def _kept(folder: Path, name: str, seed: int, options: Options, console: Console) -> bool:
     file = folder / f"{name}-{seed}.json"
     if options.again or not file.is_file():
@@ -157,7 +165,7 @@ def reproduce(arguments: Sequence[str]) -> None:
     console = stdout_console()
     with resolved_arguments(["--config", f"reproduce/{given.name}.yaml"]) as (_, file):
         plan = read_plan(file)
-    runs = [run for run in plan.runs(smoke=options.smoke) if fnmatchcase(run.name, options.only)]
+    runs = [run for run in plan.runs(smoke=options.smoke) if _asked(run, options)]
     found = _references(plan, options, folder, console)
     for number, run in enumerate(runs, 1):
         if _kept(folder, run.name, run.seed, options, console):

@@ -47,9 +47,12 @@ class Table(Backbone):
         ordering: Which dimensions condition which, and so how many rows there are. Without one the
             table has as many as any ordering needs, and takes that of each call. A stack has a
             table for every flow.
+        conditioning: Without an ordering, the most dimensions that may condition one; all others,
+            by default. Those of bipartite flows have half of them, and so far fewer rows.
 
     Raises:
-        UserError: If there would be more than ten million rows, or a size is below 1.
+        UserError: If there would be more than ten million rows, a size is below 1, or an ordering
+            is given together with `conditioning`.
 
     Example:
         >>> from dflows.orderings import Natural
@@ -67,16 +70,31 @@ class Table(Backbone):
     offsets: Tensor
 
     def __init__(
-        self, width: int, num_classes: int, length: int, ordering: Ordering | None = None
+        self,
+        width: int,
+        num_classes: int,
+        length: int,
+        ordering: Ordering | None = None,
+        conditioning: int | None = None,
     ) -> None:
         super().__init__(width, level_causal=True)
         check_positive(num_classes=num_classes, length=length)
+        if conditioning is not None:
+            check_positive(conditioning=conditioning)
+            if ordering is not None:
+                raise UserError(
+                    f"a Table of conditioning={conditioning} was given {ordering!r}, which says "
+                    "that itself: leave one of the two away"
+                )
         self.num_classes = num_classes
         self.length = length
         self.ordering = ordering
+        self.conditioning = conditioning
         # Distinct levels condition the most.
         levels = (ordering or Natural()).levels(length)
         lower = (levels < levels.unsqueeze(-1)).sum(dim=-1)
+        if conditioning is not None:
+            lower = lower.clamp(max=conditioning)
         count = sum(num_classes ** int(number) for number in lower)
         if count > LARGEST:
             raise UserError(
@@ -91,9 +109,13 @@ class Table(Backbone):
         self.rows = nn.Parameter(torch.randn(count, width) * width**-0.5)
 
     def extra_repr(self) -> str:
-        return (
-            f"width={self.width}, num_classes={self.num_classes}, length={self.length}, "
+        bound = (
             f"ordering={self.ordering!r}"
+            if self.conditioning is None
+            else f"conditioning={self.conditioning}"
+        )
+        return (
+            f"width={self.width}, num_classes={self.num_classes}, length={self.length}, {bound}"
         )
 
     def forward(
@@ -132,6 +154,13 @@ class Table(Backbone):
                 "(batch, length, num_classes), of its own length"
             )
         if levels is None or self.ordering is None:
+            most = self.conditioning
+            given = self.levels if levels is None else levels
+            if most is not None and (given < given.unsqueeze(-1)).sum(dim=-1).max() > most:
+                raise UserError(
+                    f"a Table of conditioning={most} was given levels of which one has more below: "
+                    f"{given.tolist()}: give a larger one, or none"
+                )
             return
         if not torch.equal(levels, self.levels):
             raise UserError(

@@ -181,3 +181,25 @@ def test_a_stack_of_any_orderings_is_made_of_one_key():
     module = FlowModule(3, 4, [Natural(), Parity(), Reversed()], partial(Table, 8, 3, 4))
     total = module.flow().log_prob(states(3, 4)).exp().sum()
     assert total.item() == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("ordering", [Halves(), Parity(first=1)], ids=repr)
+def test_fewer_conditioning_dimensions_need_fewer_rows(ordering):
+    few, all_ = Table(5, 3, length=4, conditioning=2), Table(5, 3, length=4)
+    assert len(few.rows) == 1 + 3 + 9 + 9
+    assert repr(few) == "Table(width=5, num_classes=3, length=4, conditioning=2)"
+    with torch.no_grad():
+        few.rows.copy_(all_.rows[: len(few.rows)])
+    y, levels = states(3, 4), ordering.levels(4)
+    assert torch.equal(few(y, levels=levels), all_(y, levels=levels))
+
+
+def test_more_conditioning_dimensions_than_it_has_rows_for_are_refused():
+    few = Table(5, 3, length=4, conditioning=2)
+    for levels in (None, Reversed().levels(4)):
+        with pytest.raises(UserError, match="conditioning=2 was given levels of which one has mor"):
+            few(states(3, 4), levels=levels)
+    with pytest.raises(UserError, match="leave one of the two away"):
+        Table(5, 3, length=4, ordering=Halves(), conditioning=2)
+    with pytest.raises(UserError, match="conditioning is 0: give at least 1"):
+        Table(5, 3, length=4, conditioning=0)
