@@ -63,6 +63,7 @@ def test_every_run_has_a_record_and_the_report_a_page(ran, monkeypatch, capsys):
         (["fullrank"], 1, "no experiment fullrank: give one of full-rank, estimators"),
         (["potts", "--smok"], 2, "--smok"),
         (["potts", "--only", "nonsense"], 1, "nothing of potts matches nonsense"),
+        (["potts", "--only", "flow-side3-K3-J0.1-1"], 1, "nothing of potts matches flow-side3-K3"),
         ([], 2, "name"),
     ],
 )
@@ -76,7 +77,7 @@ def test_an_overlay_is_laid_over_every_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     overlay = tmp_path / "mine.yaml"
     overlay.write_text("trainer: {max_steps: 3, val_check_interval: 3}\n", encoding="utf-8")
-    line = ["potts", "--smoke", "--only", "factorized*", "--overlay", str(overlay)]
+    line = ["potts", "--smoke", "--only", "factorized*-0", "--overlay", str(overlay)]
     assert main(line) == 0
     (found,) = read_records(tmp_path / "results" / "potts-smoke")
     assert found.metrics["steps"] == 3
