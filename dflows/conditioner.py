@@ -26,8 +26,9 @@ from torch.nn import functional as F
 from dflows.acceleration import accelerated
 from dflows.backbones import LSTM, Backbone, SteppedBackbone, Transformer
 from dflows.errors import UserError
+from dflows.ngrams import NGrams
 from dflows.orderings import Ordering
-from dflows.representations import is_one_hot
+from dflows.representations import is_one_hot, to_indices
 
 __all__ = ["Conditioner", "Decide", "Execution"]
 
@@ -63,7 +64,8 @@ class _Dimensions(NamedTuple):
 
     `levels` (d,) and the `members` of every level, `placed` the same as numbers. A backbone knows
     no empty level 0, and is handed the levels `shifted` by the `lowest`, behind the -1 of context
-    tokens. All is worked out before it goes to a device, which nothing then waits for.
+    tokens. `runs` (d,) counts the dimensions right before each that are all of lower levels. All is
+    worked out before it goes to a device, which nothing then waits for.
     """
 
     levels: Tensor
@@ -71,11 +73,23 @@ class _Dimensions(NamedTuple):
     placed: list[list[int]]
     lowest: int
     shifted: Tensor
+    runs: Tensor
 
     def unknown(self, level: int, known: int) -> tuple[Tensor, int]:
         """Returns the dimensions of a level from number `known` on, and how many come before."""
         before = bisect_left(self.placed[level], known)
         return self.members[level][before:], before
+
+
+def _runs(levels: list[int]) -> Tensor:
+    """Counts the dimensions (d,) right before each that are all of lower levels."""
+    runs = []
+    for dimension, level in enumerate(levels):
+        first = dimension
+        while first and levels[first - 1] < level:
+            first -= 1
+        runs.append(dimension - first)
+    return torch.tensor(runs)
 
 
 class Conditioner(nn.Module):
@@ -97,9 +111,13 @@ class Conditioner(nn.Module):
         align_context: Whether position d of a context (N, D, C) belongs to dimension d, to whose
             query it is added. Otherwise a context of any length is set in front, as tokens.
         conditions_first: Whether level 0 needs the network too, as in a base.
+        grams: Counted n-grams of the values. Their log-probabilities, after the values of lower
+            levels that stand right before a dimension, are added to its logits, times a factor
+            that the network gives, 1 at first. Then the network learns what they do not know.
 
     Raises:
-        UserError: If the backbone cannot be run as asked, or its width is unknown or another.
+        UserError: If the backbone cannot be run as asked, or its width is unknown or another; or
+            logits are not those of the classes that n-grams are of.
     """
 
     def __init__(
@@ -116,8 +134,15 @@ class Conditioner(nn.Module):
         context_features: int | None = None,
         align_context: bool = False,
         conditions_first: bool = False,
+        grams: NGrams | None = None,
     ) -> None:
         super().__init__()
+        if grams is not None and not grams.num_classes == num_classes == num_outputs:
+            raise UserError(
+                f"n-grams of {grams.num_classes} classes were given where a value has "
+                f"{num_classes} and {num_outputs} logits: give n-grams of as many classes, and "
+                "logits of the classes themselves, as those of a base or a RankPermutation"
+            )
         own = isinstance(backbone, Backbone)
         width = _width(backbone, width)
         causal = isinstance(backbone, Backbone) and backbone.level_causal
@@ -173,6 +198,12 @@ class Conditioner(nn.Module):
             )
         self.context = None if context_features is None else nn.Linear(context_features, width)
         self.head = nn.Linear(width, num_outputs)
+        self.grams = grams
+        self.without_own = False
+        if grams is not None:
+            self.gate = nn.Linear(width, 1)
+            nn.init.zeros_(self.gate.weight)
+            nn.init.ones_(self.gate.bias)
 
     def extra_repr(self) -> str:
         execution = "causal" if self.one_pass else "masked"
@@ -198,7 +229,8 @@ class Conditioner(nn.Module):
     @property
     def carries(self) -> bool:
         """Whether windows can go on where others ended: :meth:`carry`."""
-        return isinstance(self.backbone, LSTM) and self.one_pass and self.left_to_right
+        left_to_right = self.left_to_right and self.grams is None
+        return isinstance(self.backbone, LSTM) and self.one_pass and left_to_right
 
     def levels(self, length: int, device: torch.device) -> tuple[Tensor, list[Tensor]]:
         """Returns the levels (d,) of so many dimensions, and the dimensions of every level."""
@@ -222,6 +254,7 @@ class Conditioner(nn.Module):
                     [numbers.tolist() for numbers in members],
                     lowest,
                     shifted.to(device),
+                    _runs(levels.tolist()).to(device),
                 )
         return self._dimensions[key]
 
@@ -348,11 +381,28 @@ class Conditioner(nn.Module):
         features = features[:, count:]
         return features if only is None else features[:, only]
 
-    def _logits(self, features: Tensor) -> Tensor:
+    def _logits(self, features: Tensor, y: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """Computes logits of features; of all dimensions, of some (n,), or of those true (N, d)."""
         # In full precision under autocast: logits in bfloat16 tie, and likelihoods suffer.
         with torch.autocast(features.device.type, enabled=False):
-            logits: Tensor = self.head(features.to(self.head.weight.dtype))
-            return logits
+            features = features.to(self.head.weight.dtype)
+            logits: Tensor = self.head(features)
+            if self.grams is None:
+                return logits
+            known = self._gram_logits(self.grams, y, chosen)
+            return logits + self.gate(features) * known.to(logits.dtype)
+
+    @torch.no_grad()
+    def _gram_logits(self, grams: NGrams, y: Tensor, chosen: Tensor | None) -> Tensor:
+        """Computes log-probabilities (…, K) after what is known right before the dimensions."""
+        y = to_indices(y)
+        parts = [grams.pack(y), self._dimensions_of(y.shape[1], y.device).runs.expand_as(y), y]
+        if chosen is not None:
+            mask = chosen.dtype == torch.bool
+            parts = [part[chosen] if mask else part[:, chosen] for part in parts]
+        history, seen, own = (part.flatten() for part in parts)
+        probs = grams.following(history, seen, own if self.without_own else None)
+        return probs.log().reshape(*parts[0].shape, -1)
 
     def _level(self, level: int, device: torch.device) -> Tensor:
         return torch.full((1,), level, device=device)
@@ -369,7 +419,7 @@ class Conditioner(nn.Module):
         """
         _, members = self.levels(y.shape[1], y.device)
         if self.one_pass:
-            logits = self._logits(self.features(y, None, context))
+            logits = self._logits(self.features(y, None, context), y)
             if self.first_level:
                 logits = logits.index_fill(1, members[0], 0)
             return logits
@@ -400,7 +450,7 @@ class Conditioner(nn.Module):
         if not isinstance(backbone, LSTM) or not self.carries:
             raise UserError(
                 f"a {type(backbone).__name__} over {self.ordering!r} carries no state from window "
-                "to window: choose an LSTM over Natural, without a context"
+                "to window: choose an LSTM over Natural, without a context or n-grams"
             )
         query, levels, _ = self._causal_inputs(y.shape[1], y.device, None)
         begins = (last < 0).unsqueeze(-1)
@@ -409,7 +459,7 @@ class Conditioner(nn.Module):
             hidden, cells = state
             state = hidden.masked_fill(begins, 0), cells.masked_fill(begins, 0)
         features, state = backbone.carry(self._content(y), query, levels, before, state)
-        return self._logits(features), state
+        return self._logits(features, y), state
 
     def layers(self, y: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Computes the logits of all dimensions, and what was known on the way to them.
@@ -434,7 +484,7 @@ class Conditioner(nn.Module):
             features = self.backbone.layer_features(self._content(y), query, levels)
         else:
             features = [self.features(y)]
-        return self._logits(features[-1]), features
+        return self._logits(features[-1], y), features
 
     def level_logits(self, y: Tensor, level: int, context: Tensor | None = None) -> Tensor:
         """Computes the logits (N, n, num_outputs) of the n dimensions of one level.
@@ -442,7 +492,8 @@ class Conditioner(nn.Module):
         Only the values of lower levels matter, those of others may be anything.
         """
         _, members = self.levels(y.shape[1], y.device)
-        return self._logits(self._at(y, level, context, members[level]))
+        only = members[level]
+        return self._logits(self._at(y, level, context, only), y, only)
 
     def _at(self, y: Tensor, level: int, context: Tensor | None, only: Tensor) -> Tensor:
         """Computes the features (N, n, width) of dimensions of one level, in one evaluation."""
@@ -466,7 +517,7 @@ class Conditioner(nn.Module):
         levels, _ = self.levels(y.shape[1], y.device)
         drawn = levels == level.unsqueeze(-1)
         hide = None if self.one_pass else level
-        return drawn, self._logits(self.features(y, hide, context)[drawn])
+        return drawn, self._logits(self.features(y, hide, context)[drawn], y, drawn)
 
     def by_levels(
         self, y: Tensor, decide: Decide, context: Tensor | None = None, known: int = 0
@@ -489,7 +540,8 @@ class Conditioner(nn.Module):
             unknown, before = dimensions.unknown(level, known)
             features = evaluate(y, level, unknown, before)
             if features is not None:
-                y = y.index_copy(1, unknown, decide(unknown, self._logits(features)))
+                logits = self._logits(features, y, unknown)
+                y = y.index_copy(1, unknown, decide(unknown, logits))
         return y
 
     def _evaluator(

@@ -7,6 +7,7 @@ from: the likelihood is exact, and there is no Jacobian.
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Literal, cast
 
 import torch
@@ -15,6 +16,7 @@ from torch.distributions import Distribution, constraints
 
 from dflows.acceleration import Acceleration
 from dflows.bases import Base
+from dflows.conditioner import Conditioner
 from dflows.errors import UserError
 from dflows.estimators import Draw, Estimator, LocalThenJoint
 from dflows.orderings import untransformed
@@ -331,9 +333,29 @@ class DiscreteFlow(nn.Module):
         the value in training mode, with gradients, is the log-probability under the maps that were
         drawn, whose mean is not that under the chosen ones.
 
+        In training mode n-grams do not count what they were counted on: y is taken for a part of
+        that text, and its own occurrences are left out. So the value is then no log-probability.
+
         Arguments, result and errors are those of :meth:`log_prob`.
         """
-        return self._objective(self._check(y), self.encode_context(context))
+        with self.without_own():
+            return self._objective(self._check(y), self.encode_context(context))
+
+    @contextmanager
+    def without_own(self) -> Iterator[None]:
+        """Takes what is scored in training mode for a part of what n-grams were counted on.
+
+        Its own occurrences are left out of the counts, as in :meth:`objective`.
+        """
+        conditioners = [part for part in self.modules() if isinstance(part, Conditioner)]
+        known = [part for part in conditioners if part.grams is not None]
+        try:
+            for part in known:
+                part.without_own = part.training
+            yield
+        finally:
+            for part in known:
+                part.without_own = False
 
     def _objective(self, y: Tensor, context: Tensor | None) -> Tensor:
         flat, context, shape = flatten_batch(y, context)

@@ -17,6 +17,7 @@ from dflows.errors import UserError
 from dflows.estimators import Estimator, LocalInTurn, LocalObjective
 from dflows.flow import DiscreteFlow
 from dflows.metrics import ExactMatch, LevelBits, ResidualEntropy
+from dflows.ngrams import NGrams
 from dflows.orderings import Ordering, alike
 from dflows.transforms import ConditionalTransform
 from lightning_modules.base import DEFAULT_OPTIMIZATION, BaseModule, Batch, Optimization, compute
@@ -33,6 +34,25 @@ def _levels(flow: DiscreteFlow) -> Tensor | None:
     if not found or any(not torch.equal(levels, found[0]) for levels in found):
         return None
     return found[0] if int(found[0].max()) + 1 < flow.length else None
+
+
+def _grams(flow: DiscreteFlow) -> NGrams | None:
+    """Returns the n-grams that a network is told of, where there are such.
+
+    Raises:
+        UserError: If they are of what flows make of the data, which changes while they learn.
+    """
+    *inner, outer = [flow.base, *flow.transforms]
+    for part in inner:
+        for module in part.modules():
+            if isinstance(module, Conditioner) and module.grams is not None:
+                raise UserError(
+                    f"n-grams are added to the logits of a {type(part).__name__} that flows stand "
+                    "on, and they are counted on the data: give them to the flow next to the data, "
+                    "or to a base without flows"
+                )
+    found = [part.grams for part in outer.modules() if isinstance(part, Conditioner)]
+    return next(filter(None, found), None)
 
 
 def _turns(flow: DiscreteFlow) -> set[int | None]:
@@ -58,9 +78,9 @@ class DiscreteFlowModule(BaseModule):
     every flow as well, and, given a context, logs `test_accuracy`: the share of examples that
     :meth:`dflows.flow.DiscreteFlow.greedy` tells right, which is the mode on a factorized base.
 
-    An n-gram base is counted where training begins: on the whole training split of a text, else on
-    draws. Under flows it is counted on what they leave of training windows, and anew before every
-    validation.
+    N-grams are counted where training begins: on the whole training split of a text, else on
+    draws. An n-gram base under flows is counted on what they leave of training windows, and anew
+    before every validation.
 
     Arguments:
         flow: The flow.
@@ -72,7 +92,8 @@ class DiscreteFlowModule(BaseModule):
 
     Raises:
         UserError: If a base that is no factorized one is to be refitted, or nothing is left to
-            train beside it; or a number is out of range.
+            train beside it; if n-grams are of what flows make of the data; or a number is out of
+            range.
     """
 
     started: Tensor
@@ -95,6 +116,7 @@ class DiscreteFlowModule(BaseModule):
                 f"{base_refit_decay}: give at least 0 steps, and a factor from 0 to below 1"
             )
         self.flow = flow
+        _grams(flow)
         self.register_buffer("started", torch.tensor(False))
         self.base_refit_every = base_refit_every
         self.base_refit_decay = base_refit_decay
@@ -225,36 +247,40 @@ class DiscreteFlowModule(BaseModule):
         return ", ".join(parts)
 
     def on_train_start(self) -> None:
-        """Counts an n-gram base that has not been counted."""
+        """Counts n-grams that have not been counted."""
         base = self.flow.base
         if isinstance(base, NGramBase) and not base.num_counted:
-            self._count(base)
+            self._count(base.grams)
+        grams = _grams(self.flow)
+        if grams is not None and not grams.num_counted:
+            self._count(grams)
 
     def on_validation_start(self) -> None:
         """Counts an n-gram base on what the flows have come to leave."""
         base, trainer = self.flow.base, self.trainer
         training = trainer.state.fn == "fit" and not trainer.sanity_checking
         if training and isinstance(base, NGramBase) and len(self.flow.transforms):
-            self._count(base)
+            self._count(base.grams)
 
-    def _count(self, base: NGramBase) -> None:
+    def _count(self, grams: NGrams) -> None:
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        flows = len(self.flow.transforms) > 0
-        text = None if flows else data.training_chunks()
+        # What conditions on n-grams has those of the data, a base those of what flows leave.
+        left = grams is not _grams(self.flow) and len(self.flow.transforms) > 0
+        text = None if left else data.training_chunks()
         with torch.inference_mode(mode=False):
-            base.count(self._training_residuals(data) if text is None else text)
-        if not flows:
-            self.counted["characters"]["train"] = base.num_counted
-        rank_zero_info(f"{base}, counted on {base.num_counted:,} characters")
+            grams.count(self._training_rows(data, left) if text is None else text)
+        if not len(self.flow.transforms):
+            self.counted["characters"]["train"] = grams.num_counted
+        rank_zero_info(f"{grams}, counted on {grams.num_counted:,} characters")
 
-    def _training_residuals(self, data: Any) -> Iterator[Tensor]:
-        """Yields what the flows leave of the first training windows."""
+    def _training_rows(self, data: Any, left: bool) -> Iterator[Tensor]:
+        """Yields the first training windows, or what the flows leave of them."""
         read, step = data.training_stream().open(), data.eval_batch_size
         for first in range(0, self.base_count_windows, step):
             rows = read(first, min(step, self.base_count_windows - first))
             batch = data.batch_of(torch.from_numpy(rows.astype("int64")).to(self.device))
             y, context = self.indices_of(batch), self.context_of(batch)
-            yield self.flow.residuals(y, context)[-1] if len(self.flow.transforms) else y
+            yield self.flow.residuals(y, context)[-1] if left else y
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Notes the step, of accumulated batches only the last makes one, and how much is done."""
@@ -338,6 +364,8 @@ class FlowModule(DiscreteFlowModule):
         align_context: Whether position d of the context belongs to dimension d. A base that is
             conditional too is told so by options of its own.
         optimization: Settings of the optimizer.
+        ngram_order: Classes of the longest of the n-grams whose log-probabilities the network of
+            the flow next to the data is told; none where it is not given.
         base_refit_every: As in :class:`DiscreteFlowModule`.
         base_refit_decay: Likewise.
         base_count_windows: Likewise.
@@ -371,6 +399,7 @@ class FlowModule(DiscreteFlowModule):
         context_encoder: nn.Module | None = None,
         context_features: int | None = None,
         align_context: bool = False,
+        ngram_order: int | None = None,
         optimization: Optimization = DEFAULT_OPTIMIZATION,
         base_refit_every: int = 0,
         base_refit_decay: float = 0.99,
@@ -379,6 +408,12 @@ class FlowModule(DiscreteFlowModule):
         shared = backbone() if share_backbone else None
         in_turn = len(orderings) > 1 and not share_backbone
         estimator = estimator or (LocalInTurn if in_turn else LocalObjective)
+        grams = None if ngram_order is None else NGrams(num_classes, ngram_order)
+        if grams is not None and not orderings:
+            raise UserError(
+                f"ngram_order is {ngram_order}, and there is no flow that could be told: give "
+                "orderings, or leave it away"
+            )
         transforms = [
             ConditionalTransform(
                 length,
@@ -391,8 +426,9 @@ class FlowModule(DiscreteFlowModule):
                 positions=positions,
                 context_features=context_features,
                 align_context=align_context,
+                grams=grams if number == len(orderings) else None,
             )
-            for ordering in orderings
+            for number, ordering in enumerate(orderings, start=1)
         ]
         flow = DiscreteFlow(base(num_classes, length, orderings), transforms, context_encoder)
         super().__init__(flow, optimization, base_refit_every, base_refit_decay, base_count_windows)

@@ -11,6 +11,7 @@ from dflows.bases import AutoregressiveBase
 from dflows.conditioner import Conditioner, Execution
 from dflows.errors import UserError
 from dflows.flow import DiscreteFlow
+from dflows.ngrams import NGrams
 from dflows.orderings import Ordering
 from lightning_modules.auxiliary import Auxiliary, AuxiliaryHeads
 from lightning_modules.base import DEFAULT_OPTIMIZATION, Batch, Optimization
@@ -57,6 +58,8 @@ class LanguageModel(CarriedModule):
             (B, S, C).
         context_features: C, of a conditional model.
         align_context: Whether position d of the context belongs to dimension d.
+        ngram_order: Classes of the longest of the n-grams whose log-probabilities the network is
+            told; none where it is not given.
         carry: Whether training carries the state of an LSTM from window to window.
         restart: Probability that a window of such a training begins anew nonetheless, so that the
             beginning of an event is learned too.
@@ -97,6 +100,7 @@ class LanguageModel(CarriedModule):
         context_encoder: nn.Module | None = None,
         context_features: int | None = None,
         align_context: bool = False,
+        ngram_order: int | None = None,
         carry: bool = False,
         restart: float = 0.05,
         carried_stride: int | None = None,
@@ -114,6 +118,7 @@ class LanguageModel(CarriedModule):
             positions=positions,
             context_features=context_features,
             align_context=align_context,
+            grams=None if ngram_order is None else NGrams(num_classes, ngram_order),
         )
         super().__init__(DiscreteFlow(base, (), context_encoder), optimization)
         self.carry = carry
@@ -197,7 +202,8 @@ class LanguageModel(CarriedModule):
             return AutoregressiveBase.score(self._carried_logits(y), y).sum(dim=-1)
         if self.auxiliary is None:
             return super().objective(batch)
-        logits, features = self.conditioner.layers(y)
+        with self.flow.without_own():
+            logits, features = self.conditioner.layers(y)
         added: Tensor = self.auxiliary(features, y, self._done)
         # The value stays the log-likelihood; what is added is in the gradient alone.
         return AutoregressiveBase.score(logits, y).sum(dim=-1) + added - added.detach()

@@ -30,7 +30,10 @@ class NGramModule(CarriedModule):
     Example:
         >>> NGramModule(27, 16, order=4).flow
         DiscreteFlow(
-          (base): NGramBase(num_classes=27, length=16, order=4, grams=0)
+          (base): NGramBase(
+            num_classes=27, length=16
+            (grams): NGrams(num_classes=27, order=4, grams=0)
+          )
           (transforms): ModuleList()
         )
     """

@@ -114,9 +114,7 @@ class Table(Backbone):
             if self.conditioning is None
             else f"conditioning={self.conditioning}"
         )
-        return (
-            f"width={self.width}, num_classes={self.num_classes}, length={self.length}, {bound}"
-        )
+        return f"width={self.width}, num_classes={self.num_classes}, length={self.length}, {bound}"
 
     def forward(
         self, content: Tensor, query: Tensor | None = None, levels: Tensor | None = None

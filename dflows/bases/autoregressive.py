@@ -9,6 +9,7 @@ from torch import Generator, Tensor, nn
 from dflows.bases.base import Base
 from dflows.conditioner import Conditioner, Execution
 from dflows.errors import UserError
+from dflows.ngrams import NGrams
 from dflows.orderings import Natural, Ordering
 from dflows.representations import is_one_hot
 
@@ -37,6 +38,7 @@ class AutoregressiveBase(Base):
         positions: Whether a learned embedding of positions is added.
         context_features: Features of a context.
         align_context: Whether position d of the context belongs to dimension d.
+        grams: N-grams of x that are added to the logits.
 
     Raises:
         UserError: If the parts do not fit each other.
@@ -68,6 +70,7 @@ class AutoregressiveBase(Base):
         positions: bool | None = None,
         context_features: int | None = None,
         align_context: bool = False,
+        grams: NGrams | None = None,
     ) -> None:
         super().__init__(num_classes, length)
         if draw not in ("all", "level"):
@@ -85,6 +88,7 @@ class AutoregressiveBase(Base):
             context_features=context_features,
             align_context=align_context,
             conditions_first=True,
+            grams=grams,
         )
 
     @property
@@ -174,8 +178,9 @@ class AutoregressiveBase(Base):
     @torch.no_grad()
     def start(self, counts: Tensor) -> None:
         # The head's bias starts at the marginal, and its weights at 0, so that the first
-        # likelihoods are those of the marginal.
+        # likelihoods are those of the marginal; or at 0, and they are those of the n-grams.
         total = counts if counts.ndim == 1 else counts.sum(dim=0)
         marginal = (total + 1) / (total + 1).sum()
         self.conditioner.head.weight.zero_()
-        self.conditioner.head.bias.copy_(marginal.log().to(self.conditioner.head.bias))
+        bias = marginal.log() if self.conditioner.grams is None else torch.zeros_like(marginal)
+        self.conditioner.head.bias.copy_(bias.to(self.conditioner.head.bias))

@@ -36,20 +36,24 @@ def render(experiment: Experiment) -> str:
     """
     parts = []
     for task in experiment.plan.tasks:
-        rows = [
-            [
-                row.label,
-                mean_and_spread(experiment.values(name, task, "kl")),
-                number(experiment.reference(row, task, "reference_kl")),
-            ]
-            for name, row in experiment.rows(task)
-        ]
+        entropy = experiment.first(task, "entropy")
+        rows = []
+        for name, row in experiment.rows(task):
+            in_turn = experiment.reference(row, task, "in_turn_nats")
+            rows.append(
+                [
+                    row.label,
+                    mean_and_spread(experiment.values(name, task, "kl")),
+                    number(None if in_turn is None or entropy is None else in_turn - entropy),
+                    number(experiment.reference(row, task, "reference_kl")),
+                ]
+            )
         if rows:
             caption = (
-                f"**{task}**: entropy {number(experiment.first(task, 'entropy'))} nats, best "
+                f"**{task}**: entropy {number(entropy)} nats, best "
                 f"factorized model {number(experiment.first(task, 'factorized_kl'))} above it."
             )
-            head = ["model", "KL, exact nats", "KL of the best tabular flow"]
+            head = ["model", "KL, exact nats", "tables, in turn", "best tables found"]
             parts.append(f"{caption}\n\n{table(head, rows)}")
     return "\n\n".join(parts)
 

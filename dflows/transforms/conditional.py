@@ -10,6 +10,7 @@ from dflows.bijections import Bijection
 from dflows.conditioner import Conditioner, Execution
 from dflows.errors import UserError
 from dflows.estimators import Estimator, LocalObjective
+from dflows.ngrams import NGrams
 from dflows.orderings import Natural, Ordering, Parity
 from dflows.representations import flatten_batch, is_one_hot, to_one_hot
 from dflows.transforms.transform import DiscreteTransform
@@ -55,6 +56,7 @@ class ConditionalTransform(DiscreteTransform):
         positions: Whether a learned embedding of positions is added.
         context_features: Features of a context.
         align_context: Whether position d of the context belongs to dimension d.
+        grams: N-grams of y that are added to the logits.
 
     Raises:
         UserError: If the parts do not fit each other.
@@ -94,6 +96,7 @@ class ConditionalTransform(DiscreteTransform):
         positions: bool | None = None,
         context_features: int | None = None,
         align_context: bool = False,
+        grams: NGrams | None = None,
     ) -> None:
         super().__init__()
         self.bijection = bijection
@@ -108,6 +111,7 @@ class ConditionalTransform(DiscreteTransform):
             positions=positions,
             context_features=context_features,
             align_context=align_context,
+            grams=grams,
         )
         # The identity: it is made explicit by the bias, with every weight of the head at 0.
         with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from itertools import product
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -188,3 +189,13 @@ def expectation(monkeypatch, function):
         if not path:
             return total
         path[-1][0] += 1
+
+
+def markov(size, num_classes, seed=0):
+    """A text in which what comes next depends on two before it, and its rare classes are rare."""
+    draw = np.random.default_rng(seed)
+    table = draw.dirichlet(np.full(num_classes, 0.2), (num_classes, num_classes))
+    text = [0, 0]
+    for _ in range(size):
+        text.append(draw.choice(num_classes, p=table[text[-2], text[-1]]))
+    return torch.tensor(text[2:])

@@ -14,9 +14,10 @@ from dflows.backbones import (
 from dflows.checks import check_causal
 from dflows.conditioner import Conditioner
 from dflows.errors import UserError
+from dflows.ngrams import NGrams
 from dflows.orderings import BehindContext, Blocks, Natural, Parity, Reversed, Strided
 from dflows.representations import to_one_hot
-from tests.dflows.small import ORDERINGS, WIDTH, shaken
+from tests.dflows.small import ORDERINGS, WIDTH, markov, shaken, states
 
 LENGTH, CLASSES = 5, 3
 NATURAL = Natural()
@@ -507,3 +508,86 @@ def test_what_is_known_on_the_way(backbone, number):
 def test_what_is_known_on_the_way_needs_one_pass(backbone, options):
     with pytest.raises(UserError, match="choose a level-causal backbone"):
         make(backbone, **options).layers(values())
+
+
+class TestNGrams:
+    def told(self, name, ordering=NATURAL, order=3):
+        """A random conditioner that is told of n-grams, which count for more or less."""
+        torch.manual_seed(0)
+        backbone = DilatedConvolution(WIDTH, layers=2) if name == "masked" else None
+        grams = NGrams(CLASSES, order)
+        grams.count([markov(200, CLASSES)])
+        backbone = backbone or CAUSAL[name](ordering)
+        conditioner = Conditioner(CLASSES, LENGTH, CLASSES, ordering, backbone, grams=grams)
+        return shaken(conditioner).eval()
+
+    @pytest.mark.parametrize("ordering", ORDERINGS.values(), ids=ORDERINGS)
+    @pytest.mark.parametrize("name", ["transformer", "convolution", "table", "masked"])
+    def test_logits_depend_on_lower_levels_only(self, name, ordering):
+        conditioner, levels = self.told(name, ordering), ordering.levels(LENGTH)
+        y = states(CLASSES, LENGTH)[::3]
+        logits = conditioner(y)
+        for source in range(LENGTH):
+            changed = y.clone()
+            changed[:, source] = (changed[:, source] + 1) % CLASSES
+            seen = (conditioner(changed) - logits).abs().amax((0, 2)) > 1e-6
+            assert not (seen & (levels <= levels[source])).any()
+            # The right neighbour is told of it by the n-grams, whatever the network makes of it.
+            if source + 1 < LENGTH and levels[source] < levels[source + 1]:
+                assert seen[source + 1]
+
+    @pytest.mark.parametrize("name", ["transformer", "convolution", "lstm", "masked"])
+    @pytest.mark.parametrize("ordering", [NATURAL, Strided(columns=3)], ids=repr)
+    def test_logits_of_levels_are_those_of_all(self, name, ordering):
+        if name == "lstm" and ordering is not NATURAL:
+            pytest.skip("an LSTM reads in one direction")
+        conditioner, y = self.told(name, ordering), values()
+        logits = conditioner(y)
+        levels, members = conditioner.levels(LENGTH, y.device)
+        for level, dimensions in enumerate(members[1:], start=1):
+            part = conditioner.level_logits(y, level)
+            torch.testing.assert_close(part, logits[:, dimensions])
+        drawn, part = conditioner.drawn_logits(y, torch.tensor([1, 2, 2, 1, 2, 1]))
+        torch.testing.assert_close(part, logits[drawn])
+        one_hot = to_one_hot(y, CLASSES, torch.float32)
+        torch.testing.assert_close(conditioner(one_hot), logits)
+
+        def decide(dimensions, part):
+            torch.testing.assert_close(part, logits[:, dimensions])
+            return y[:, dimensions]
+
+        with torch.no_grad():
+            begin = torch.where(levels < 1, y, 0)
+            assert torch.equal(conditioner.by_levels(begin, decide), y)
+
+    def test_only_a_run_of_known_values_counts(self):
+        conditioner = self.told("transformer", Strided(columns=3), order=4)
+        runs = conditioner._dimensions_of(LENGTH, torch.device("cpu")).runs
+        assert runs.tolist() == [0, 1, 2, 0, 1]
+
+    @pytest.mark.parametrize("without_own", [False, True])
+    def test_at_first_the_n_grams_alone_count(self, without_own):
+        torch.manual_seed(0)
+        grams, text = NGrams(CLASSES, 3), markov(200, CLASSES)
+        grams.count([text])
+        backbone = Transformer(WIDTH, layers=1, heads=2)
+        conditioner = Conditioner(CLASSES, LENGTH, CLASSES, NATURAL, backbone, grams=grams)
+        torch.nn.init.zeros_(conditioner.head.weight)
+        torch.nn.init.zeros_(conditioner.head.bias)
+        conditioner.without_own = without_own
+        y = text[:LENGTH].unsqueeze(0)
+        own = y[0] if without_own else None
+        expected = grams.following(grams.pack(y)[0], torch.arange(LENGTH), own).log()
+        torch.testing.assert_close(conditioner(y)[0, 1:], expected[1:].float())
+
+    def test_another_number_of_classes_is_refused(self):
+        backbone = Transformer(WIDTH, layers=1, heads=2)
+        for classes, outputs in ((4, CLASSES), (CLASSES, 4)):
+            with pytest.raises(UserError, match="logits of the classes themselves"):
+                Conditioner(CLASSES, LENGTH, outputs, NATURAL, backbone, grams=NGrams(classes))
+
+    def test_an_lstm_that_is_told_of_them_carries_no_state(self):
+        conditioner = self.told("lstm")
+        assert not conditioner.carries
+        with pytest.raises(UserError, match="without a context or n-grams"):
+            conditioner.carry(values(), torch.full((6,), -1))

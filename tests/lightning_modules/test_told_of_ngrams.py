@@ -1,0 +1,138 @@
+"""Models that are told of n-grams: counted where training begins, and left out of what they saw."""
+
+from functools import partial
+
+import pytest
+import torch
+
+from datamodules import FullRankDataModule
+from dflows.backbones import LSTM, LevelConvolution
+from dflows.bases import AutoregressiveBase
+from dflows.bijections import ModularAffine, RankPermutation
+from dflows.errors import UserError
+from dflows.ngrams import NGrams
+from dflows.orderings import Natural, Strided
+from lightning_modules import Auxiliary, FlowModule, LanguageModel
+from tests.dflows.small import shaken, states
+from tests.training import trainer
+
+NETWORK = partial(LevelConvolution, width=8, layers=1, distances=(1, 4), window=2)
+D = 16
+
+
+def language_model(num_classes, **options):
+    return LanguageModel(num_classes, D, NETWORK, ordering=Strided(4), ngram_order=3, **options)
+
+
+def flow_module(num_classes):
+    return FlowModule(num_classes, D, [Strided(4)], NETWORK, ngram_order=3)
+
+
+MODULES = pytest.mark.parametrize("make", [language_model, flow_module])
+
+
+def grams_of(module):
+    (grams,) = (part for part in module.modules() if isinstance(part, NGrams))
+    return grams
+
+
+@MODULES
+def test_they_are_counted_once_on_the_whole_training_text(make, text, tmp_path, monkeypatch):
+    module = make(text.num_classes)
+    assert not grams_of(module).num_counted
+    trainer(tmp_path).fit(module, datamodule=text)
+    assert grams_of(module).num_counted == text.characters("train")
+    expected = NGrams(text.num_classes, 3)
+    expected.count(text.training_chunks())
+    assert torch.equal(grams_of(module).keys, expected.keys)
+    monkeypatch.setattr(NGrams, "count", lambda *_: pytest.fail("counted again"))
+    trainer(tmp_path, steps=6).fit(module, datamodule=text)
+
+
+@MODULES
+def test_a_checkpoint_holds_them(make, text, tmp_path):
+    module = make(text.num_classes)
+    run = trainer(tmp_path)
+    run.fit(module, datamodule=text)
+    run.save_checkpoint(tmp_path / "told.ckpt")
+    other = make(text.num_classes)
+    state = torch.load(tmp_path / "told.ckpt", weights_only=True)["state_dict"]
+    other.load_state_dict(state)
+    y = torch.randint(text.num_classes, (3, D))
+    module.eval(), other.eval()
+    torch.testing.assert_close(other.flow.log_prob(y), module.flow.log_prob(y))
+
+
+def test_a_language_model_begins_as_they_are(text, tmp_path):
+    module = language_model(text.num_classes)
+    module.flow.start(text.class_counts())
+    grams_of(module).count(text.training_chunks())
+    y = next(iter(text.val_dataloader()))
+    rows = y.reshape(-1, 4)  # the window as rows, whose left end is the end of what is known
+    expected = grams_of(module).log_prob(rows).sum(-1).reshape(len(y), -1).sum(-1)
+    torch.testing.assert_close(module.eval().flow.log_prob(y), expected.float())
+
+
+@pytest.mark.parametrize("training", [False, True])
+@MODULES
+def test_probabilities_sum_to_1(make, training):
+    torch.manual_seed(0)
+    module = shaken(make(2)).train(training)
+    grams_of(module).count([torch.randint(2, (60,))])
+    with torch.no_grad():
+        total = module.flow.log_prob(states(2, D)).double().exp().sum()
+    assert total.item() == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_training_leaves_out_what_was_counted(training, text):
+    module = shaken(language_model(text.num_classes)).train(training)
+    grams_of(module).count(text.training_chunks())
+    y = next(iter(text.train_dataloader()))
+    whole, objective = module.flow.log_prob(y), module.flow.objective(y)
+    assert torch.allclose(whole, objective) is not training
+
+
+def test_samples_are_those_of_the_fixed_point(text, tmp_path):
+    module = language_model(text.num_classes)
+    trainer(tmp_path).fit(module, datamodule=text)
+    module.eval()
+    draws = [
+        module.sample(3, generator=torch.Generator().manual_seed(1), method=method)
+        for method in ("levels", "fixed_point")
+    ]
+    assert torch.equal(*draws)
+
+
+def test_auxiliary_losses_leave_out_what_was_counted_too(text):
+    network = partial(LSTM, width=8)
+    module = LanguageModel(
+        text.num_classes, D, network, ngram_order=3, auxiliary=Auxiliary(layers=False)
+    )
+    module = shaken(module).train()
+    grams_of(module).count(text.training_chunks())
+    y = next(iter(text.train_dataloader()))
+    with module.flow.without_own():
+        expected = module.flow.log_prob(y)
+    torch.testing.assert_close(module.objective(y), expected)
+    assert not torch.allclose(expected, module.flow.log_prob(y))
+
+
+def test_draws_are_counted_where_a_split_has_no_end(tmp_path):
+    data = FullRankDataModule(D, 3, batch_size=4, eval_batch_size=4, eval_examples=8)
+    module = flow_module(3)
+    module.base_count_windows = 10
+    trainer(tmp_path).fit(module, datamodule=data)
+    assert grams_of(module).num_counted == 10 * D
+
+
+def test_what_does_not_fit_is_refused():
+    with pytest.raises(UserError, match="logits of the classes themselves"):
+        FlowModule(3, D, [Natural()], NETWORK, ModularAffine, ngram_order=2)
+    with pytest.raises(UserError, match="there is no flow that could be told"):
+        FlowModule(3, D, [], NETWORK, ngram_order=2)
+    with pytest.raises(UserError, match="order is 40: give 1 to 32"):
+        language_model(3).__class__(3, D, NETWORK, ngram_order=40)
+    base = partial(AutoregressiveBase, backbone=NETWORK(), grams=NGrams(3))
+    with pytest.raises(UserError, match="a AutoregressiveBase that flows stand on"):
+        FlowModule(3, D, [Natural()], NETWORK, RankPermutation, base=base)
