@@ -81,7 +81,7 @@ class AdditionDataModule(StreamDataModule):
         if eval_examples < 1:
             raise UserError(f"eval_examples must be at least 1, not {eval_examples}")
         self._vocabulary = IntegerVocabulary(num_classes)
-        pairs = num_classes ** (2 * length)
+        pairs = num_classes ** min(2 * length, MOST_PAIRS.bit_length())
         if pairs <= 2 * eval_examples:
             raise UserError(
                 f"{length} digits to the base {num_classes} have {pairs:,} pairs of addends, and "
@@ -166,7 +166,7 @@ class _Sums(TrainingStream):
         self._digits = length
         self._num_classes = num_classes
         self._first = first
-        self._pairs = min(num_classes ** (2 * length), MOST_PAIRS)
+        self._pairs = min(num_classes ** min(2 * length, MOST_PAIRS.bit_length()), MOST_PAIRS)
         self._counters = [Counter(seed, number) for number in range(ROUNDS)]
 
     def open(self) -> Reader:

@@ -14,7 +14,7 @@ falls below K again. The walk of a permutation is a permutation, so the K classe
 themselves, exactly; the extra residues are never a value.
 
 References:
-    | Discrete Flows: Invertible Generative Models of Discrete Data (Tran et al., 2019), section 4
+    | Discrete Flows: Invertible Generative Models of Discrete Data (Tran et al., 2019)
     | https://arxiv.org/abs/1905.10347
     | Ciphers with Arbitrary Finite Domains (Black and Rogaway, 2002), on walking a cycle
 """

@@ -43,6 +43,7 @@ METRICS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "importance_draws": ("count", "draws of the importance-weighted bound"),
         "test_nats": ("number", "nats per example of the test split"),
         "valid_nats": ("number", "nats per example of the validation split"),
+        "standard_error_nats": ("number", "standard error of test_nats, where examples are draws"),
         "characters": ("counts", "characters scored, by split"),
         "examples": ("counts", "examples scored, by split"),
         # What they are compared with.

@@ -5,16 +5,17 @@
 
 An experiment is a grid of runs of ``python -m dflows.fit``: its plan, in ``configs/reproduce/``,
 says which configurations each lays over the others, and ``--overlay`` lays one over them all, such
-as where a copy of the text is. A run whose record is there is not repeated, so
-that what was interrupted goes on; whoever changes a plan or its configurations adds ``--again``.
+as where a copy of the text is. A run whose record is there is not repeated, so that what was
+interrupted goes on; whoever changes a plan or its configurations adds ``--again``.
 ``python -m dflows.report`` makes tables and figures of the records.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -28,7 +29,7 @@ from dflows.experiments.agreement import disagreements
 from dflows.experiments.gradients import write_gradients
 from dflows.experiments.overlays import laid_over
 from dflows.experiments.plan import Plan, Run, gradients_name, read_plan, reference_name
-from dflows.experiments.references import task_data, write_reference
+from dflows.experiments.references import reference_settings, task_data, write_reference
 from dflows.records import read_record
 
 __all__ = ["EXPERIMENTS", "main", "reproduce"]
@@ -45,7 +46,8 @@ class Options:
         again: Whether runs are repeated whose records are there.
         only: Pattern that the names of runs match, with or without their seeds.
         results: Folder of all records.
-        overlay: Configuration that is laid over those of every run; none where it is empty.
+        overlay: Configuration that is laid over those of every run, and of what is found without
+            one; none where it is empty.
     """
 
     smoke: bool
@@ -76,6 +78,7 @@ def _parser() -> Parser:
 def _references(plan: Plan, options: Options, folder: Path, console: Console) -> int:
     """Finds the tabular references that are missing, and counts all that are asked for."""
     wanted = 0
+    over = _overlay(options)
     for task, keys in plan.tasks.items():
         if options.smoke and task not in plan.smoke.tasks:
             continue
@@ -90,10 +93,12 @@ def _references(plan: Plan, options: Options, folder: Path, console: Console) ->
             ):
                 continue
             wanted += 1
-            if _kept(folder, record, 0, options, console):
-                continue
-            config = laid_over(plan.configs, [keys])
+            config = laid_over(plan.configs, [keys, over])
             data = data or task_data(config)
+            if _kept(folder, record, 0, options, console):
+                settings = reference_settings(plan, name, task, data.num_classes, config["data"])
+                _compare(folder / f"{record}-0.json", settings, console)
+                continue
             with console.status(f"{plan.title}: best tabular flow {name} on {task}"):
                 file = write_reference(plan, name, task, data, config["data"], folder)
             console.print(f"reference: {file}", highlight=False)
@@ -120,9 +125,13 @@ def _gradients(plan: Plan, options: Options, folder: Path, console: Console) -> 
         ]
         if rows:
             console.rule(f"{plan.title}: gradients on {task}")
-            for file in write_gradients(plan, task, rows, folder):
+            for file in write_gradients(plan, task, rows, folder, over=_overlay(options)):
                 console.print(f"gradients: {file}", highlight=False)
     return count
+
+
+def _overlay(options: Options) -> dict[str, Any]:
+    return laid_over([options.overlay] if options.overlay else [], [])
 
 
 def _asked(run: Run, options: Options) -> bool:
@@ -138,10 +147,9 @@ def _kept(folder: Path, name: str, seed: int, options: Options, console: Console
     return True
 
 
-def _compare(folder: Path, run: Run, console: Console) -> None:
-    """Says where the record of a run is of other keys than the plan's."""
-    record = read_record(folder / f"{run.name}-{run.seed}.json")
-    if keys := [*disagreements(record.config, run.keys)]:
+def _compare(file: Path, wanted: Mapping[str, Any], console: Console) -> None:
+    """Says where a record is of other keys than the plan's."""
+    if keys := [*disagreements(read_record(file).config, wanted)]:
         console.print(f"its configuration is not the plan's in {', '.join(keys)}", style="yellow")
 
 
@@ -169,7 +177,7 @@ def reproduce(arguments: Sequence[str]) -> None:
     found = _references(plan, options, folder, console)
     for number, run in enumerate(runs, 1):
         if _kept(folder, run.name, run.seed, options, console):
-            _compare(folder, run, console)
+            _compare(folder / f"{run.name}-{run.seed}.json", run.keys, console)
             continue
         console.rule(f"{plan.title}: {run.name}, seed {run.seed}, {number} of {len(runs)}")
         with run.arguments() as line:

@@ -6,6 +6,9 @@ import shutil
 import pytest
 
 from dflows.experiments.agreement import disagreements
+from dflows.experiments.overlays import laid_over
+from dflows.experiments.plan import reference_name
+from dflows.experiments.references import reference_settings
 from dflows.records import read_records
 from dflows.report import DRAWERS, RENDERERS
 from dflows.report import main as report
@@ -83,6 +86,25 @@ def test_an_overlay_is_laid_over_every_run(tmp_path, monkeypatch):
     assert found.metrics["steps"] == 3
 
 
+def test_an_overlay_is_laid_over_what_has_no_run_too(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    overlay = tmp_path / "mine.yaml"
+    overlay.write_text("data: {init_args: {seed: 7}}\n", encoding="utf-8")
+    line = ["full-rank", "--smoke", "--only", "*autoregressive-rank-2x2"]
+    assert main([*line, "--overlay", str(overlay)]) == 0
+    (found,) = read_records(tmp_path / "results" / "full-rank-smoke")
+    assert found.config["data"]["init_args"]["seed"] == 7
+    # A run without it is of another distribution, and no table compares the two.
+    assert main(["full-rank", "--smoke", "--only", "autoregressive-flow-rank-2x2"]) == 0
+    (tmp_path / "results" / "full-rank-smoke").rename(tmp_path / "results" / "full-rank")
+    page = tmp_path / "docs" / "experiments" / "full-rank.md"
+    page.parent.mkdir(parents=True)
+    page.write_text(f"{BEGIN}\n{END}\n", encoding="utf-8")
+    capsys.readouterr()
+    assert report([]) == 1
+    assert "they are of different distributions" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", [name for name in RENDERERS if (ROOT / "results" / name).is_dir()])
 def test_pages_and_records_agree(name, tmp_path):
     for folder in ("docs/experiments", "docs/figures", "results"):
@@ -110,6 +132,21 @@ def test_records_are_of_their_plan(name):
             if record.seed == run.seed:
                 keys = [*disagreements(record.config, run.keys)]
                 assert [key for key in keys if not key.startswith(TEXT)] == [], record.name
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in EXPERIMENTS if (ROOT / "results" / name).is_dir()]
+)
+def test_references_are_of_their_plan(name):
+    experiment = read_experiment(name, ROOT / "results")
+    plan = experiment.plan
+    for task, keys in plan.tasks.items():
+        for reference in plan.references:
+            for record in experiment.records.get(reference_name(reference, task), []):
+                config = laid_over(plan.configs, [keys])["data"]
+                classes = record.config["data"]["init_args"]["num_classes"]
+                settings = reference_settings(plan, reference, task, classes, config)
+                assert [*disagreements(record.config, settings)] == [], record.name
 
 
 @pytest.mark.parametrize("name", [name for name in DRAWERS if (ROOT / "results" / name).is_dir()])

@@ -22,7 +22,7 @@ class ModularShift(Bijection):
         UserError: If K is below 2.
 
     References:
-        | Discrete Flows (Tran et al., 2019), section 4
+        | Discrete Flows (Tran et al., 2019)
         | https://arxiv.org/abs/1905.10347
 
     Example:

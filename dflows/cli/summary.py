@@ -163,6 +163,8 @@ class Figures:
             # over all states at the most.
             unseen = (math.log(examples) + data.length * math.log(data.num_classes)) / examples
             error = math.hypot(module.standard_error[split], unseen)
+            if split == "test":
+                self.metrics["standard_error_nats"] = module.standard_error[split]
             check_above_entropy(nats, data.entropy, error)
             remark = f"{examples:,} examples; entropy {data.entropy:.3f}"
             self.rows.append((f"{split}, nats per example", f"{nats:.4f}", remark))

@@ -34,6 +34,11 @@ class Estimator(nn.Module, ABC):
     Its value is then an estimate of the expected log-likelihood of drawn maps.
     """
 
+    @property
+    def map_temperature(self) -> float:
+        """Temperature of the softmax of which maps would be drawn that the gradient stands for."""
+        return 1.0
+
     def check(self, bijection: Bijection) -> None:
         """Refuses a bijection that the estimator cannot train.
 

@@ -50,7 +50,7 @@ class SoftmaxStraightThrough(Through):
         UserError: If the temperature is not positive.
 
     References:
-        | Discrete Flows (Tran et al., 2019), section 4.3
+        | Discrete Flows (Tran et al., 2019), on training by straight-through gradients
         | https://arxiv.org/abs/1905.10347
 
     Example:
@@ -64,6 +64,10 @@ class SoftmaxStraightThrough(Through):
     def __init__(self, temperature: float = 0.1) -> None:
         super().__init__()
         self.temperature = check_positive(temperature)
+
+    @property
+    def map_temperature(self) -> float:
+        return self.temperature
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}"

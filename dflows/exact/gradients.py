@@ -2,7 +2,8 @@ r"""The exact gradients that estimators stand for, and how far from them each es
 
 Let every transform of a flow draw the map of every dimension from the softmax of its logits, as
 :class:`~dflows.estimators.ReinMax` does, so that data y lead to x with a probability
-:math:`P(x \mid y)`. Two objectives then have gradients:
+:math:`P(x \mid y)`. A softmax straight-through estimator stands for a softmax of its own
+temperature, and all others for that of temperature 1. Two objectives then have gradients:
 
 .. math::
 
@@ -84,13 +85,14 @@ def _maps(bijection: Bijection) -> tuple[Tensor, Tensor]:
     return choices, x.argmax(dim=-1)
 
 
-def _kernel(bijection: Bijection, y: Tensor, logits: Tensor) -> Tensor:
+def _kernel(bijection: Bijection, y: Tensor, logits: Tensor, temperature: float) -> Tensor:
     """Computes the distributions (N, d, K) of x, given y (N, d) and logits (N, d, num_logits)."""
     choices, table = _maps(copy.deepcopy(bijection).cpu())
     choices, table = choices.to(y.device), table.to(y.device)
     log_probs = logits.new_zeros((), dtype=torch.float64)
     for part, chosen in zip(_parts(bijection, logits), choices.T, strict=True):
-        log_probs = log_probs + part.double().log_softmax(dim=-1)[..., chosen]
+        part = part.double() / temperature
+        log_probs = log_probs + part.log_softmax(dim=-1)[..., chosen]
     zeros = log_probs.new_zeros(*y.shape, bijection.num_classes)
     return zeros.scatter_add(-1, table.T[y], log_probs.exp())
 
@@ -109,7 +111,9 @@ def _undone(transform: ConditionalTransform, y: Tensor, values: Tensor) -> Tenso
     kernel = to_one_hot(y, transform.bijection.num_classes, torch.float64)
     moved = (transform.ordering.levels(y.shape[1]) > 0).nonzero()[:, 0].to(y.device)
     logits = transform.conditioner(y)[:, moved]
-    kernel = kernel.index_copy(1, moved, _kernel(transform.bijection, y[:, moved], logits))
+    temperature = transform.estimator.map_temperature
+    drawn = _kernel(transform.bijection, y[:, moved], logits, temperature)
+    kernel = kernel.index_copy(1, moved, drawn)
     return _expect(values, kernel)
 
 
@@ -151,7 +155,8 @@ def _states_of(flow: DiscreteFlow) -> Tensor:
 def expected_log_likelihood(flow: DiscreteFlow) -> Tensor:
     r"""Computes :math:`\sum_x P(x \mid y) \log q(x)` of every state y.
 
-    Its gradient is exact. For one in double precision give a flow in double precision.
+    Maps are drawn at the temperatures of the transforms' estimators. Its gradient is exact. For one
+    in double precision give a flow in double precision.
 
     Args:
         flow: A flow without context whose states can be enumerated, in thousands.

@@ -50,7 +50,8 @@ def check_enumerable(num_classes: int, length: int) -> None:
         )
     if length < 1:
         raise UserError(f"length is {length}: give at least 1 dimension")
-    if num_classes**length > MOST_STATES:
+    # Of two classes so many are too many; the whole power of a mistyped length would take minutes.
+    if num_classes ** min(length, MOST_STATES.bit_length()) > MOST_STATES:
         raise UserError(
             f"num_classes={num_classes} and length={length} have more than {MOST_STATES:,} states, "
             "too many to enumerate: lower length or num_classes"

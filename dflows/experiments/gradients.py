@@ -2,15 +2,18 @@
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from datamodules import EnumerableDataModule
 from dflows.cli.configs import FlowCLI
 from dflows.errors import UserError
 from dflows.estimators import Estimator
 from dflows.exact import compare_estimators
+from dflows.experiments.overlays import laid_over
 from dflows.experiments.plan import Gradients, Plan, gradients_name
 from dflows.experiments.recording import write_exact_record
 from lightning_modules import DiscreteFlowModule
@@ -18,9 +21,12 @@ from lightning_modules import DiscreteFlowModule
 __all__ = ["write_gradients"]
 
 
-def _trained(plan: Plan, gradients: Gradients, task: str, seed: int) -> FlowCLI:
+def _trained(
+    plan: Plan, gradients: Gradients, task: str, seed: int, over: Mapping[str, Any]
+) -> FlowCLI:
     """Trains the networks that gradients are compared at."""
-    with plan.run(gradients.trained_by, task, seed, gradients.config).arguments() as line:
+    config = laid_over([], [gradients.config, over])
+    with plan.run(gradients.trained_by, task, seed, config).arguments() as line:
         cli = FlowCLI(line)
         cli.trainer.fit(cli.model, datamodule=cli.datamodule, weights_only=True)
     return cli
@@ -33,7 +39,12 @@ def _estimator_of(plan: Plan, row: str, task: str, seed: int) -> Estimator:
 
 
 def write_gradients(
-    plan: Plan, task: str, rows: list[str], folder: Path, seed: int = 0
+    plan: Plan,
+    task: str,
+    rows: list[str],
+    folder: Path,
+    seed: int = 0,
+    over: Mapping[str, Any] = MappingProxyType({}),
 ) -> Iterator[Path]:
     """Compares the estimators of rows on a task, and writes a record for each.
 
@@ -43,6 +54,7 @@ def write_gradients(
         rows: Names of the rows whose estimators are compared.
         folder: Where the records go.
         seed: The seed.
+        over: Keys laid over those of the run that trains the networks.
 
     Returns:
         The records' files.
@@ -55,7 +67,7 @@ def write_gradients(
     gradients = plan.gradients
     if gradients is None:
         raise UserError("the experiment compares no gradients: give it the key `gradients`")
-    cli = _trained(plan, gradients, task, seed)
+    cli = _trained(plan, gradients, task, seed, over)
     module, data = cli.model, cli.datamodule
     if not isinstance(module, DiscreteFlowModule) or not isinstance(data, EnumerableDataModule):
         raise UserError(

@@ -15,10 +15,13 @@ from dflows.exact import exhaustive_optimum, tabular_flow
 from dflows.experiments.plan import Plan, Reference, reference_name
 from dflows.experiments.recording import write_exact_record
 
-__all__ = ["task_data", "write_reference"]
+__all__ = ["reference_settings", "task_data", "write_reference"]
 
 EXHAUSTIBLE = 4
 """States up to which the best of all their bijections is found as well."""
+
+DRAWS = ("batch_size", "eval_batch_size", "eval_examples")
+"""Keys of the data that are about draws alone, which a table does not see."""
 
 
 def task_data(config: Mapping[str, Any]) -> EnumerableDataModule:
@@ -42,6 +45,33 @@ def task_data(config: Mapping[str, Any]) -> EnumerableDataModule:
     return data
 
 
+def reference_settings(
+    plan: Plan, name: str, task: str, num_classes: int, config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns what a reference is found with, as its record holds it.
+
+    Args:
+        plan: The experiment.
+        name: Name of the reference.
+        task: Name of the task.
+        num_classes: K of the task.
+        config: The keys that its data are made of.
+    """
+    reference = plan.references[name]
+    data = dict(config["init_args"])
+    for key in DRAWS:
+        data.pop(key, None)
+    return {
+        "orderings": [repr(ordering) for ordering in reference.orderings],
+        "bijection": repr(reference.bijection(num_classes)),
+        "base": None if reference.base is None else repr(reference.base),
+        "restarts": reference.restarts,
+        "sweeps": reference.sweeps,
+        "greedy": task in reference.greedy,
+        "data": {"class_path": config["class_path"], "init_args": data},
+    }
+
+
 def write_reference(
     plan: Plan,
     name: str,
@@ -62,6 +92,9 @@ def write_reference(
 
     Returns:
         The record's file.
+
+    Raises:
+        UserError: If there are too many states, or the stack has none that can be found.
     """
     begin = time.perf_counter()
     reference: Reference = plan.references[name]
@@ -83,21 +116,12 @@ def write_reference(
     }
     if data.num_classes**data.length <= EXHAUSTIBLE:
         metrics["exhaustive_nats"] = exhaustive_optimum(data.probabilities)
-    settings = {
-        "orderings": [repr(ordering) for ordering in reference.orderings],
-        "bijection": repr(bijection),
-        "base": None if reference.base is None else repr(reference.base),
-        "restarts": reference.restarts,
-        "sweeps": reference.sweeps,
-        "greedy": task in reference.greedy,
-        "data": config,
-    }
     return write_exact_record(
         folder,
         found.flow,
         name=reference_name(name, task),
         kind="reference",
-        config=settings,
+        config=reference_settings(plan, name, task, data.num_classes, config),
         metrics=metrics,
         begin=begin,
     )

@@ -1,10 +1,12 @@
 """What the tables of all experiments begin with: records, by row and task of the plan."""
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from dflows.cli.configs import resolved_arguments
+from dflows.errors import UserError
 from dflows.experiments.plan import Plan, Row, read_plan, reference_name
 from dflows.records import Record, read_records
 
@@ -32,10 +34,17 @@ class Experiment:
         return [record.metrics[metric] for record in self.of(row, task) if metric in record.metrics]
 
     def reference(self, row: Row, task: str, metric: str = "reference_nats") -> float | None:
-        """Returns what the best tabular flow of a row reaches on a task, where it was found."""
+        """Returns what the best tabular flow of a row reaches on a task, where it was found.
+
+        Raises:
+            UserError: If it was found for another distribution than the runs'.
+        """
         if row.reference is None:
             return None
         found = self.records.get(reference_name(row.reference, task), [])
+        entropy = self.first(task, "entropy")
+        if found and entropy is not None:
+            _check_shared(task, "entropy", [entropy, found[0].metrics["entropy"]])
         return found[0].metrics.get(metric) if found else None
 
     @property
@@ -47,17 +56,28 @@ class Experiment:
         return names
 
     def first(self, task: str, metric: str) -> float | None:
-        """Returns a metric that all records of a task share."""
-        for row in self.plan.rows:
-            if found := self.values(row, task, metric):
-                return found[0]
-        return None
+        """Returns a metric that all records of a task share.
+
+        Raises:
+            UserError: If they do not.
+        """
+        found = [value for row in self.plan.rows for value in self.values(row, task, metric)]
+        _check_shared(task, metric, found)
+        return found[0] if found else None
 
     def rows(self, task: str) -> Iterator[tuple[str, Row]]:
         """Returns the rows that a task has records of."""
         for name, row in self.plan.rows.items():
             if self.of(name, task):
                 yield name, row
+
+
+def _check_shared(task: str, metric: str, values: Sequence[float]) -> None:
+    if values and not math.isclose(min(values), max(values), rel_tol=1e-6, abs_tol=1e-6):
+        raise UserError(
+            f"records of {task} differ in {metric}, {min(values):.6f} and {max(values):.6f}, so "
+            "they are of different distributions: run with the same --overlay, or add --again"
+        )
 
 
 def read_experiment(name: str, results: Path) -> Experiment:

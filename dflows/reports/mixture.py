@@ -2,11 +2,10 @@
 
 import math
 from pathlib import Path
-from typing import Literal
 
 import torch
 
-from datamodules import MixtureDataModule
+from dflows.experiments.references import task_data
 from dflows.reports.experiment import Experiment
 from dflows.reports.figures import drawing
 from dflows.reports.markdown import mean_and_spread, number, table
@@ -82,8 +81,8 @@ def draw(experiment: Experiment, file: Path) -> None:
     options = {"nrows": len(tasks), "ncols": 1 + len(shown), "squeeze": False}
     with drawing(file, describe_figure(experiment), figsize=size, **options) as (_, axes):
         for line, task in zip(axes, tasks, strict=True):
-            arranged: Literal["circle", "grid"] = "grid" if task == "grid" else "circle"
-            truth = MixtureDataModule(arrangement=arranged).probabilities
+            name = next(name for name, _ in experiment.rows(task))
+            truth = task_data(experiment.of(name, task)[0].config).probabilities
             most = float(truth.max())
             _panel(line[0], truth, most, f"data, {task}")
             for axis, name in zip(line[1:], shown, strict=True):

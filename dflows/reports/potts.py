@@ -8,7 +8,7 @@ from dflows.reports.markdown import mean_and_spread, number, table
 __all__ = ["render"]
 
 _TASK = re.compile(r"side(?P<side>\d+)-K(?P<classes>\d+)-J(?P<coupling>[\d.]+)")
-HEAD = ("model", "published", "ours", "above the entropy", "passes")
+HEAD = ("model", "published", "ours", "best tables found", "above the entropy", "passes")
 
 
 def render(experiment: Experiment) -> str:
@@ -42,13 +42,17 @@ def _row(experiment: Experiment, task: str, name: str) -> list[str]:
     above = None
     if values and entropy is not None:
         above = sum(values) / len(values) - entropy
-    shown = mean_and_spread(values) + ("" if exact else " (test draws)")
+    # Where each draw is scored, its deviations say how far the mean may be off.
+    errors = [] if exact else experiment.values(name, task, "standard_error_nats")
+    off = f", standard error {max(errors):.4f}" if errors else ""
+    shown = mean_and_spread(values) + ("" if exact else f" (test draws{off})")
     published = row.published.get(task)
     below = published is not None and entropy is not None and published < entropy
     return [
         row.label,
         number(published, ".2f") + (" (below the entropy)" if below else ""),
         shown,
-        number(above, "+.4f"),
+        number(experiment.reference(row, task)),
+        number(above, "+.4f" if exact else "+.3f"),
         mean_and_spread(experiment.values(name, task, "passes")[:1], ".0f"),
     ]

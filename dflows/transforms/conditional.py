@@ -62,7 +62,7 @@ class ConditionalTransform(DiscreteTransform):
         UserError: If the parts do not fit each other.
 
     References:
-        | Discrete Flows (Tran et al., 2019), section 4
+        | Discrete Flows (Tran et al., 2019)
         | https://arxiv.org/abs/1905.10347
 
     Example:

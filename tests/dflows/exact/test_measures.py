@@ -55,6 +55,8 @@ class TestStates:
         check_enumerable(MOST_STATES, 1)
         with pytest.raises(UserError, match="50,000,000"):
             check_enumerable(MOST_STATES + 1, 1)
+        with pytest.raises(UserError, match="more than 50,000,000 states"):
+            check_enumerable(2, 10**9)  # at once, without the number of them
 
 
 class TestEntropies:
