@@ -59,6 +59,11 @@ def _task(experiment: Experiment, task: str) -> str:
     return f"{caption}\n\n{table(HEAD, rows)}"
 
 
+def _greedy(experiment: Experiment, task: str, row: Row) -> bool:
+    """Says whether the reference of a row was fitted in turn, and not ascended."""
+    return row.reference is not None and task in experiment.plan.references[row.reference].greedy
+
+
 def _row(experiment: Experiment, task: str, name: str, row: Row) -> list[str]:
     exact = experiment.values(name, task, "exact_nats")
     reference = experiment.reference(row, task)
@@ -75,7 +80,7 @@ def _row(experiment: Experiment, task: str, name: str, row: Row) -> list[str]:
         number(row.published.get(task), ".1f"),
         mean_and_spread(exact),
         number(experiment.reference(row, task, "in_turn_nats")),
-        number(reference),
+        number(None if _greedy(experiment, task, row) else reference),
         number(above, "+.3f"),
         number(share, ".0%"),
         mean_and_spread(experiment.values(name, task, "steps")[:1], ",.0f"),
