@@ -48,7 +48,7 @@ class AdditionDataModule(StreamDataModule):
         UserError: An argument is out of range, or evaluation leaves no pair to train on.
 
     References:
-        | Discrete Flows: Invertible Generative Models of Discrete Data (Tran et al., 2019), 4.2
+        | Discrete Flows: Invertible Generative Models of Discrete Data (Tran et al., 2019)
         | https://arxiv.org/abs/1905.10347
         | How to construct pseudorandom permutations from pseudorandom functions
         | (Luby and Rackoff, 1988), for the order

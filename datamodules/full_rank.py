@@ -36,7 +36,7 @@ class FullRankDataModule(EnumerableDataModule):
         UserError: An argument is out of range, or there are more states than can be held.
 
     References:
-        | Discrete Flows: Invertible Generative Models of Discrete Data (Tran et al., 2019), 4.1
+        | Discrete Flows: Invertible Generative Models of Discrete Data (Tran et al., 2019)
         | https://arxiv.org/abs/1905.10347
 
     Example:

@@ -60,7 +60,7 @@ class PottsDataModule(EnumerableDataModule):
             be computed.
 
     References:
-        | Discrete Flows: Invertible Generative Models of Discrete Data (Tran et al., 2019), 4.4
+        | Discrete Flows: Invertible Generative Models of Discrete Data (Tran et al., 2019)
         | https://arxiv.org/abs/1905.10347
         | The Potts model (Wu, 1982), https://doi.org/10.1103/RevModPhys.54.235
 

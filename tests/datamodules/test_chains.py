@@ -1,8 +1,10 @@
+from inspect import signature
 from itertools import combinations_with_replacement, product
 
 import numpy as np
 import pytest
 
+from datamodules import PottsDataModule
 from datamodules.chains import Chains, Gibbs, SwendsenWang
 from datamodules.lattice import PottsLattice
 
@@ -82,6 +84,16 @@ class TestKernel:
         statistic = ((counts - expected) ** 2 / expected).sum()
         freedom = states - 1
         assert abs(statistic - freedom) < 4 * (2 * freedom) ** 0.5
+
+
+@pytest.mark.parametrize("coupling", [0.5, 0.1, -0.5])
+def test_the_sweeps_by_default_forget_where_they_began(coupling):
+    table = PottsLattice(3, 3, coupling, periodic=True).tabulate().numpy()
+    reached = np.full(table.shape, table.size**-1.0)
+    for _ in range(signature(PottsDataModule).parameters["sweeps"].default):
+        for site in range(9):
+            reached = reached.sum(site, keepdims=True) * table / table.sum(site, keepdims=True)
+    assert np.abs(reached - table).sum() / 2 < 1e-12
 
 
 class TestStationary:
