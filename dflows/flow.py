@@ -6,7 +6,7 @@ from: the likelihood is exact, and there is no Jacobian.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, cast
 
@@ -18,7 +18,7 @@ from dflows.acceleration import Acceleration
 from dflows.bases import Base
 from dflows.conditioner import Conditioner
 from dflows.errors import UserError
-from dflows.estimators import Draw, Estimator, LocalThenJoint
+from dflows.estimators import Draw, Estimator, LocalInTurn, LocalThenJoint
 from dflows.orderings import untransformed
 from dflows.representations import flatten_batch, is_one_hot, repeat_context, to_one_hot
 from dflows.transforms import Composition, ConditionalTransform, DiscreteTransform, Inverse
@@ -183,7 +183,7 @@ class DiscreteFlow(nn.Module):
 
     @property
     def _turn(self) -> int:
-        """Number of the flow whose turn it is, the data's side first."""
+        """Number of the turn, in rounds of all flows, the data's side first."""
         flows = self.conditional_transforms
         turn = flows[0].estimator.turn
         if turn is None:
@@ -191,7 +191,12 @@ class DiscreteFlow(nn.Module):
                 "flows share the training in turn, and how much of it is done is not known: call "
                 "at_step(step, progress) before each step, or give LocalInTurn the steps of a turn"
             )
-        return min(turn, len(flows) - 1)
+        return min(turn, self._rounds * len(flows) - 1)
+
+    @property
+    def _rounds(self) -> int:
+        estimator = self.conditional_transforms[0].estimator
+        return estimator.rounds if isinstance(estimator, LocalInTurn) else 1
 
     @property
     def waiting(self) -> list[ConditionalTransform]:
@@ -204,7 +209,8 @@ class DiscreteFlow(nn.Module):
         if not self._draws("turn"):
             return []
         flows = self.conditional_transforms[::-1]
-        return [flow for number, flow in enumerate(flows) if number != self._turn]
+        learns = self._turn % len(flows)
+        return [flow for number, flow in enumerate(flows) if number != learns]
 
     @property
     def _draws_maps(self) -> bool:
@@ -426,21 +432,36 @@ class DiscreteFlow(nn.Module):
 
     def _flow_in_turn(self, y: Tensor, context: Tensor | None) -> Tensor:
         """Trains the flow whose turn it is, all others being as they are, and the base."""
-        number, turn = 0, self._turn
+        joint, turn = divmod(self._turn, len(self.conditional_transforms))
+        number = 0
         total = torch.zeros(y.shape[0], device=y.device)
-        for transform in reversed(self.transforms):
+        for position, transform in reversed([*enumerate(self.transforms)]):
             if not isinstance(transform, ConditionalTransform):
                 y = transform.inverse(y, context)
                 continue
-            if number == turn:
+            if number == turn and not joint:
                 y, ladj, _ = self._train(transform, y, context, last=False)
                 total = total + ladj
+            elif number == turn:
+                total = total + transform.policy(y, self._beneath(position), context)
+                with torch.no_grad():
+                    y = transform.inverse(y, context)
             else:
                 with torch.no_grad():
                     y = transform.inverse(y, context)
                 total = total + _idle(transform)
             number += 1
         return self.base.objective(y, context) + total
+
+    def _beneath(self, position: int) -> Callable[[Tensor, Tensor | None], Tensor]:
+        """Returns the log-likelihood (N,) of values (N, d) that a transform hands down."""
+
+        def log_prob(x: Tensor, context: Tensor | None) -> Tensor:
+            for transform in reversed(self.transforms[:position]):
+                x = transform.inverse(x, context)
+            return self.base.log_prob(x, context).sum(dim=-1)
+
+        return log_prob
 
     def residuals(self, y: Tensor, context: Tensor | None = None) -> list[Tensor]:
         """Returns what is left of y after each transform was undone, the data's side first.

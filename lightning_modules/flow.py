@@ -61,12 +61,18 @@ def _turns(flow: DiscreteFlow) -> set[int | None]:
     return {part.steps for part in estimators if isinstance(part, LocalInTurn)}
 
 
+def _rounds(flow: DiscreteFlow) -> int:
+    """Returns how often every flow has a turn."""
+    estimators = [transform.estimator for transform in flow.conditional_transforms]
+    return max((part.rounds for part in estimators if isinstance(part, LocalInTurn)), default=1)
+
+
 def _optimization(flow: DiscreteFlow, optimization: Optimization) -> Optimization:
     """Makes the learning rate take its course once a turn, where flows share the training."""
     number = len(flow.conditional_transforms)
     settles = optimization.schedule != "constant" or optimization.warmup_steps
     if _turns(flow) == {None} and optimization.cycles == 1 and settles:
-        return replace(optimization, cycles=max(number, 1))
+        return replace(optimization, cycles=max(number, 1) * _rounds(flow))
     return optimization
 
 
@@ -212,13 +218,13 @@ class DiscreteFlowModule(BaseModule):
                 "flows share the training in turn, and it has no end: set trainer.max_steps or "
                 "trainer.max_time, or give LocalInTurn the steps of a turn"
             )
-        most = self.trainer.max_steps
+        most, turns = self.trainer.max_steps, len(flows) * _rounds(self.flow)
         for length in filter(None, steps):
-            if 0 <= most <= length * (len(flows) - 1):
+            if 0 <= most <= length * (turns - 1):
                 raise UserError(
                     f"trainer.max_steps is {most}, and with turns of {length} steps the last of "
-                    f"{len(flows)} flows begins after {length * (len(flows) - 1)}: give more "
-                    "steps, or shorter turns"
+                    f"{turns} begins after {length * (turns - 1)}: give more steps, or shorter "
+                    "turns"
                 )
 
     def prepare(self) -> None:

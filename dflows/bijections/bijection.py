@@ -4,9 +4,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import ClassVar, TypeAlias
 
+import torch
 from torch import Tensor, nn
 
 from dflows.errors import UserError
+from dflows.representations import to_indices, to_one_hot
 
 __all__ = ["INITIAL_MARGIN", "Bijection", "Choose"]
 
@@ -17,6 +19,11 @@ still spreads over all classes."""
 Choose: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Maps logits (…, D, M) and log-determinants (…) to one-hot vectors (…, D, M) and log-determinants
 (…), with the gradient of an estimator."""
+
+
+def gumbel_like(logits: Tensor) -> Tensor:
+    """Draws Gumbel noise: with it, the largest of logits is a draw from their softmax."""
+    return -torch.empty_like(logits, requires_grad=False).exponential_().log()
 
 
 class Bijection(nn.Module, ABC):
@@ -94,6 +101,33 @@ class Bijection(nn.Module, ABC):
         Returns:
             Log-likelihoods (…, D).
         """
+
+    def draw_inverse(
+        self, y: Tensor, logits: Tensor, draws: int, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        """Draws maps, and maps indices data → base by them.
+
+        Args:
+            y: Indices (…, D).
+            logits: Logits (…, D, num_logits).
+            draws: S, the maps that are drawn of every dimension.
+            temperature: That of the softmax that maps are drawn from.
+
+        Returns:
+            Indices (S, …, D), and the log-probabilities (S, …, D) of the maps that were drawn.
+        """
+        chances: list[Tensor] = []
+
+        def choose(part: Tensor, ladj: Tensor) -> tuple[Tensor, Tensor]:
+            log_probs = (part / temperature).log_softmax(dim=-1)
+            choice = (log_probs.detach() + gumbel_like(log_probs)).argmax(dim=-1)
+            chances.append(log_probs.gather(-1, choice.unsqueeze(-1)).squeeze(-1))
+            return to_one_hot(choice, part.shape[-1], part.dtype), ladj
+
+        logits = logits.expand(draws, *logits.shape)
+        values = to_one_hot(y, self.num_classes, logits.dtype).expand(draws, *y.shape, -1)
+        x, _ = self.inverse_through(values, logits, logits.new_zeros(draws, *y.shape[:-1]), choose)
+        return to_indices(x), torch.stack(chances).sum(dim=0)
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}"

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from dflows.bijections.bijection import INITIAL_MARGIN, Bijection, Choose
+from dflows.bijections.bijection import INITIAL_MARGIN, Bijection, Choose, gumbel_like
 from dflows.errors import UserError
 from dflows.representations import to_indices, to_one_hot
 
@@ -89,6 +89,17 @@ class RankPermutation(Bijection):
         ends = [to_one_hot(end, self.num_classes, x.dtype) for end in (above, below)]
         slope = (ends[0] - ends[1]) / (above - below).unsqueeze(-1)
         return x + (soft_rank - soft_rank.detach()).to(x.dtype) * slope, ladj
+
+    def draw_inverse(
+        self, y: Tensor, logits: Tensor, draws: int, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        # Sorted with Gumbel noise, classes are in the order of choices without replacement.
+        scaled = (logits / temperature).expand(draws, *logits.shape)
+        order = self._order(scaled.detach() + gumbel_like(scaled))
+        x = order.argsort(dim=-1).gather(-1, y.expand(draws, *y.shape).unsqueeze(-1))
+        chosen = scaled.gather(-1, order)
+        left = chosen.flip(-1).logcumsumexp(dim=-1).flip(-1)
+        return x.squeeze(-1), (chosen - left).sum(dim=-1)
 
     def local_log_likelihood(self, y: Tensor, logits: Tensor, target: Tensor | None) -> Tensor:
         return logits.log_softmax(dim=-1).gather(-1, y.unsqueeze(-1)).squeeze(-1)

@@ -15,6 +15,7 @@ So the same line trains with every estimator: ``(-flow.objective(y).mean()).back
 
 from dflows.estimators.drawn import GumbelStraightThrough, ReinMax
 from dflows.estimators.estimator import Draw, Estimator
+from dflows.estimators.joint import JointInTurn
 from dflows.estimators.local import LocalInTurn, LocalObjective, LocalThenJoint
 from dflows.estimators.through import PosteriorRule, SoftmaxStraightThrough
 
@@ -22,6 +23,7 @@ __all__ = [
     "Draw",
     "Estimator",
     "GumbelStraightThrough",
+    "JointInTurn",
     "LocalInTurn",
     "LocalObjective",
     "LocalThenJoint",

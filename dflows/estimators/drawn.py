@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dflows.bijections import Bijection
+from dflows.bijections.bijection import gumbel_like
 from dflows.estimators.estimator import check_positive, check_softmax
 from dflows.estimators.through import Through
 from dflows.representations import to_one_hot
@@ -37,7 +38,7 @@ class _Drawn(Through):
     def choose(self, logits: Tensor, ladj: Tensor) -> tuple[Tensor, Tensor]:
         perturbed = logits
         if self.training:  # the argmax with Gumbel noise is a draw from the softmax
-            perturbed = logits - torch.empty_like(logits).exponential_().log()
+            perturbed = logits + gumbel_like(logits)
         hard = to_one_hot(perturbed.argmax(dim=-1), logits.shape[-1], logits.dtype)
         return self._with_gradient(hard, logits, perturbed), ladj
 

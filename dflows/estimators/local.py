@@ -91,6 +91,8 @@ class LocalInTurn(_Local):
     """
 
     draw = "turn"
+    rounds: int = 1
+    """How often every flow has a turn."""
 
     def __init__(self, steps: int | None = None) -> None:
         super().__init__()
@@ -110,7 +112,7 @@ class LocalInTurn(_Local):
 
     def at_progress(self, progress: float, num_flows: int) -> None:
         if self.steps is None:
-            self.turn = int(progress * num_flows)
+            self.turn = int(progress * num_flows * self.rounds)
 
 
 class LocalThenJoint(Estimator):

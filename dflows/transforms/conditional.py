@@ -1,6 +1,7 @@
 """The conditional transform over an ordering, and its two famous cases."""
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from dflows.bijections import Bijection
 from dflows.conditioner import Conditioner, Execution
 from dflows.errors import UserError
-from dflows.estimators import Estimator, LocalObjective
+from dflows.estimators import Estimator, JointInTurn, LocalObjective
 from dflows.ngrams import NGrams
 from dflows.orderings import Natural, Ordering, Parity
 from dflows.representations import flatten_batch, is_one_hot, to_one_hot
@@ -227,6 +228,32 @@ class ConditionalTransform(DiscreteTransform):
     def draws_levels(self) -> bool:
         """Whether a training step draws one level an example, where each costs an evaluation."""
         return self.estimator.draw != "all" and not self.conditioner.one_pass
+
+    def policy(
+        self, y: Tensor, log_prob: Callable[[Tensor, Tensor | None], Tensor], context: Tensor | None
+    ) -> Tensor:
+        """Computes zeros (N,) with a policy's gradient, of an estimator that has one.
+
+        Args:
+            y: Indices (N, d).
+            log_prob: The log-likelihood (M,) of indices (M, d) beneath the transform.
+            context: Vectors (N, C) or sequences (N, S, C).
+        """
+        estimator = self.estimator
+        if not isinstance(estimator, JointInTurn):
+            raise TypeError(f"a {type(estimator).__name__} has no policy")
+        num_classes, dimensions = self.bijection.num_classes, self._transformed(y)
+        logits, y_part = self.conditioner(y, context)[:, dimensions], y[:, dimensions]
+        with torch.no_grad():
+            x = y.index_copy(1, dimensions, self.bijection.inverse(y_part, logits))
+            count = len(dimensions) * num_classes
+            changed = x.unsqueeze(1).repeat(1, count, 1).unflatten(1, (-1, num_classes))
+            classes = torch.arange(num_classes, device=y.device)
+            numbers = torch.arange(len(dimensions), device=y.device)
+            changed[:, numbers, :, dimensions] = classes
+            rows = None if context is None else context.repeat_interleave(count, dim=0)
+            values = log_prob(changed.flatten(0, 2), rows).unflatten(0, (len(y), -1, num_classes))
+        return estimator.policy(self.bijection, y_part, logits, values)
 
     def draw(self, y: Tensor, context: Tensor | None = None) -> Drawn:
         """Draws one level an example, and inverts and trains that one alone.

@@ -12,6 +12,7 @@ from dflows.backbones import DilatedConvolution, LevelConvolution, Transformer
 from dflows.bijections import MatchedAffine, ModularAffine, ModularShift, RankPermutation
 from dflows.estimators import (
     GumbelStraightThrough,
+    JointInTurn,
     LocalInTurn,
     LocalObjective,
     LocalThenJoint,
@@ -63,6 +64,7 @@ ESTIMATORS = {
     "one-level": lambda: LocalObjective("level"),
     "one-flow": lambda: LocalObjective("flow"),
     "in-turn": lambda: LocalInTurn(1),
+    "joint-in-turn": lambda: JointInTurn(1),
     "gumbel": GumbelStraightThrough,
     "reinmax": ReinMax,
     "local-then-joint": lambda: LocalThenJoint(1),
@@ -199,3 +201,9 @@ def markov(size, num_classes, seed=0):
     for _ in range(size):
         text.append(draw.choice(num_classes, p=table[text[-2], text[-1]]))
     return torch.tensor(text[2:])
+
+
+def random_probabilities(num_classes, length, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    table = torch.rand([num_classes] * length, generator=generator, dtype=torch.float64)
+    return table / table.sum()

@@ -18,13 +18,13 @@ from dflows.exact.gradients import (
 from dflows.modular import affine_inverse, units
 from dflows.orderings import Natural, Parity, Reversed
 from dflows.records import METRICS
-from tests.dflows.small import ESTIMATORS, OF_A_SOFTMAX, make_flow, shaken
-
-
-def random_probabilities(num_classes, length, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    table = torch.rand([num_classes] * length, generator=generator, dtype=torch.float64)
-    return table / table.sum()
+from tests.dflows.small import (
+    ESTIMATORS,
+    OF_A_SOFTMAX,
+    make_flow,
+    random_probabilities,
+    shaken,
+)
 
 
 def dense_kernel(transform, num_classes, length):
