@@ -209,6 +209,7 @@ class TestComparison:
             "one-level",
             "one-flow",
             "in-turn",
+            "joint-in-turn",
         }
         for one in compared.values():
             assert one.metrics.keys() <= METRICS.keys()
