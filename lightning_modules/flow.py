@@ -223,8 +223,8 @@ class DiscreteFlowModule(BaseModule):
             if 0 <= most <= length * (turns - 1):
                 raise UserError(
                     f"trainer.max_steps is {most}, and with turns of {length} steps the last of "
-                    f"{turns} begins after {length * (turns - 1)}: give more steps, or shorter "
-                    "turns"
+                    f"{turns} turns begins after {length * (turns - 1)}: give more steps, or "
+                    "shorter turns"
                 )
 
     def prepare(self) -> None:

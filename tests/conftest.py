@@ -11,6 +11,8 @@ os.environ["HF_HOME"] = _cache.name
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["MPLBACKEND"] = "Agg"
+# What runs tests in several processes sets 80, where tables break their lines.
+os.environ["COLUMNS"] = "120"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 from collections.abc import Iterator

@@ -43,7 +43,7 @@ class Experiment:
             return None
         found = self.records.get(reference_name(row.reference, task), [])
         entropy = self.first(task, "entropy")
-        if found and entropy is not None:
+        if found and entropy is not None and "entropy" in found[0].metrics:
             _check_shared(task, "entropy", [entropy, found[0].metrics["entropy"]])
         return found[0].metrics.get(metric) if found else None
 

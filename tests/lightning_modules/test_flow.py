@@ -327,7 +327,7 @@ def test_turns_that_do_not_fit_the_run_are_refused(data, tmp_path):
         trainer(tmp_path, steps=9, **options).fit(module(1, 2), datamodule=data)
     with pytest.raises(UserError, match="flows share the training in turn, and it has no end"):
         trainer(tmp_path, steps=-1, **options).fit(module(None, None), datamodule=data)
-    message = "max_steps is 4, and with turns of 2 steps the last of 3 flows begins after 4"
+    message = "max_steps is 4, and with turns of 2 steps the last of 3 turns begins after 4"
     with pytest.raises(UserError, match=message):
         trainer(tmp_path, steps=4, **options).fit(module(2, 2, 2), datamodule=data)
     trainer(tmp_path, steps=5, **options).fit(module(2, 2, 2), datamodule=data)

@@ -52,11 +52,14 @@ GRADIENTS = {
 }
 
 
+DATA = {"class_path": "datamodules.MixtureDataModule", "init_args": {"num_classes": 2}}
+
+
 def record(name, metrics, seed=0):
     return Record(
         name=name,
         kind="fit",
-        config={},
+        config={"data": DATA},
         seed=seed,
         device="CPU",
         precision="32-true",
@@ -114,8 +117,8 @@ def experiment(name, absent=()):
         ("estimators", "| *tables, in turn* | 7.650 | 7.050 |"),
         ("estimators", "| *best tabular flow* | 7.600 | 7.000 |"),
         ("estimators", "| flow | 0.500 | 1.5 | 0.750 | 2.5 | 0.01 | 12 |"),
-        ("mixture", "| flow | 0.300 ± 0.141 (2) | 1.100 |"),
-        ("mixture", "| other flow | 0.200 | 0.500 |"),
+        ("mixture", "| flow | 0.300 ± 0.141 (2) | 0.150 | 1.100 |"),
+        ("mixture", "| other flow | 0.200 | -0.450 | 0.500 |"),
         (
             "addition",
             (
@@ -123,7 +126,7 @@ def experiment(name, absent=()):
                 "12 ± 0 (2) |"
             ),
         ),
-        ("potts", "| flow | 7.25 (below the entropy) | 7.800 ± 0.141 (2) | +0.3000 | 6 |"),
+        ("potts", "| flow | 7.25 (below the entropy) | 7.800 ± 0.141 (2) | 7.600 | +0.3000 | 6 |"),
         (
             "language-modelling",
             "| flow | 7.25 | – | 2.250 | 2.125 | – | 6 | 1 | 12 | 0.500 | 1.500 |",
