@@ -98,8 +98,8 @@ class DiscreteFlowModule(BaseModule):
 
     Raises:
         UserError: If a base that is no factorized one is to be refitted, or nothing is left to
-            train beside it; if n-grams are of what flows make of the data; or a number is out of
-            range.
+            train beside it; if n-grams are of what flows make of the data, or the base of a flow
+            that takes a context; or a number is out of range.
     """
 
     started: Tensor
@@ -123,6 +123,12 @@ class DiscreteFlowModule(BaseModule):
             )
         self.flow = flow
         _grams(flow)
+        if isinstance(flow.base, NGramBase) and self.conditional:
+            raise UserError(
+                "an NGramBase counts classes and knows nothing of a context, and the flows on it "
+                "are given one: choose an AutoregressiveBase with context_features, or a "
+                "FactorizedBase, or leave context_features away"
+            )
         self.register_buffer("started", torch.tensor(False))
         self.base_refit_every = base_refit_every
         self.base_refit_decay = base_refit_decay

@@ -98,6 +98,10 @@ class TestUnderFlows:
             **options,
         )
 
+    def test_a_context_is_refused(self, text):
+        with pytest.raises(UserError, match="knows nothing of a context"):
+            self.module(text, context_features=3)
+
     def test_it_is_counted_on_what_they_leave(self, text, tmp_path):
         module = self.module(text, optimization=Optimization(learning_rate=0.05))
         run = trainer(tmp_path, steps=5)
