@@ -22,6 +22,11 @@ MOST_PAIRS = 1 << 62
 ROUNDS = 4
 
 
+def _num_pairs(num_classes: int, length: int) -> int:
+    """Returns the number of pairs of addends, up to the most that are told apart."""
+    return min(num_classes ** min(2 * length, MOST_PAIRS.bit_length()), MOST_PAIRS)
+
+
 class AdditionDataModule(StreamDataModule):
     r"""Creates sums of D digits, given their addends.
 
@@ -81,7 +86,7 @@ class AdditionDataModule(StreamDataModule):
         if eval_examples < 1:
             raise UserError(f"eval_examples must be at least 1, not {eval_examples}")
         self._vocabulary = IntegerVocabulary(num_classes)
-        pairs = num_classes ** min(2 * length, MOST_PAIRS.bit_length())
+        pairs = _num_pairs(num_classes, length)
         if pairs <= 2 * eval_examples:
             raise UserError(
                 f"{length} digits to the base {num_classes} have {pairs:,} pairs of addends, and "
@@ -166,7 +171,7 @@ class _Sums(TrainingStream):
         self._digits = length
         self._num_classes = num_classes
         self._first = first
-        self._pairs = min(num_classes ** min(2 * length, MOST_PAIRS.bit_length()), MOST_PAIRS)
+        self._pairs = _num_pairs(num_classes, length)
         self._counters = [Counter(seed, number) for number in range(ROUNDS)]
 
     def open(self) -> Reader:

@@ -64,8 +64,8 @@ class _Dimensions(NamedTuple):
 
     `levels` (d,) and the `members` of every level, `placed` the same as numbers. A backbone knows
     no empty level 0, and is handed the levels `shifted` by the `lowest`, behind the -1 of context
-    tokens. `runs` (d,) counts the dimensions right before each that are all of lower levels. All is
-    worked out before it goes to a device, which nothing then waits for.
+    tokens. `runs` (d,) counts the dimensions right before each that are all of lower levels, as far
+    as n-grams use them. All is worked out before it goes to a device, which nothing then waits for.
     """
 
     levels: Tensor
@@ -81,15 +81,14 @@ class _Dimensions(NamedTuple):
         return self.members[level][before:], before
 
 
-def _runs(levels: list[int]) -> Tensor:
-    """Counts the dimensions (d,) right before each that are all of lower levels."""
-    runs = []
-    for dimension, level in enumerate(levels):
-        first = dimension
-        while first and levels[first - 1] < level:
-            first -= 1
-        runs.append(dimension - first)
-    return torch.tensor(runs)
+def _runs(levels: Tensor, most: int) -> Tensor:
+    """Counts the dimensions (d,) right before each that are all of lower levels, up to so many."""
+    runs, lower = torch.zeros_like(levels), torch.ones_like(levels, dtype=torch.bool)
+    for back in range(1, min(most + 1, len(levels))):
+        lower = lower & (levels.roll(back) < levels)
+        lower[:back] = False
+        runs += lower
+    return runs
 
 
 class Conditioner(nn.Module):
@@ -254,7 +253,7 @@ class Conditioner(nn.Module):
                     [numbers.tolist() for numbers in members],
                     lowest,
                     shifted.to(device),
-                    _runs(levels.tolist()).to(device),
+                    _runs(levels, 0 if self.grams is None else self.grams.order - 1).to(device),
                 )
         return self._dimensions[key]
 

@@ -18,7 +18,7 @@ from dflows.acceleration import Acceleration
 from dflows.bases import Base
 from dflows.conditioner import Conditioner
 from dflows.errors import UserError
-from dflows.estimators import Draw, Estimator, LocalInTurn, LocalThenJoint
+from dflows.estimators import Draw, Estimator, LocalThenJoint
 from dflows.orderings import untransformed
 from dflows.representations import flatten_batch, is_one_hot, repeat_context, to_one_hot
 from dflows.transforms import Composition, ConditionalTransform, DiscreteTransform, Inverse
@@ -191,12 +191,13 @@ class DiscreteFlow(nn.Module):
                 "flows share the training in turn, and how much of it is done is not known: call "
                 "at_step(step, progress) before each step, or give LocalInTurn the steps of a turn"
             )
-        return min(turn, self._rounds * len(flows) - 1)
+        return min(turn, self.turns - 1)
 
     @property
-    def _rounds(self) -> int:
-        estimator = self.conditional_transforms[0].estimator
-        return estimator.rounds if isinstance(estimator, LocalInTurn) else 1
+    def turns(self) -> int:
+        """The turns that flows have in all, where they are trained in turn."""
+        flows = self.conditional_transforms
+        return flows[0].estimator.rounds * len(flows) if flows else 0
 
     @property
     def waiting(self) -> list[ConditionalTransform]:
@@ -439,17 +440,15 @@ class DiscreteFlow(nn.Module):
             if not isinstance(transform, ConditionalTransform):
                 y = transform.inverse(y, context)
                 continue
-            if number == turn and not joint:
-                y, ladj, _ = self._train(transform, y, context, last=False)
-                total = total + ladj
-            elif number == turn:
-                total = total + transform.policy(y, self._beneath(position), context)
+            if number != turn:
+                ladj = _idle(transform)
                 with torch.no_grad():
                     y = transform.inverse(y, context)
+            elif joint:
+                y, ladj = transform.policy(y, self._beneath(position), context)
             else:
-                with torch.no_grad():
-                    y = transform.inverse(y, context)
-                total = total + _idle(transform)
+                y, ladj, _ = self._train(transform, y, context, last=False)
+            total = total + ladj
             number += 1
         return self.base.objective(y, context) + total
 

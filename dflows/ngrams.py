@@ -237,13 +237,14 @@ class NGrams(nn.Module):
             probs[:, m - 1 :] = share + rest * probs[:, m - 1 :]
         return probs.log()
 
-    def following(self, history: Tensor, seen: Tensor, own: Tensor | None = None) -> Tensor:
+    def following(self, history: Tensor, seen: Tensor | int, own: Tensor | None = None) -> Tensor:
         """Computes the probabilities of all classes to follow.
 
         Args:
             history: The classes before (N,), packed as :meth:`pack` does, the last in the lowest
                 bits; what is in the bits of more classes than were seen does not matter.
-            seen: How many classes before are known (N,); more than n - 1 make no difference.
+            seen: How many classes before are known, (N,) or of all rows; more than n - 1 make no
+                difference.
             own: Classes that did follow (N,) in the text that was counted: the counts that such
                 an occurrence has added are taken off again, for its own probabilities alone, as
                 though the rest of the text had been counted.
@@ -260,13 +261,22 @@ class NGrams(nn.Module):
         )
         tables = self._tabulated()
         for m, table in enumerate(tables):
-            kind = torch.where(seen == m, 0, len(table.shares) - 1)
+            kind: Tensor | int
+            of_grams: Tensor | int
+            if isinstance(seen, int):
+                # Sampling comes by here once a class: no look-ups in vain, and none by rows.
+                if m > seen:
+                    break
+                kind = of_grams = 0 if m == seen else -1
+            else:
+                kind = torch.where(seen == m, 0, len(table.shares) - 1)
+                of_grams = kind.unsqueeze(-1)
             context = (history & self._mask(m)) << self.bits >> self.bits
             place = _find(table.contexts, context)
             first, end = table.starts[place, None], table.starts[place + 1, None]
             # The grams of a context stand together; those beyond its last are those of no gram.
             grams = torch.where(first + classes < end, first + classes, len(table.keys))
-            rests, shares = table.rests[kind, place], table.shares[kind.unsqueeze(-1), grams]
+            rests, shares = table.rests[kind, place], table.shares[of_grams, grams]
             lost: Tensor | None = None
             if own is not None:
                 gram = _find(table.keys, (context << self.bits) | own)
@@ -280,7 +290,10 @@ class NGrams(nn.Module):
             found = (probs * rests.unsqueeze(-1)).scatter_add(1, table.followers[grams], shares)
             if own is not None and lost is not None:
                 found = found.scatter_add(1, own.unsqueeze(-1), lost.unsqueeze(-1))
-            probs = torch.where((seen >= m).unsqueeze(-1), found, probs)
+            if isinstance(seen, int):
+                probs = found
+            else:
+                probs = torch.where((seen >= m).unsqueeze(-1), found, probs)
         return probs
 
     def pack(self, x: Tensor) -> Tensor:
@@ -344,20 +357,20 @@ class _Table:
 
     def without(
         self,
-        kind: Tensor,
+        kind: Tensor | int,
         place: Tensor,
         gram: Tensor,
-        counted: Tensor,
+        counted: Tensor | bool,
         rests: Tensor,
         shares: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Takes one occurrence off, where it was counted.
 
         Args:
-            kind: Which counts are used (N,).
+            kind: Which counts are used, (N,) or of all rows.
             place: The place of the context (N,).
             gram: The place of the gram (N,).
-            counted: Whether its occurrence was counted (N,), if it was at all.
+            counted: Whether its occurrence was counted, (N,) or of all rows, if it was at all.
             rests: What the contexts leave (N,).
             shares: The shares of all grams of the contexts (N, K).
 

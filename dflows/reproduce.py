@@ -95,9 +95,8 @@ def _references(plan: Plan, options: Options, folder: Path, console: Console) ->
             wanted += 1
             config = laid_over(plan.configs, [keys, over])
             data = data or task_data(config)
-            if _kept(folder, record, 0, options, console):
-                settings = reference_settings(plan, name, task, data.num_classes, config["data"])
-                _compare(folder / f"{record}-0.json", settings, console)
+            settings = reference_settings(plan, name, task, data.num_classes, config["data"])
+            if _kept(folder / f"{record}-0.json", options, console, settings):
                 continue
             with console.status(f"{plan.title}: best tabular flow {name} on {task}"):
                 file = write_reference(plan, name, task, data, config["data"], folder)
@@ -109,7 +108,7 @@ def _gradients(plan: Plan, options: Options, folder: Path, console: Console) -> 
     """Compares the gradients that are missing, and counts all that are asked for."""
     if plan.gradients is None:
         return 0
-    count = 0
+    count, over = 0, _overlay(options)
     wanted = plan.gradients.rows or [*plan.rows]
     if options.smoke:
         wanted = [row for row in wanted if row in plan.smoke.rows]
@@ -121,11 +120,11 @@ def _gradients(plan: Plan, options: Options, folder: Path, console: Console) -> 
         rows = [
             row
             for row in asked
-            if not _kept(folder, gradients_name(row, task), 0, options, console)
+            if not _kept(folder / f"{gradients_name(row, task)}-0.json", options, console)
         ]
         if rows:
             console.rule(f"{plan.title}: gradients on {task}")
-            for file in write_gradients(plan, task, rows, folder, over=_overlay(options)):
+            for file in write_gradients(plan, task, rows, folder, over):
                 console.print(f"gradients: {file}", highlight=False)
     return count
 
@@ -139,18 +138,17 @@ def _asked(run: Run, options: Options) -> bool:
     return any(fnmatchcase(name, options.only) for name in names)
 
 
-def _kept(folder: Path, name: str, seed: int, options: Options, console: Console) -> bool:
-    file = folder / f"{name}-{seed}.json"
+def _kept(
+    file: Path, options: Options, console: Console, wanted: Mapping[str, Any] | None = None
+) -> bool:
+    """Says whether a record stays, and where it is of other keys than those wanted."""
     if options.again or not file.is_file():
         return False
     console.print(f"kept: {file}; --again runs it anew", highlight=False)
-    return True
-
-
-def _compare(file: Path, wanted: Mapping[str, Any], console: Console) -> None:
-    """Says where a record is of other keys than the plan's."""
-    if keys := [*disagreements(read_record(file).config, wanted)]:
+    keys = [] if wanted is None else [*disagreements(read_record(file).config, wanted)]
+    if keys:
         console.print(f"its configuration is not the plan's in {', '.join(keys)}", style="yellow")
+    return True
 
 
 def reproduce(arguments: Sequence[str]) -> None:
@@ -176,8 +174,7 @@ def reproduce(arguments: Sequence[str]) -> None:
     runs = [run for run in plan.runs(smoke=options.smoke) if _asked(run, options)]
     found = _references(plan, options, folder, console)
     for number, run in enumerate(runs, 1):
-        if _kept(folder, run.name, run.seed, options, console):
-            _compare(folder / f"{run.name}-{run.seed}.json", run.keys, console)
+        if _kept(folder / f"{run.name}-{run.seed}.json", options, console, run.keys):
             continue
         console.rule(f"{plan.title}: {run.name}, seed {run.seed}, {number} of {len(runs)}")
         with run.arguments() as line:

@@ -61,18 +61,11 @@ def _turns(flow: DiscreteFlow) -> set[int | None]:
     return {part.steps for part in estimators if isinstance(part, LocalInTurn)}
 
 
-def _rounds(flow: DiscreteFlow) -> int:
-    """Returns how often every flow has a turn."""
-    estimators = [transform.estimator for transform in flow.conditional_transforms]
-    return max((part.rounds for part in estimators if isinstance(part, LocalInTurn)), default=1)
-
-
 def _optimization(flow: DiscreteFlow, optimization: Optimization) -> Optimization:
     """Makes the learning rate take its course once a turn, where flows share the training."""
-    number = len(flow.conditional_transforms)
     settles = optimization.schedule != "constant" or optimization.warmup_steps
     if _turns(flow) == {None} and optimization.cycles == 1 and settles:
-        return replace(optimization, cycles=max(number, 1) * _rounds(flow))
+        return replace(optimization, cycles=flow.turns)
     return optimization
 
 
@@ -224,7 +217,7 @@ class DiscreteFlowModule(BaseModule):
                 "flows share the training in turn, and it has no end: set trainer.max_steps or "
                 "trainer.max_time, or give LocalInTurn the steps of a turn"
             )
-        most, turns = self.trainer.max_steps, len(flows) * _rounds(self.flow)
+        most, turns = self.trainer.max_steps, self.flow.turns
         for length in filter(None, steps):
             if 0 <= most <= length * (turns - 1):
                 raise UserError(
@@ -262,22 +255,21 @@ class DiscreteFlowModule(BaseModule):
         """Counts n-grams that have not been counted."""
         base = self.flow.base
         if isinstance(base, NGramBase) and not base.num_counted:
-            self._count(base.grams)
+            self._count(base.grams, left=len(self.flow.transforms) > 0)
         grams = _grams(self.flow)
         if grams is not None and not grams.num_counted:
-            self._count(grams)
+            self._count(grams, left=False)
 
     def on_validation_start(self) -> None:
         """Counts an n-gram base on what the flows have come to leave."""
         base, trainer = self.flow.base, self.trainer
         training = trainer.state.fn == "fit" and not trainer.sanity_checking
         if training and isinstance(base, NGramBase) and len(self.flow.transforms):
-            self._count(base.grams)
+            self._count(base.grams, left=True)
 
-    def _count(self, grams: NGrams) -> None:
+    def _count(self, grams: NGrams, left: bool) -> None:
+        """Counts the training split, or what flows have left of it."""
         data = self.trainer.datamodule  # type: ignore[attr-defined]
-        # What conditions on n-grams has those of the data, a base those of what flows leave.
-        left = grams is not _grams(self.flow) and len(self.flow.transforms) > 0
         text = None if left else data.training_chunks()
         with torch.inference_mode(mode=False):
             grams.count(self._training_rows(data, left) if text is None else text)

@@ -139,8 +139,7 @@ class NGramBase(Base):
             values[:, :known] = beginning
         for dimension in range(length):
             if dimension >= known:
-                seen = torch.full_like(history, dimension)
-                probs = self.grams.following(history, seen)
+                probs = self.grams.following(history, dimension)
                 values[:, dimension] = decide(dimension, probs)
             history = (history << self.grams.bits) | values[:, dimension]
         return values

@@ -23,7 +23,7 @@ Choose: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 def gumbel_like(logits: Tensor) -> Tensor:
     """Draws Gumbel noise: with it, the largest of logits is a draw from their softmax."""
-    return -torch.empty_like(logits, requires_grad=False).exponential_().log()
+    return -torch.empty_like(logits).exponential_().log()
 
 
 class Bijection(nn.Module, ABC):

@@ -28,6 +28,8 @@ class Estimator(nn.Module, ABC):
     turn: int | None = 0
     """Number of the flow whose turn it is, the data's side first, where `draw` says so; None where
     it is not known."""
+    rounds: int = 1
+    """How often every flow has a turn."""
     draws_maps: bool = False
     """Whether the objective draws the maps in training mode, in place of taking the chosen ones.
 

@@ -91,8 +91,6 @@ class LocalInTurn(_Local):
     """
 
     draw = "turn"
-    rounds: int = 1
-    """How often every flow has a turn."""
 
     def __init__(self, steps: int | None = None) -> None:
         super().__init__()

@@ -281,8 +281,13 @@ def expected_loss(
         >>> round(expected_loss(nn.Identity(), lambda y: quarter.expand(len(y)), table), 4)  # ln 4
         1.3863
     """
-    table = check_probabilities(probabilities).cpu()
-    flat = table.flatten()
+    return _expected_loss(module, log_prob, check_probabilities(probabilities), block_size)
+
+
+def _expected_loss(
+    module: nn.Module, log_prob: Callable[[Tensor], Tensor], table: Tensor, block_size: int
+) -> float:
+    flat = table.cpu().flatten()
     blocks = _log_probs(module, log_prob, table.shape[0], table.ndim, block_size, flat)
     return -sum(float(flat[numbers] @ log_prob) for numbers, log_prob in blocks)
 
@@ -307,13 +312,14 @@ def cross_entropy(flow: DiscreteFlow, probabilities: Tensor, block_size: int = B
         >>> round(cross_entropy(flow, torch.tensor([[0.5, 0.25], [0.0, 0.25]])), 4)  # ln 4
         1.3863
     """
+    table = check_probabilities(probabilities)
     expected = (flow.num_classes,) * flow.length
-    if check_probabilities(probabilities).shape != expected:
+    if table.shape != expected:
         raise UserError(
-            f"a table of probabilities {tuple(probabilities.shape)} was given to a flow of "
+            f"a table of probabilities {tuple(table.shape)} was given to a flow of "
             f"num_classes={flow.num_classes} and length={flow.length}: give {expected}"
         )
-    return expected_loss(flow, flow.log_prob, probabilities, block_size)
+    return _expected_loss(flow, flow.log_prob, table, block_size)
 
 
 def divergence(flow: DiscreteFlow, probabilities: Tensor, block_size: int = BLOCK_SIZE) -> float:

@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from datamodules import EnumerableDataModule
@@ -43,8 +42,8 @@ def write_gradients(
     task: str,
     rows: list[str],
     folder: Path,
+    over: Mapping[str, Any],
     seed: int = 0,
-    over: Mapping[str, Any] = MappingProxyType({}),
 ) -> Iterator[Path]:
     """Compares the estimators of rows on a task, and writes a record for each.
 
@@ -53,8 +52,8 @@ def write_gradients(
         task: Name of the task.
         rows: Names of the rows whose estimators are compared.
         folder: Where the records go.
-        seed: The seed.
         over: Keys laid over those of the run that trains the networks.
+        seed: The seed.
 
     Returns:
         The records' files.

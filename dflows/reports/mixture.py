@@ -81,8 +81,8 @@ def draw(experiment: Experiment, file: Path) -> None:
     options = {"nrows": len(tasks), "ncols": 1 + len(shown), "squeeze": False}
     with drawing(file, describe_figure(experiment), figsize=size, **options) as (_, axes):
         for line, task in zip(axes, tasks, strict=True):
-            name = next(name for name, _ in experiment.rows(task))
-            truth = task_data(experiment.of(name, task)[0].config).probabilities
+            first, _ = next(experiment.rows(task))
+            truth = task_data(experiment.of(first, task)[0].config).probabilities
             most = float(truth.max())
             _panel(line[0], truth, most, f"data, {task}")
             for axis, name in zip(line[1:], shown, strict=True):

@@ -231,13 +231,16 @@ class ConditionalTransform(DiscreteTransform):
 
     def policy(
         self, y: Tensor, log_prob: Callable[[Tensor, Tensor | None], Tensor], context: Tensor | None
-    ) -> Tensor:
-        """Computes zeros (N,) with a policy's gradient, of an estimator that has one.
+    ) -> tuple[Tensor, Tensor]:
+        """Inverts, and computes zeros with a policy's gradient, of an estimator that has one.
 
         Args:
             y: Indices (N, d).
             log_prob: The log-likelihood (M,) of indices (M, d) beneath the transform.
             context: Vectors (N, C) or sequences (N, S, C).
+
+        Returns:
+            Indices (N, d), and the zeros (N,).
         """
         estimator = self.estimator
         if not isinstance(estimator, JointInTurn):
@@ -253,7 +256,7 @@ class ConditionalTransform(DiscreteTransform):
             changed[:, numbers, :, dimensions] = classes
             rows = None if context is None else context.repeat_interleave(count, dim=0)
             values = log_prob(changed.flatten(0, 2), rows).unflatten(0, (len(y), -1, num_classes))
-        return estimator.policy(self.bijection, y_part, logits, values)
+        return x, estimator.policy(self.bijection, y_part, logits, values)
 
     def draw(self, y: Tensor, context: Tensor | None = None) -> Drawn:
         """Draws one level an example, and inverts and trains that one alone.

@@ -132,7 +132,7 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(UserError, match="there is no flow that could be told"):
         FlowModule(3, D, [], NETWORK, ngram_order=2)
     with pytest.raises(UserError, match="order is 40: give 1 to 32"):
-        language_model(3).__class__(3, D, NETWORK, ngram_order=40)
+        LanguageModel(3, D, NETWORK, ngram_order=40)
     base = partial(AutoregressiveBase, backbone=NETWORK(), grams=NGrams(3))
     with pytest.raises(UserError, match="a AutoregressiveBase that flows stand on"):
         FlowModule(3, D, [Natural()], NETWORK, RankPermutation, base=base)
