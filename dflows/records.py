@@ -66,6 +66,7 @@ METRICS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "level_bpc": ("numbers", "bits per dimension of each level of the one ordering, on test"),
         "untransformed": ("count", "dimensions that no flow transforms"),
         "passes": ("count", "sequential network evaluations of one batch of samples"),
+        "samples": ("texts", "generated windows, drawn with the seed of the run"),
         "fixed_point_iterations": ("number", "mean iterations of fixed-point generation"),
         # Estimators of gradients against the exact one.
         "gradient_cosine": ("number", "cosine of the mean gradient with the exact one"),
@@ -105,13 +106,14 @@ METRICS: Mapping[str, tuple[str, str]] = MappingProxyType(
 """The metrics that a record may hold: the kind of each value, and what it means.
 
 A number is finite; a count a whole number of at least 0; numbers are a list, one an entry of the
-model; counts are a mapping of names to counts.
+model; counts are a mapping of names to counts; texts are a list of text.
 """
 
 _KINDS = {
     "number": "a finite number",
     "numbers": "a list of finite numbers",
     "count": "a whole number of at least 0",
+    "texts": "a list of text",
     "counts": "a mapping of names to whole numbers of at least 0",
 }
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -179,6 +181,8 @@ def _of_kind(value: object, kind: str) -> bool:
             return _is_count(value)
         case "numbers":
             return isinstance(value, list) and all(map(_is_number, value))
+        case "texts":
+            return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
         case _:
             return isinstance(value, dict) and all(map(_is_count, value.values()))
 

@@ -48,6 +48,7 @@ def test_the_record_holds_the_figures_of_the_table(finished):
         assert figure in done.stdout
     assert f"unigram entropy {metrics['unigram_bpc']:.3f}" in done.stdout
     assert "generating 32 sequences" in done.stdout
+    assert [len(sample) for sample in metrics["samples"]] == [16] * 4
     assert "sample" in done.stdout
 
 

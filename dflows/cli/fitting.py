@@ -8,7 +8,7 @@ from dflows.cli.callbacks import BestCheckpoint
 from dflows.cli.configs import FlowCLI
 from dflows.cli.noise import quiet
 from dflows.cli.recording import make_record
-from dflows.cli.summary import Figures, end_processes, print_sample, stdout_console, trainer_device
+from dflows.cli.summary import Figures, end_processes, print_samples, stdout_console, trainer_device
 from dflows.errors import UserError
 from dflows.records import write_record
 
@@ -66,8 +66,9 @@ def fit(arguments: Sequence[str]) -> None:
         figures.add_flows(module)
         figures.add_speed(cli.stopwatch, module, steps)
         figures.add_generation(module, data)
+        samples = figures.add_samples(module, data, cli.config.seed_everything or 0)
         figures.print(console, f"{cli.config.name}, {best.best_model_path or 'not saved'}")
-        print_sample(console, module, data, cli.config.seed_everything or 0)
+        print_samples(console, samples)
         record = make_record(
             trainer,
             figures,

@@ -1,7 +1,8 @@
-"""What a finished run is judged by: its figures, one table, a sample and a record."""
+"""What a finished run is judged by: its figures, one table, samples and a record."""
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,7 +28,7 @@ __all__ = [
     "end_processes",
     "exact_nats",
     "measure_generation",
-    "print_sample",
+    "print_samples",
     "stdout_console",
     "trainer_device",
     "unigram_bpc",
@@ -258,6 +259,19 @@ class Figures:
                 )
             )
 
+    def add_samples(
+        self, module: BaseModule, data: StreamDataModule, seed: int, number: int = 4
+    ) -> list[str]:
+        """Generates independent windows, returns them, and adds them where they are text."""
+        generator = torch.Generator(module.device).manual_seed(seed)
+        context = contexts(module, data, number)
+        given: dict[str, Any] = {} if context is None else {"context": context}
+        samples = module.sample(number, generator=generator, **given)
+        decoded = [data.decode(row) for row in samples.cpu()]
+        if isinstance(data, TextDataModule):
+            self.metrics["samples"] = decoded
+        return decoded
+
     def print(self, console: Console, title: str) -> None:
         """Prints the table."""
         table = Table(title=title, title_justify="left", show_header=False)
@@ -278,19 +292,11 @@ def stdout_console() -> Console:
     return console
 
 
-def print_sample(
-    console: Console, module: BaseModule, data: StreamDataModule, seed: int, number: int = 4
-) -> str:
-    """Prints independent windows of generated text, and returns them."""
-    generator = torch.Generator(module.device).manual_seed(seed)
-    context = contexts(module, data, number)
-    given: dict[str, Any] = {} if context is None else {"context": context}
-    samples = module.sample(number, generator=generator, **given)
-    text = "\n".join(data.decode(row) for row in samples.cpu())
+def print_samples(console: Console, samples: Sequence[str]) -> None:
+    """Prints independent windows of generated text."""
     console.rule("sample", align="left", style="dim")
-    console.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.print("\n".join(samples), markup=False, highlight=False, soft_wrap=True)
     console.rule(style="dim")
-    return text
 
 
 def trainer_device(trainer: pl.Trainer) -> torch.device:

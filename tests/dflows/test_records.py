@@ -27,6 +27,7 @@ EXAMPLES = {
     "numbers": [1.5, 2, 0.0],
     "count": 3,
     "counts": {"test": 3, "valid": 0},
+    "texts": ["to be\n", ""],
 }
 
 
@@ -117,6 +118,8 @@ def test_values_of_other_libraries_become_plain(tmp_path):
         ({"metrics": {"passes": -1}}, "metrics.passes is -1"),
         ({"metrics": {"residual_bpc": 2.0}}, "metrics.residual_bpc is 2.0: expected a list"),
         ({"metrics": {"residual_bpc": [1.0, float("nan")]}}, "metrics.residual_bpc is"),
+        ({"metrics": {"samples": "to be"}}, "metrics.samples is 'to be': expected a list of text"),
+        ({"metrics": {"samples": [1]}}, "metrics.samples is"),
         ({"metrics": {"characters": 5}}, "metrics.characters is 5: expected a mapping"),
         ({"metrics": {"characters": {"test": 1.5}}}, "metrics.characters is"),
     ],
