@@ -74,8 +74,9 @@ def write(
 
     Args:
         folder: Where to.
-        name: Name of the record.
-        config: What was measured; its `opponent` is what ratios are taken of.
+        name: Name of the record, to which that of the kind of device is added.
+        config: What was measured; its `opponent` is the record that ratios are taken of, named
+            likewise.
         metrics: What came of it.
         device: Where.
         seed: The seed.
@@ -84,8 +85,10 @@ def write(
     """
     if folder is None:
         return
+    if "opponent" in config:
+        config = config | {"opponent": f"{config['opponent']}-{device.type}"}
     record = Record(
-        name=name,
+        name=f"{name}-{device.type}",
         kind="benchmark",
         config=config,
         seed=seed,

@@ -1,7 +1,7 @@
 """Makes tables and figures from records: ``python -m dflows.report``.
 
 The README gets the table and figure of the text models, and a page in ``docs/experiments/`` those
-of each experiment that has run. Nothing is measured here.
+of each experiment that has run, and of the benchmarks. Nothing is measured here.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from dflows.errors import UserError
 from dflows.records import read_records
 from dflows.reports import (
     addition,
+    benchmarks,
     estimators,
     full_rank,
     language_modelling,
@@ -69,7 +70,8 @@ def report(arguments: Sequence[str]) -> None:
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
         raise argparse.ArgumentError(None, f"unrecognized arguments: {' '.join(unknown)}")
-    found = [name for name in ("text", *RENDERERS) if (options.results / name).is_dir()]
+    names = ("text", *RENDERERS, "benchmarks")
+    found = [name for name in names if (options.results / name).is_dir()]
     if not found:
         raise UserError(
             f"{options.results} holds no records: run python -m dflows.fit --record "
@@ -79,13 +81,16 @@ def report(arguments: Sequence[str]) -> None:
         if name == "text":
             count = _text(options.results, options.readme, options.docs / "figures" / "text.svg")
             print(f"{options.readme} is made from {count} records")
+            continue
+        page = options.docs / "experiments" / f"{name}.md"
+        if name == "benchmarks":
+            write_page(page, benchmarks.render(read_records(options.results / name)))
         else:
-            page = options.docs / "experiments" / f"{name}.md"
             experiment = read_experiment(name, options.results)
             write_page(page, RENDERERS[name](experiment))
             if name in DRAWERS:
                 DRAWERS[name](experiment, options.docs / "figures" / f"{name}.svg")
-            print(f"{page} is made from {options.results / name}")
+        print(f"{page} is made from {options.results / name}")
 
 
 def _text(results: Path, readme: Path, figure: Path) -> int:
@@ -93,8 +98,8 @@ def _text(results: Path, readme: Path, figure: Path) -> int:
     records = read_records(results / "text")
     if not records:
         raise UserError(f"{results / 'text'} holds no records: run python -m dflows.fit first")
-    benchmarks = results / "benchmarks"
-    speeds = read_records(benchmarks) if benchmarks.is_dir() else []
+    folder = results / "benchmarks"
+    speeds = read_records(folder) if folder.is_dir() else []
     rendered = render_table(records, speeds)
     draw_figure(records, figure)
     write_page(readme, rendered)

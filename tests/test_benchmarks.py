@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from dflows.records import read_records
+from dflows.reports.benchmarks import render
 from tests.commands import ROOT, environment
 
 
@@ -31,7 +32,7 @@ def test_generation(tmp_path):
         metrics = record.metrics
         assert record.kind == "benchmark"
         assert record.config["opponent_1"] == "transformer steps"
-        opponent = records["generation-equal-transformer-steps"].metrics
+        opponent = records["generation-equal-transformer-steps-cpu"].metrics
         for number in (1, 32):
             seconds = metrics[f"generation_seconds_{number}"]
             assert 0 < seconds <= metrics[f"generation_seconds_{number}_p95"]
@@ -39,20 +40,37 @@ def test_generation(tmp_path):
             assert metrics[f"generation_ratio_{number}"] == pytest.approx(ratio)
             if record.config["system"] != "n-gram":
                 assert 0 < metrics[f"roofline_seconds_{number}"] < seconds
-    assert records["generation-equal-transformer-naive"].metrics["naive_ratio_1"] == 1
+    naive = records["generation-equal-transformer-naive-cpu"].metrics
+    assert naive["naive_ratio_1"] == 1
+    text = render([*records.values()])
+    assert text.count("**") == 2
+    for record in records.values():
+        seconds = record.metrics["generation_seconds_32"]
+        ratio = record.metrics["generation_ratio_32"]
+        (line,) = (
+            line
+            for line in text.splitlines()
+            if line.startswith(f"| {record.config['system']}, {record.config['way']} |")
+        )
+        assert f"| {seconds:.4f} |" in line
+        assert f"| {ratio:.3g} |" in line
 
 
 def test_modular(tmp_path):
     records = run("modular", tmp_path)
     for num_classes in (5, 27):
-        ours = records[f"modular-gathers-{num_classes}"].metrics
-        dense = records[f"modular-dense-{num_classes}"]
-        assert dense.config["opponent"] == f"modular-gathers-{num_classes}"
+        ours = records[f"modular-gathers-{num_classes}-cpu"].metrics
+        dense = records[f"modular-dense-{num_classes}-cpu"]
+        assert dense.config["opponent"] == f"modular-gathers-{num_classes}-cpu"
         ratio = ours["call_bytes"] / dense.metrics["call_bytes"]
         assert dense.metrics["bytes_ratio"] == pytest.approx(ratio)
         assert ratio < 1
     steps = [name for name in records if name.startswith("step-")]
     assert len(steps) == 12
-    flow = records["step-transformer-rank"]
+    flow = records["step-transformer-rank-cpu"]
     assert flow.metrics["seconds_ratio"] > 0
-    assert flow.config["opponent"] in records
+    model = records[flow.config["opponent"]]
+    text = render([*records.values()])
+    assert "| K = 27, gathers | " in text
+    row = f"{flow.metrics['call_seconds'] * 1e3:.1f} | {model.metrics['call_seconds'] * 1e3:.1f} |"
+    assert f"| transformer-rank | {row} {1 / flow.metrics['seconds_ratio']:.2f} |" in text

@@ -26,6 +26,7 @@ HEAD = (
     "1 sequence, s",
     "32 sequences, s",
 )
+SIGNS = {"\n": "↵", "\r": "␍"}
 
 
 class Shown(NamedTuple):
@@ -37,7 +38,7 @@ class Shown(NamedTuple):
 
 
 def render(experiment: Experiment) -> str:
-    """Renders a table for every text, and what the levels of a window cost.
+    """Renders a table for every text, what the levels of a window cost, and samples.
 
     Args:
         experiment: The plan and the records.
@@ -48,7 +49,7 @@ def render(experiment: Experiment) -> str:
     parts = []
     for task in experiment.plan.tasks:
         if shown := _shown(experiment, task):
-            parts += [_task(task, shown), *_levels(shown)]
+            parts += [_task(task, shown), *_levels(shown), *_samples(shown)]
     return "\n\n".join(parts)
 
 
@@ -90,6 +91,11 @@ def _line(task: str, shown: Shown) -> list[str]:
     ]
 
 
+def _name(row: Row, record: Record) -> str:
+    """Returns what a row is called where its passes are not shown beside it."""
+    return f"{row.label}, {number(record.metrics.get('passes'), 'd')} passes"
+
+
 def _levels(shown: Sequence[Shown]) -> list[str]:
     """Returns a table of what the levels of a window cost, if any record tells."""
     lines = []
@@ -97,9 +103,26 @@ def _levels(shown: Sequence[Shown]) -> list[str]:
         metrics = record.metrics
         if "level_bpc" in metrics:
             costs = " ".join(f"{value:.2f}" for value in metrics["level_bpc"])
-            lines.append([f"{row.label}, {number(metrics.get('passes'), 'd')} passes", costs])
+            lines.append([_name(row, record), costs])
     head = ("system", "bits per character of each level, in the order of generation")
     return [table(head, lines)] if lines else []
+
+
+def _samples(shown: Sequence[Shown]) -> list[str]:
+    """Returns the first sample of every row, if any record has one.
+
+    A line break within a sample is shown by a sign, so that no sample can end the block.
+    """
+    lines = []
+    for _, row, record in shown:
+        if samples := record.metrics.get("samples"):
+            text = "".join(SIGNS.get(sign, sign) for sign in samples[0])
+            broken = [text[start : start + 88] for start in range(0, len(text), 88)]
+            lines += [_name(row, record), *(f"    {part}" for part in broken)]
+    if not lines:
+        return []
+    caption = "The first window that each generated, ↵ a line break:"
+    return [caption, "\n".join(["```text", *lines, "```"])]
 
 
 def _points(experiment: Experiment) -> list[Shown]:

@@ -40,6 +40,7 @@ RUN = {
     "generation_length": 128,
     "generation_seconds_1": 0.5,
     "generation_seconds_32": 1.5,
+    "samples": ["to be\n```\nor not", "to see"],
 }
 AGAIN = RUN | {"exact_nats": 7.9, "test_nats": 7.85, "kl": 0.4, "accuracy": 0.75}
 GRADIENTS = {
@@ -132,6 +133,7 @@ def experiment(name, absent=()):
             "| flow | 7.25 | – | 2.250 | 2.125 | – | 6 | 1 | 12 | 0.500 | 1.500 |",
         ),
         ("language-modelling", "| flow, 6 passes | 4.00 0.50 |"),
+        ("language-modelling", "    to be↵```↵or not"),
     ],
 )
 def test_a_row_is_the_mean_of_its_seeds_beside_its_own_reference(name, line):
@@ -148,7 +150,7 @@ def test_a_row_is_the_mean_of_its_seeds_beside_its_own_reference(name, line):
         {"entropy", "factorized_entropy", "factorized_kl"},
         {"train_seconds", "steps", "passes", "accuracy"},
         {"test_bpc", "test_bpc_carried", "unigram_bpc"},
-        {"characters", "level_bpc", "generation_length", "generation_seconds_1"},
+        {"samples", "characters", "level_bpc", "generation_length", "generation_seconds_1"},
         {*GRADIENTS},
         {*RUN, *GRADIENTS},
     ],
@@ -181,6 +183,7 @@ USED = {
         "characters",
         "generation_seconds_1",
         "level_bpc",
+        "samples",
         "test_bpc",
         "test_bpc_carried",
         "train_seconds",
