@@ -140,6 +140,14 @@ class DiscreteFlow(nn.Module):
                 f"the base has to hand a gradient to the flows, and a {type(base).__name__} has "
                 "none: give every flow LocalObjective, whose loss is its own, or another base"
             )
+        ways = {
+            f"{type(part.estimator).__name__}({part.estimator.extra_repr()})"
+            for part in conditional
+        }
+        if draws == {"turn"} and len(ways) > 1:
+            raise UserError(
+                f"flows take turns as {' and as '.join(sorted(ways))}: give every flow the same"
+            )
         backbones = {id(transform.conditioner.backbone) for transform in conditional}
         if draws == {"turn"} and len(backbones) < len(conditional):
             raise UserError(

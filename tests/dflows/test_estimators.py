@@ -8,6 +8,7 @@ from dflows.bijections import ModularAffine, ModularShift, RankPermutation
 from dflows.errors import UserError
 from dflows.estimators import (
     GumbelStraightThrough,
+    JointInTurn,
     LocalInTurn,
     LocalObjective,
     LocalThenJoint,
@@ -338,6 +339,10 @@ class TestLocalInTurn:
         ]
         with pytest.raises(UserError, match="share a backbone"):
             DiscreteFlow(FactorizedBase(3, 4), transforms)
+        for other in (LocalInTurn(6), LocalInTurn(), JointInTurn(5)):
+            transforms[0].train_by(other)
+            with pytest.raises(UserError, match=r"take turns as .* and as LocalInTurn\(steps="):
+                DiscreteFlow(FactorizedBase(3, 4), transforms)
         transforms[0].train_by(LocalObjective())
         with pytest.raises(UserError, match="every one LocalInTurn, or none"):
             DiscreteFlow(FactorizedBase(3, 4), transforms)
