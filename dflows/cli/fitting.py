@@ -66,6 +66,7 @@ def fit(arguments: Sequence[str]) -> None:
         figures.add_flows(module)
         figures.add_speed(cli.stopwatch, module, steps)
         figures.add_generation(module, data)
+        figures.add_fixed_point(module, data)
         samples = figures.add_samples(module, data, cli.config.seed_everything or 0)
         figures.print(console, f"{cli.config.name}, {best.best_model_path or 'not saved'}")
         print_samples(console, samples)

@@ -259,6 +259,21 @@ class Figures:
                 )
             )
 
+    def add_fixed_point(self, module: BaseModule, data: StreamDataModule, repeats: int = 4) -> None:
+        """Adds how many iterations the fixed point takes for a sequence, in the mean of some."""
+        if not isinstance(module, DiscreteFlowModule) or not module.flow.passes:
+            return
+        context = contexts(module, data, 1)
+        generator = torch.Generator(module.device).manual_seed(0)
+        counts = []
+        for _ in range(repeats):
+            module.sample(1, context=context, generator=generator, method="fixed_point")
+            counts.append(sum(module.flow.evaluations))
+        mean = sum(counts) / repeats
+        self.metrics["fixed_point_iterations"] = mean
+        what = "iterations of the fixed point"
+        self.rows.append((what, f"{mean:.4g}", f"1 sequence, mean of {repeats}"))
+
     def add_samples(
         self, module: BaseModule, data: StreamDataModule, seed: int, number: int = 4
     ) -> list[str]:
