@@ -32,6 +32,7 @@ from dflows.cli.noise import quiet
 from dflows.cli.recording import make_record
 from dflows.cli.summary import Figures, end_processes, stdout_console
 from dflows.errors import UserError
+from dflows.provenance import revision
 from dflows.records import check_folder, check_name, write_record
 
 __all__ = ["evaluate", "main"]
@@ -90,7 +91,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     Raises:
         UserError: If something that the user asked for cannot be had.
     """
-    begin = time.perf_counter()
+    begin, code = time.perf_counter(), revision()
     quiet()
     parser = _parser()
     path, allowed = checkpoint_argument(arguments)
@@ -139,6 +140,7 @@ def evaluate(arguments: Sequence[str]) -> None:
                     name=name,
                     kind="evaluate",
                     config={**checkpoint.config, "data": data_config},
+                    code=code,
                     seconds=time.perf_counter() - begin,
                 )
                 stdout_console().print(f"record: {write_record(config.record, record)}")

@@ -357,16 +357,19 @@ class DiscreteFlow(nn.Module):
             return self._objective(self._check(y), self.encode_context(context))
 
     @contextmanager
-    def without_own(self) -> Iterator[None]:
-        """Takes what is scored in training mode for a part of what n-grams were counted on.
+    def without_own(self, counted: bool | None = None) -> Iterator[None]:
+        """Takes what is scored for a part of what n-grams were counted on.
 
         Its own occurrences are left out of the counts, as in :meth:`objective`.
+
+        Args:
+            counted: Whether it is such a part; by default it is in training mode.
         """
         conditioners = [part for part in self.modules() if isinstance(part, Conditioner)]
         known = [part for part in conditioners if part.grams is not None]
         try:
             for part in known:
-                part.without_own = part.training
+                part.without_own = part.training if counted is None else counted
             yield
         finally:
             for part in known:

@@ -347,7 +347,8 @@ class LevelBits(_Accumulator):
     least, and what comes after it.
 
     ``update(log_prob)`` takes log-likelihoods in nats (N, d), one a dimension, with d at most the
-    length. ``compute()`` returns a float64 tensor, bits per dimension of each level, the same on
+    length, and where d dimensions have other levels than the first d of all, ``update(log_prob,
+    levels)`` takes these, (d,). ``compute()`` returns a float64 tensor, bits per dimension of each level, the same on
     all processes, and raises a ``ValueError`` if no process has counted a dimension.
 
     Arguments:
@@ -378,14 +379,16 @@ class LevelBits(_Accumulator):
         )
         self.add_state("counts", torch.zeros(size, dtype=torch.long), dist_reduce_fx="sum")
 
-    def update(self, log_prob: Tensor) -> None:
-        """Adds a batch: log-likelihoods in nats (N, d)."""
+    def update(self, log_prob: Tensor, levels: Tensor | None = None) -> None:
+        """Adds a batch: log-likelihoods in nats (N, d), and the levels (d,) of the dimensions."""
         if log_prob.ndim != 2 or log_prob.shape[1] > len(self.levels):
             raise ValueError(
                 f"log_prob has shape {tuple(log_prob.shape)}: expected (N, d), with d at most "
                 f"{len(self.levels)}"
             )
-        levels = self.levels[: log_prob.shape[1]]
+        if levels is None:
+            levels = self.levels[: log_prob.shape[1]]
+        levels = levels.to(self.levels.device)
         sums = log_prob.to(self.log_prob_sums).sum(dim=0)
         self.log_prob_sums = self.log_prob_sums.index_add(0, levels, sums)
         number = torch.full_like(levels, len(log_prob))

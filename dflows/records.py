@@ -67,7 +67,10 @@ METRICS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "untransformed": ("count", "dimensions that no flow transforms"),
         "passes": ("count", "sequential network evaluations of one batch of samples"),
         "samples": ("texts", "generated windows, drawn with the seed of the run"),
-        "fixed_point_iterations": ("number", "mean iterations of fixed-point generation of 1 sequence"),
+        "fixed_point_iterations": (
+            "number",
+            "mean iterations of fixed-point generation of 1 sequence",
+        ),
         # Estimators of gradients against the exact one.
         "gradient_cosine": ("number", "cosine of the mean gradient with the exact one"),
         "gradient_norm_ratio": ("number", "norm of the mean gradient over the exact one's"),

@@ -25,15 +25,15 @@ from lightning_modules.base import DEFAULT_OPTIMIZATION, BaseModule, Batch, Opti
 __all__ = ["DiscreteFlowModule", "FlowModule"]
 
 
-def _levels(flow: DiscreteFlow) -> Tensor | None:
-    """Returns the levels (D,) that several dimensions share, where there is one such ordering."""
+def _shared_levels(flow: DiscreteFlow) -> Ordering | None:
+    """Returns the one ordering of a flow, where levels of several dimensions are in it."""
     orderings = [transform.ordering for transform in flow.conditional_transforms]
     if isinstance(flow.base, AutoregressiveBase):
         orderings.append(flow.base.conditioner.ordering)
     found = [ordering.levels(flow.length) for ordering in orderings]
     if not found or any(not torch.equal(levels, found[0]) for levels in found):
         return None
-    return found[0] if int(found[0].max()) + 1 < flow.length else None
+    return orderings[0] if int(found[0].max()) + 1 < flow.length else None
 
 
 def _grams(flow: DiscreteFlow) -> NGrams | None:
@@ -145,7 +145,8 @@ class DiscreteFlowModule(BaseModule):
             len(flow.transforms), flow.num_classes, alike(orderings, flow.length)
         )
         self.residual_bpc: list[float] = []
-        levels = _levels(flow)
+        self._ordering = _shared_levels(flow)
+        levels = None if self._ordering is None else self._ordering.levels(flow.length)
         self.level_bits = None if levels is None else LevelBits(levels)
         self.level_bpc: list[float] = []
         self.exact_match = ExactMatch()
@@ -229,6 +230,11 @@ class DiscreteFlowModule(BaseModule):
     def prepare(self) -> None:
         self._check_turns()
         data = self.trainer.datamodule  # type: ignore[attr-defined]
+        if _grams(self.flow) is not None and data.training_chunks() is None:
+            raise UserError(
+                f"a network is told of n-grams, and a {type(data).__name__} has no text to count "
+                "them on: leave ngram_order away"
+            )
         if not self.started:
             self.flow.start(data.class_counts())
             self.started.fill_(True)
@@ -252,13 +258,12 @@ class DiscreteFlowModule(BaseModule):
         return ", ".join(parts)
 
     def on_train_start(self) -> None:
-        """Counts n-grams that have not been counted."""
-        base = self.flow.base
-        if isinstance(base, NGramBase) and not base.num_counted:
-            self._count(base.grams, left=len(self.flow.transforms) > 0)
-        grams = _grams(self.flow)
+        """Counts n-grams that have not been counted: those that flows are told of, then a base's."""
+        base, grams = self.flow.base, _grams(self.flow)
         if grams is not None and not grams.num_counted:
             self._count(grams, left=False)
+        if isinstance(base, NGramBase) and not base.num_counted:
+            self._count(base.grams, left=len(self.flow.transforms) > 0)
 
     def on_validation_start(self) -> None:
         """Counts an n-gram base on what the flows have come to leave."""
@@ -273,7 +278,7 @@ class DiscreteFlowModule(BaseModule):
         text = None if left else data.training_chunks()
         with torch.inference_mode(mode=False):
             grams.count(self._training_rows(data, left) if text is None else text)
-        if not len(self.flow.transforms):
+        if isinstance(self.flow.base, NGramBase) and not len(self.flow.transforms):
             self.counted["characters"]["train"] = grams.num_counted
         rank_zero_info(f"{grams}, counted on {grams.num_counted:,} characters")
 
@@ -284,7 +289,14 @@ class DiscreteFlowModule(BaseModule):
             rows = read(first, min(step, self.base_count_windows - first))
             batch = data.batch_of(torch.from_numpy(rows.astype("int64")).to(self.device))
             y, context = self.indices_of(batch), self.context_of(batch)
-            yield self.flow.residuals(y, context)[-1] if left else y
+            yield self._left(y, context) if left else y
+
+    def _left(self, y: Tensor, context: Tensor | None) -> Tensor:
+        """Returns what the flows leave of training data, to which they are as to unseen data."""
+        if not len(self.flow.transforms):
+            return y
+        with self.flow.without_own(True):
+            return self.flow.residuals(y, context)[-1]
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Notes the step, of accumulated batches only the last makes one, and how much is done."""
@@ -309,8 +321,7 @@ class DiscreteFlowModule(BaseModule):
         if step <= self.optimization.hold_base_steps:
             return
         if isinstance(base, FactorizedBase):
-            y, context = self.indices_of(batch), self.context_of(batch)
-            x = self.flow.residuals(y, context)[-1] if len(self.flow.transforms) else y
+            x = self._left(self.indices_of(batch), self.context_of(batch))
             counts = self.trainer.strategy.reduce(base.count(x), reduce_op="sum")
             self.base_counts = self.base_counts * self.base_refit_decay + counts
             base.refit(self.base_counts)
@@ -326,8 +337,8 @@ class DiscreteFlowModule(BaseModule):
         log_prob = self.flow.base.log_prob(x, self.flow.encode_context(context))
         if residuals:
             self.residual_entropy.update(residuals)
-        if self.level_bits is not None:
-            self.level_bits.update(log_prob)
+        if self._ordering is not None and self.level_bits is not None:
+            self.level_bits.update(log_prob, self._ordering.levels(log_prob.shape[1]))
         self._update("test", batch, log_prob.sum(dim=-1))
 
     def on_test_epoch_end(self) -> None:

@@ -54,6 +54,18 @@ def test_the_record_holds_the_figures_of_the_table(finished):
     assert "sample" in done.stdout
 
 
+def test_the_record_is_of_the_model_that_a_checkpoint_holds(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    config = small_config(tmp_path, write_text(tmp_path))
+    dropout = ("--model.init_args.backbone.init_args.dropout", "0.5")
+    assert run_here("fit", "--config", config, *dropout, "--record", "records") == 0
+    capsys.readouterr()
+    checkpoint = tmp_path / "runs" / "small" / "version_0" / "best.ckpt"
+    assert run_here("generate", "--checkpoint", checkpoint, "--seed", 1) == 0
+    samples = read_record(tmp_path / "records" / "small-1.json").metrics["samples"]
+    assert capsys.readouterr().out == "\n".join([*samples, ""])
+
+
 def test_only_figures_are_printed_and_nothing_is_complained_of(finished):
     _, done = finished
     assert "Warning" not in done.stderr

@@ -10,6 +10,7 @@ from dflows.cli.noise import quiet
 from dflows.cli.recording import make_record
 from dflows.cli.summary import Figures, end_processes, print_samples, stdout_console, trainer_device
 from dflows.errors import UserError
+from dflows.provenance import revision
 from dflows.records import write_record
 
 __all__ = ["fit"]
@@ -25,7 +26,7 @@ def fit(arguments: Sequence[str]) -> None:
     Raises:
         UserError: If something that the user asked for cannot be had.
     """
-    begin = time.perf_counter()
+    begin, code = time.perf_counter(), revision()
     quiet()
     if not arguments:
         raise UserError("nothing is given to fit: add --config quickstart.yaml, or another")
@@ -57,7 +58,8 @@ def fit(arguments: Sequence[str]) -> None:
     end_processes()
     if trainer.is_global_zero:
         figures = Figures(exact_states=cli.config.exact_states)
-        module.to(trainer_device(trainer))
+        # The trainer puts a module back into the mode that it found it in, which is training's.
+        module.to(trainer_device(trainer)).eval()
         console = stdout_console()
         for split in ("valid", "test"):
             if f"{split}_bpc" in found:
@@ -76,6 +78,7 @@ def fit(arguments: Sequence[str]) -> None:
             name=cli.config.name,
             kind="fit",
             config=cli.resolved_config(),
+            code=code,
             seconds=time.perf_counter() - begin,
             budget=cli.config.budget,
         )

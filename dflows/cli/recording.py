@@ -59,6 +59,7 @@ def make_record(
     name: str,
     kind: str,
     config: Mapping[str, Any],
+    code: str,
     seconds: float,
     budget: str = "",
 ) -> Record:
@@ -70,6 +71,7 @@ def make_record(
         name: Name of the run.
         kind: The command.
         config: The resolved configuration in plain types.
+        code: The revision when the command began: a checkout may change while it runs.
         seconds: Seconds that the command took.
         budget: What the run was allowed.
 
@@ -89,4 +91,5 @@ def make_record(
         metrics=figures.metrics,
         likelihood=figures.likelihood,
         budget=budget,
+        revision=code,
     )

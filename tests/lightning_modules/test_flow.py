@@ -25,7 +25,7 @@ from dflows.estimators import (
     ReinMax,
     SoftmaxStraightThrough,
 )
-from dflows.orderings import BehindContext, Natural, Parity, Reversed, Strided
+from dflows.orderings import BehindContext, Halves, Natural, Parity, Reversed, Strided
 from lightning_modules import FlowModule, LanguageModel, Optimization
 from tests.training import trainer
 
@@ -90,6 +90,22 @@ def test_levels_of_one_ordering_have_bits_of_their_own(orderings, levels, data, 
         sizes = Strided(3).levels(D).bincount()
         mean = (torch.tensor(module.level_bpc) * sizes).sum() / D
         assert mean * D * math.log(2) == pytest.approx(result["test_nats"], rel=1e-4)
+
+
+def test_a_shorter_window_has_levels_of_its_own(text, tmp_path):
+    length = text.length
+    module = LanguageModel(text.num_classes, length, CONVOLUTION, ordering=Halves())
+    run = trainer(tmp_path, steps=1)
+    run.fit(module, datamodule=text)
+    run.test(module, datamodule=text, verbose=False)
+    bits = [[], []]
+    for y in text.test_dataloader():
+        levels = Halves().levels(y.shape[1])
+        scores = -module.flow.base.log_prob(y).detach() / math.log(2)
+        for level, found in enumerate(bits):
+            found += scores[:, levels == level].flatten().tolist()
+    assert y.shape[1] < length
+    assert module.level_bpc == pytest.approx([sum(found) / len(found) for found in bits])
 
 
 def test_a_shared_backbone_is_one_network():

@@ -12,7 +12,7 @@ from dflows.bijections import ModularAffine, RankPermutation
 from dflows.errors import UserError
 from dflows.ngrams import NGrams
 from dflows.orderings import Natural, Strided
-from lightning_modules import Auxiliary, FlowModule, LanguageModel
+from lightning_modules import Auxiliary, FlowModule, LanguageModel, Optimization
 from tests.dflows.small import shaken, states
 from tests.training import trainer
 
@@ -118,12 +118,28 @@ def test_auxiliary_losses_leave_out_what_was_counted_too(text):
     assert not torch.allclose(expected, module.flow.log_prob(y))
 
 
-def test_draws_are_counted_where_a_split_has_no_end(tmp_path):
+def test_a_refitted_base_sees_what_is_left_of_unseen_text(text, tmp_path):
+    module = FlowModule(
+        text.num_classes,
+        D,
+        [Strided(4)],
+        NETWORK,
+        ngram_order=3,
+        optimization=Optimization(learning_rate=1e-9),
+        base_refit_every=1,
+    )
+    y = next(iter(text.train_dataloader()))
+    trainer(tmp_path, steps=1, limit_val_batches=0).fit(module, datamodule=text)
+    with module.flow.without_own(True):
+        unseen = module.flow.residuals(y)[-1]
+    torch.testing.assert_close(module.base_counts, module.flow.base.count(unseen))
+    assert not torch.equal(unseen, module.flow.residuals(y)[-1])
+
+
+def test_data_without_a_text_are_refused(tmp_path):
     data = FullRankDataModule(D, 3, batch_size=4, eval_batch_size=4, eval_examples=8)
-    module = flow_module(3)
-    module.base_count_windows = 10
-    trainer(tmp_path).fit(module, datamodule=data)
-    assert grams_of(module).num_counted == 10 * D
+    with pytest.raises(UserError, match="a FullRankDataModule has no text to count them on"):
+        trainer(tmp_path).fit(flow_module(3), datamodule=data)
 
 
 def test_what_does_not_fit_is_refused():
