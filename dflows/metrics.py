@@ -348,8 +348,9 @@ class LevelBits(_Accumulator):
 
     ``update(log_prob)`` takes log-likelihoods in nats (N, d), one a dimension, with d at most the
     length, and where d dimensions have other levels than the first d of all, ``update(log_prob,
-    levels)`` takes these, (d,). ``compute()`` returns a float64 tensor, bits per dimension of each level, the same on
-    all processes, and raises a ``ValueError`` if no process has counted a dimension.
+    levels)`` takes these, (d,). ``compute()`` returns a float64 tensor, bits per dimension of each
+    level, the same on all processes, and raises a ``ValueError`` if no process has counted a
+    dimension.
 
     Arguments:
         levels: The level of every position, (length,).

@@ -258,7 +258,7 @@ class DiscreteFlowModule(BaseModule):
         return ", ".join(parts)
 
     def on_train_start(self) -> None:
-        """Counts n-grams that have not been counted: those that flows are told of, then a base's."""
+        """Counts n-grams that have not been counted: those that a network is told of first."""
         base, grams = self.flow.base, _grams(self.flow)
         if grams is not None and not grams.num_counted:
             self._count(grams, left=False)

@@ -71,6 +71,18 @@ def test_an_experiment_fits_the_signatures(name, small):
     assert loss.isfinite()
 
 
+def test_the_systems_of_the_comparison_are_of_equal_size(small):
+    """All but the chain of n-grams, which has no network."""
+    sizes = {}
+    for name in EXPERIMENTS:
+        if name.startswith("text/") and "/gpu/" not in name and name != "text/ngram.yaml":
+            model = build("--config", CONFIGS / name, *small).model
+            sizes[name] = sum(parameter.numel() for parameter in model.parameters())
+    of = sizes["text/transformer.yaml"]
+    assert len(sizes) >= 13
+    assert {name for name, size in sizes.items() if not 0.9 * of < size < 1.1 * of} == set()
+
+
 @pytest.mark.parametrize("name", OVERLAYS)
 def test_an_overlay_fits_an_experiment(name, capsys):
     experiment = CONFIGS / "quickstart.yaml"
