@@ -24,18 +24,19 @@ from typing import Any
 import measuring
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from dflows import AutoregressiveBase, DiscreteFlow, FactorizedBase, NGramBase
 from dflows.backbones import LSTM, LevelConvolution, Transformer
-from dflows.bijections import ModularAffine, RankPermutation
+from dflows.bijections import Bijection, ModularAffine, ModularShift, RankPermutation
+from dflows.latent import AutoregressivePrior, FlowPrior, InverseAutoregressivePrior, LatentFlow
 from dflows.metrics import GenerationLatency, time_calls
-from dflows.orderings import Natural, Ordering, Parity, Reversed, Strided
+from dflows.orderings import CoarseToFine, Natural, Ordering, Parity, Reversed, Strided
 from dflows.transforms import ConditionalTransform
 
 NUM_CLASSES = 27
-HEADS = 8
-Build = Callable[[int, int, int], DiscreteFlow]
+HEADS = 4
+Build = Callable[[int, int, int], DiscreteFlow | LatentFlow]
 """Builds a system of so many dimensions, features and layers."""
 
 
@@ -50,7 +51,7 @@ def over_levels(
 def flows(
     network: Callable[[int, int], nn.Module],
     orderings: list[Ordering],
-    bijection: type[ModularAffine] | type[RankPermutation],
+    bijection: type[Bijection],
     length: int,
     *size: int,
 ) -> DiscreteFlow:
@@ -67,6 +68,14 @@ def both_directions(length: int, *size: int) -> DiscreteFlow:
     flow = over_levels(lstm, Natural(), length, *size)
     transform = ConditionalTransform(length, RankPermutation(NUM_CLASSES), Reversed(), lstm(*size))
     return DiscreteFlow(flow.base, [transform])
+
+
+def latent(prior: Callable[..., FlowPrior], couplings: int, length: int, *size: int) -> LatentFlow:
+    """Builds a model of a latent vector a character, with a quarter of the width."""
+    width, layers = size
+    networks = bidirectional(*size), bidirectional(*size)
+    over_time = prior(max(2, width // 4), 2 * width, layers, couplings)
+    return LatentFlow(NUM_CLASSES, length, over_time, *networks)
 
 
 def n_gram(length: int, *_: int) -> DiscreteFlow:
@@ -91,6 +100,11 @@ def causal(width: int, layers: int) -> Transformer:
     return Transformer(width, layers=layers, heads=HEADS)
 
 
+def convolution(width: int, layers: int) -> LevelConvolution:
+    """Builds level-causal convolutions, whose passes together are the work of one evaluation."""
+    return LevelConvolution(width, layers=layers)
+
+
 def full(width: int, layers: int) -> Transformer:
     """Builds a Transformer that sees all dimensions."""
     return Transformer(width, layers=layers, heads=HEADS, attention="full")
@@ -101,28 +115,55 @@ def parities(number: int) -> list[Ordering]:
     return [Parity(first=n % 2) for n in range(number)]
 
 
+# Layers at an equal number of parameters; width and layers of the published systems, where there
+# are such, and of ours that are compared with them.
 SYSTEMS: dict[str, tuple[Build, int, tuple[int, int]]] = {
-    # Layers at an equal number of parameters; width and layers in the paper's comparison.
     "transformer": (partial(over_levels, causal, Natural()), 12, (512, 12)),
-    "lstm": (partial(over_levels, lstm, Natural()), 2, (512, 2)),
-    "bipartite-4": (partial(flows, full, parities(4), ModularAffine), 2, (512, 2)),
+    "transformer-64": (partial(over_levels, causal, Natural()), 64, (512, 64)),
+    "lstm": (partial(over_levels, lstm, Natural()), 1, (512, 1)),
+    "lstm-3": (partial(over_levels, lstm, Natural()), 3, (1000, 3)),
+    "latent-af": (partial(latent, AutoregressivePrior, 5), 1, (250, 2)),
+    "latent-iaf": (partial(latent, InverseAutoregressivePrior, 3), 1, (250, 2)),
+    "bipartite-lstm": (partial(flows, bidirectional, parities(2), ModularAffine), 1, (512, 1)),
+    "bipartite-4": (partial(flows, full, parities(4), ModularAffine), 3, (512, 3)),
+    "bipartite-8-shift": (partial(flows, full, parities(8), ModularShift), 2, (512, 2)),
     "bipartite-8": (partial(flows, full, parities(8), ModularAffine), 2, (512, 2)),
-    "bipartite-lstm": (partial(flows, bidirectional, parities(4), ModularAffine), 1, (512, 1)),
     "both-directions": (both_directions, 1, (512, 1)),
+    "coarse-to-fine": (
+        partial(flows, convolution, [CoarseToFine(8)], RankPermutation),
+        4,
+        (512, 4),
+    ),
     **{
-        f"levels-{columns}": (partial(over_levels, causal, Strided(columns)), 12, (512, 12))
-        for columns in (4, 8, 16, 32)
+        f"few-pass-{passes}": (
+            partial(flows, convolution, [Strided(passes + 1)], RankPermutation),
+            4,
+            (512, 4),
+        )
+        for passes in (4, 8, 16, 32)
     },
-    "levels-16-convolution": (partial(over_levels, LevelConvolution, Strided(16)), 4, (512, 4)),
-    "rank-16": (partial(flows, causal, [Strided(16)], RankPermutation), 12, (512, 12)),
+    **{
+        f"levels-{passes}": (partial(over_levels, convolution, Strided(passes)), 4, (512, 4))
+        for passes in (4, 8, 16, 32)
+    },
+    "levels-16-transformer": (partial(over_levels, causal, Strided(16)), 12, (512, 12)),
     "n-gram": (n_gram, 0, (0, 0)),
 }
 OPPONENT = "transformer"
 
 
-def parameters_of(flow: DiscreteFlow) -> int:
+def parameters_of(flow: DiscreteFlow | LatentFlow) -> int:
     """Counts parameters."""
     return sum(parameter.numel() for parameter in flow.parameters())
+
+
+def sample(
+    flow: DiscreteFlow | LatentFlow, number: int, generator: torch.Generator | None = None
+) -> Tensor:
+    """Draws so many sequences."""
+    if isinstance(flow, LatentFlow):
+        return flow.sample(number, generator=generator)
+    return flow.sample((number,), generator=generator)
 
 
 def equal_width(build: Build, length: int, layers: int, parameters: int) -> int:
@@ -173,18 +214,18 @@ def by_module(flow: DiscreteFlow, number: int, generator: torch.Generator, every
     return y
 
 
-NAIVE = {"transformer": again_and_again, "lstm": by_module}
+NAIVE = {"transformer": again_and_again, "lstm": by_module, "lstm-3": by_module}
 
 
 def ways_of(
-    name: str, flow: DiscreteFlow, device: torch.device, compiled: bool, every: int
+    name: str, flow: DiscreteFlow | LatentFlow, device: torch.device, compiled: bool, every: int
 ) -> Iterator[tuple[str, Callable[[int], Tensor], int]]:
     """Yields the ways to run a system, and for how many characters one that is drawn stands."""
 
     def draw(number: int) -> Tensor:
-        return flow.sample((number,), generator=torch.Generator(device).manual_seed(0))
+        return sample(flow, number, torch.Generator(device).manual_seed(0))
 
-    if name in NAIVE:
+    if name in NAIVE and isinstance(flow, DiscreteFlow):
         naive = NAIVE[name]
 
         def draw_naively(number: int) -> Tensor:
@@ -192,6 +233,8 @@ def ways_of(
 
         yield "naive", draw_naively, every
     yield "steps", draw, 1
+    if isinstance(flow, LatentFlow):
+        return
     if device.type == "cuda":
         flow.accelerate(cuda_graph=True)
         yield "graph", draw, 1
@@ -207,11 +250,46 @@ def ways_of(
 def latency_of(
     call: Callable[[], Tensor], repeats: int, most_seconds: float, device: torch.device
 ) -> GenerationLatency:
-    """Times a call so often as fits into so many seconds, at least once."""
-    (first,), _ = time_calls(call, repeats=1, warmup=0, device=device)
+    """Times a call so often as fits into so many seconds, at least once.
+
+    What is compiled or captured for the first call tells nothing of how many that are.
+    """
+    (first,), _ = time_calls(call, repeats=1, warmup=1, device=device)
     latency = GenerationLatency().to(device)
-    latency.measure(call, repeats=max(1, min(repeats, int(most_seconds / first))), warmup=1)
+    latency.measure(call, repeats=max(1, min(repeats, int(most_seconds / first))), warmup=0)
     return latency
+
+
+def attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    """Counts the operations of attention on a CPU, which PyTorch counts on GPUs only."""
+    return sdpa_flop_count(query, key, value)
+
+
+def lstm_flops(inputs: Any, *weights: Any, **_: Any) -> int:
+    """Counts the operations of an LSTM's layer in one direction on a CPU, (…, N, T, features)."""
+    rows, columns, hidden = weights[0][0], weights[0][1], weights[1][1]
+    return 2 * inputs[0] * inputs[1] * rows * (columns + hidden)
+
+
+UNCOUNTED = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attention_flops,
+    torch.ops.aten.mkldnn_rnn_layer: lstm_flops,
+}
+
+
+def weights_read(flow: DiscreteFlow | LatentFlow) -> int:
+    """Counts the bytes of weights that the passes read, one after the other."""
+
+    def size(module: nn.Module) -> int:
+        return sum(p.numel() * p.element_size() for p in module.parameters())
+
+    if isinstance(flow, LatentFlow):
+        return flow.prior.passes(flow.length) * size(flow.prior) + size(flow.emission)
+    return sum(
+        part.passes * (size(part.conditioner.backbone) + size(part.conditioner.head))
+        for part in (flow.base, *flow.transforms)
+        if hasattr(part, "conditioner")
+    )
 
 
 class Roofline:
@@ -227,26 +305,27 @@ class Roofline:
         self.bandwidth = measuring.bandwidth(device, 2**22 if smoke else 2**30 if cuda else 2**28)
         self.rate = measuring.matrix_rate(device, 128 if smoke else 8192 if cuda else 1024)
 
-    def seconds(self, flow: DiscreteFlow, number: int) -> float:
-        """Returns the least seconds for so many sequences."""
-        parts = [flow.base, *flow.transforms]
-        read = sum(
-            part.passes * sum(p.numel() * p.element_size() for p in module.parameters())
-            for part in parts
-            if hasattr(part, "conditioner")
-            for module in (part.conditioner.backbone, part.conditioner.head)
-        )
-        with FlopCounterMode(display=False) as counter:
-            flow.sample((number,))
-        return max(read / self.bandwidth, counter.get_total_flops() / self.rate)
+    def seconds(self, flow: DiscreteFlow | LatentFlow, number: int) -> float:
+        """Returns the least seconds for so many sequences, of a flow that is not accelerated.
+
+        A graph that is replayed would tell of no operations.
+        """
+        with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as counter:
+            sample(flow, number)
+        return max(weights_read(flow) / self.bandwidth, counter.get_total_flops() / self.rate)
 
 
 def measure(
-    name: str, flow: DiscreteFlow, roofline: Roofline, options: Any, device: torch.device
+    name: str,
+    flow: DiscreteFlow | LatentFlow,
+    roofline: Roofline,
+    options: Any,
+    device: torch.device,
 ) -> dict[str, dict[str, Any]]:
     """Measures all ways of a system."""
     found: dict[str, dict[str, Any]] = {}
     expected: Tensor | None = None
+    least = {number: roofline.seconds(flow, number) for number in (1, 32) if parameters_of(flow)}
     for way, draw, every in ways_of(name, flow, device, options.compile, options.naive_every):
         if every == 1:  # all ways draw the same, but for logits that tie
             samples = draw(4)
@@ -267,18 +346,14 @@ def measure(
             metrics[f"generation_seconds_{number}_p95"] = float(seconds["p95"]) * every
             if device.type == "cuda":
                 metrics[f"generation_bytes_{number}"] = int(seconds["peak_bytes"])
-            if parameters_of(flow):
-                metrics[f"roofline_seconds_{number}"] = roofline.seconds(flow, number)
+            if number in least:
+                metrics[f"roofline_seconds_{number}"] = least[number]
         found[way] = metrics
         print(
             f"{name} {way}: "
             + ", ".join(
                 f"{metrics[f'generation_seconds_{number}']:.4g} s at batch {number}"
-                + (
-                    f" (roofline {metrics[f'roofline_seconds_{number}']:.2g})"
-                    if parameters_of(flow)
-                    else ""
-                )
+                + (f" (roofline {metrics[f'roofline_seconds_{number}']:.2g})" if least else "")
                 for number in (1, 32)
             ),
             flush=True,
@@ -325,7 +400,7 @@ def main() -> None:
         f"{roofline.bandwidth / 1e9:.1f} GB/s, {roofline.rate / 1e9:.1f} GFLOP/s, "
         f"{torch.get_num_threads()} threads"
     )
-    built: dict[str, DiscreteFlow] = {}
+    built: dict[str, DiscreteFlow | LatentFlow] = {}
     measured: dict[str, dict[str, dict[str, Any]]] = {}
     for name in dict.fromkeys([OPPONENT, *options.systems]):
         build, layers, paper = SYSTEMS[name]

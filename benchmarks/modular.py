@@ -8,7 +8,7 @@ a dimension; and with the sum by FFT. Where an opponent would not fit into memor
 fewer rows, and its figures are those of the whole in proportion.
 
 A flow's training step, optimizer included, is timed against that of the same network over the same
-ordering as a plain language model.
+ordering as a plain language model. The flow's base is trained by gradients.
 """
 
 import time

@@ -68,7 +68,8 @@ def by_hand(config: str, steps: int) -> float:
     batches = iter(data.train_dataloader())
     begin = time.perf_counter()
     characters = 0
-    for _ in range(steps):
+    counts = torch.zeros_like(flow.base.logits, dtype=torch.double)
+    for step in range(1, steps + 1):
         y = next(batches)
         loss = -flow.objective(y).mean() / y.shape[1]
         optimizer.zero_grad()
@@ -76,6 +77,9 @@ def by_hand(config: str, steps: int) -> float:
         torch.nn.utils.clip_grad_norm_(flow.parameters(), 1.0)
         optimizer.step()
         schedule.step()
+        if module.base_refit_every and step % module.base_refit_every == 0:
+            counts = counts * module.base_refit_decay + flow.base.count(flow.residuals(y)[-1])
+            flow.base.refit(counts)
         characters += y.numel()
     return characters / (time.perf_counter() - begin)
 

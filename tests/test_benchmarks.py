@@ -10,9 +10,9 @@ from dflows.reports.benchmarks import render
 from tests.commands import ROOT, environment
 
 
-def run(name, folder):
+def run(name, folder, *options):
     done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / f"{name}.py", "--smoke", "--record", folder],
+        [sys.executable, ROOT / "benchmarks" / f"{name}.py", *options, "--record", folder],
         cwd=folder,
         env=environment(),
         capture_output=True,
@@ -25,9 +25,10 @@ def run(name, folder):
 
 
 def test_generation(tmp_path):
-    records = run("generation", tmp_path)
+    records = run("generation", tmp_path, "--smoke")
     systems = {record.config["system"] for record in records.values()}
-    assert {"transformer", "lstm", "bipartite-8", "levels-16", "rank-16", "n-gram"} <= systems
+    assert {"transformer", "lstm", "bipartite-8", "levels-16", "few-pass-16", "n-gram"} <= systems
+    assert {"latent-af", "latent-iaf", "coarse-to-fine", "both-directions"} <= systems
     for record in records.values():
         metrics = record.metrics
         assert record.kind == "benchmark"
@@ -57,7 +58,7 @@ def test_generation(tmp_path):
 
 
 def test_modular(tmp_path):
-    records = run("modular", tmp_path)
+    records = run("modular", tmp_path, "--smoke")
     for num_classes in (5, 27):
         ours = records[f"modular-gathers-{num_classes}-cpu"].metrics
         dense = records[f"modular-dense-{num_classes}-cpu"]
@@ -74,3 +75,12 @@ def test_modular(tmp_path):
     assert "| K = 27, gathers | " in text
     row = f"{flow.metrics['call_seconds'] * 1e3:.1f} | {model.metrics['call_seconds'] * 1e3:.1f} |"
     assert f"| transformer-rank | {row} {1 / flow.metrics['seconds_ratio']:.2f} |" in text
+
+
+def test_throughput(tmp_path):
+    records = run("throughput", tmp_path, "--steps", "10", "--repeats", "1")
+    assert set(records) == {"throughput-lightning", "throughput-plain"}
+    text = render([*records.values()])
+    for name, record in records.items():
+        assert f"| {name.removeprefix('throughput-')} | {record.parameters:,} |" in text
+        assert record.metrics["characters_per_second"] > 0
