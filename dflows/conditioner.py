@@ -26,6 +26,7 @@ from torch.nn import functional as F
 from dflows.acceleration import accelerated
 from dflows.backbones import LSTM, Backbone, SteppedBackbone, Transformer
 from dflows.errors import UserError
+from dflows.lookahead import MOST_CLASSES, Ahead
 from dflows.ngrams import NGrams
 from dflows.orderings import Ordering
 from dflows.representations import is_one_hot, to_indices
@@ -65,7 +66,8 @@ class _Dimensions(NamedTuple):
     `levels` (d,) and the `members` of every level, `placed` the same as numbers. A backbone knows
     no empty level 0, and is handed the levels `shifted` by the `lowest`, behind the -1 of context
     tokens. `runs` (d,) counts the dimensions right before each that are all of lower levels, as far
-    as n-grams use them. All is worked out before it goes to a device, which nothing then waits for.
+    as n-grams use them, and `ahead` is what is known behind it. All is worked out before it goes to
+    a device, which nothing then waits for.
     """
 
     levels: Tensor
@@ -74,6 +76,7 @@ class _Dimensions(NamedTuple):
     lowest: int
     shifted: Tensor
     runs: Tensor
+    ahead: Ahead
 
     def unknown(self, level: int, known: int) -> tuple[Tensor, int]:
         """Returns the dimensions of a level from number `known` on, and how many come before."""
@@ -112,7 +115,9 @@ class Conditioner(nn.Module):
         conditions_first: Whether level 0 needs the network too, as in a base.
         grams: Counted n-grams of the values. Their log-probabilities, after the values of lower
             levels that stand right before a dimension, are added to its logits, times a factor
-            that the network gives, 1 at first. Then the network learns what they do not know.
+            that the network gives, 1 at first; and so are, of at most 64 classes, the
+            log-likelihoods of what is known ahead of it, by trigrams
+            (:func:`dflows.lookahead.lookahead`). The network learns what they do not know.
 
     Raises:
         UserError: If the backbone cannot be run as asked, or its width is unknown or another; or
@@ -200,7 +205,9 @@ class Conditioner(nn.Module):
         self.grams = grams
         self.without_own = False
         if grams is not None:
-            self.gate = nn.Linear(width, 1)
+            few = num_classes <= MOST_CLASSES
+            self.looks_ahead = few and Ahead.of(ordering.levels(length)).any
+            self.gate = nn.Linear(width, 2 if self.looks_ahead else 1)
             nn.init.zeros_(self.gate.weight)
             nn.init.ones_(self.gate.bias)
 
@@ -254,6 +261,7 @@ class Conditioner(nn.Module):
                     lowest,
                     shifted.to(device),
                     _runs(levels, 0 if self.grams is None else self.grams.order - 1).to(device),
+                    Ahead(*(part.to(device) for part in Ahead.of(levels))),
                 )
         return self._dimensions[key]
 
@@ -389,19 +397,50 @@ class Conditioner(nn.Module):
             if self.grams is None:
                 return logits
             known = self._gram_logits(self.grams, y, chosen)
-            return logits + self.gate(features) * known.to(logits.dtype)
+            return logits + (self.gate(features).unsqueeze(-2) * known.to(logits.dtype)).sum(dim=-1)
 
     @torch.no_grad()
     def _gram_logits(self, grams: NGrams, y: Tensor, chosen: Tensor | None) -> Tensor:
-        """Computes log-probabilities (…, K) after what is known right before the dimensions."""
+        """Computes log-probabilities (…, K, 1) after what is known right before the dimensions.
+
+        Beside them, (…, K, 2), are the log-likelihoods of what is known ahead.
+        """
         y = to_indices(y)
-        parts = [grams.pack(y), self._dimensions_of(y.shape[1], y.device).runs.expand_as(y), y]
+        dimensions = self._dimensions_of(y.shape[1], y.device)
+        parts = [grams.pack(y), dimensions.runs.expand_as(y), y]
+        if self.looks_ahead:
+            gap, has_second = dimensions.ahead
+            place = (torch.arange(y.shape[1], device=y.device) + gap + 1).clamp(max=y.shape[1] - 1)
+            second = y[:, (place + 1).clamp(max=y.shape[1] - 1)]
+            second = second.masked_fill(~has_second, self.num_classes)
+            parts += [gap.expand_as(y), y[:, place], second, y.roll(1, dims=1)]
+            if self.without_own:
+                end = (place + has_second).clamp(max=y.shape[1] - 1)
+                parts += [
+                    likelihood[:, end] - likelihood for likelihood in self._trigrams(grams, y)
+                ]
         if chosen is not None:
             mask = chosen.dtype == torch.bool
             parts = [part[chosen] if mask else part[:, chosen] for part in parts]
-        history, seen, own = (part.flatten() for part in parts)
-        probs = grams.following(history, seen, own if self.without_own else None)
-        return probs.log().reshape(*parts[0].shape, -1)
+        history, seen, own, *ahead = (part.flatten() for part in parts)
+        known = [grams.following(history, seen, own if self.without_own else None).log()]
+        if ahead:
+            gap, first, second, before, *rest = ahead
+            occurrences = (own, rest[0], rest[1]) if rest else None
+            known.append(grams.ahead(gap, first, second, before, occurrences).to(known[0].dtype))
+        return torch.stack(known, dim=-1).unflatten(0, parts[0].shape)
+
+    @staticmethod
+    def _trigrams(grams: NGrams, y: Tensor) -> tuple[Tensor, Tensor]:
+        """Computes log-likelihoods (N, d) up to every dimension, with their own counts and without."""
+        history, seen = grams.pack(y).flatten(), torch.arange(y.shape[1], device=y.device)
+        seen = seen.clamp(max=2).expand_as(y).flatten()
+        classes = y.flatten()
+        with_own, without = (
+            grams.following(history, seen, own).gather(-1, classes.unsqueeze(-1)).log()
+            for own in (None, classes)
+        )
+        return with_own.reshape(y.shape).cumsum(1), without.reshape(y.shape).cumsum(1)
 
     def _level(self, level: int, device: torch.device) -> Tensor:
         return torch.full((1,), level, device=device)

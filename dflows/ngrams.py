@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dflows.errors import UserError
+from dflows.lookahead import lookahead
 
 __all__ = ["NGrams"]
 
@@ -82,6 +83,7 @@ class NGrams(nn.Module):
         self.register_buffer("counts", torch.empty(0, dtype=torch.long))
         self.register_buffer("sizes", torch.zeros(order, dtype=torch.long))
         self._tables: list[_Table] | None = None
+        self._ahead: Tensor | None = None
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, order={self.order}, grams={len(self.keys)}"
@@ -113,7 +115,7 @@ class NGrams(nn.Module):
             raise UserError("there is nothing to count: give at least one class")
         self.keys, self.counts = torch.cat(keys), torch.cat(counts)
         self.sizes = torch.tensor([len(part) for part in keys], device=self.keys.device)
-        self._tables = None
+        self._tables = self._ahead = None
 
     def _blocks(self, chunks: Iterable[Any]) -> Iterator[tuple[Tensor, int]]:
         """Yields rows (N, d), and how many of their first classes were in the row before."""
@@ -296,6 +298,41 @@ class NGrams(nn.Module):
                 probs = torch.where((seen >= m).unsqueeze(-1), found, probs)
         return probs
 
+    def ahead(
+        self,
+        gap: Tensor,
+        first: Tensor,
+        second: Tensor,
+        before: Tensor,
+        own: tuple[Tensor, Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        """Looks up how likely what stands ahead of a dimension is, given each of its classes.
+
+        Args:
+            gap: Unknown dimensions up to what is known ahead, (N,); below 0 where nothing is.
+            first: The class ahead (N,).
+            second: The class behind that (N,), or K where it is unknown.
+            before: The class right before the dimension (N,).
+            own: Of the text that was counted, the dimension's class (N,), the log-likelihood (N,)
+                of the classes that did follow up to those known, by trigrams, and the same without
+                these occurrences, which takes its place.
+
+        Returns:
+            Logarithms (N, K), see :func:`dflows.lookahead.lookahead`; 0 where nothing is known.
+        """
+        if self._ahead is None:
+            with torch.inference_mode(mode=False), torch.no_grad():
+                self._ahead = lookahead(self)
+        found = self._ahead[gap.clamp(min=0), first, second, before]
+        if own is not None:
+            classes, whole, rest = own
+            found = found.to(whole.dtype)
+            of_own = found.gather(-1, classes.unsqueeze(-1)).squeeze(-1)
+            lost = (whole - of_own).exp() * -torch.expm1(rest - whole)
+            of_own = of_own + torch.log1p(-lost.clamp(max=1 - 1e-6))
+            found = found.scatter(-1, classes.unsqueeze(-1), of_own.unsqueeze(-1))
+        return found.masked_fill((gap < 0).unsqueeze(-1), 0)
+
     def pack(self, x: Tensor) -> Tensor:
         """Packs the n - 1 classes before every dimension.
 
@@ -313,7 +350,7 @@ class NGrams(nn.Module):
     def _apply(self, *args: Any, **options: Any) -> Self:
         super()._apply(*args, **options)
         if self._tables and self._tables[0].keys.device != self.keys.device:
-            self._tables = None
+            self._tables = self._ahead = None
         return self
 
     def _load_from_state_dict(
@@ -325,7 +362,7 @@ class NGrams(nn.Module):
             saved = own if name == "sizes" else state_dict.get(prefix + name, own)
             setattr(self, name, own.new_zeros(saved.shape))
         super()._load_from_state_dict(state_dict, prefix, *args, **options)
-        self._tables = None
+        self._tables = self._ahead = None
 
 
 @dataclass(frozen=True)

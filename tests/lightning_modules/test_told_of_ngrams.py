@@ -68,9 +68,13 @@ def test_a_language_model_begins_as_they_are(text, tmp_path):
     module.flow.start(text.class_counts())
     grams_of(module).count(text.training_chunks())
     y = next(iter(text.val_dataloader()))
-    rows = y.reshape(-1, 4)  # the window as rows, whose left end is the end of what is known
-    expected = grams_of(module).log_prob(rows).sum(-1).reshape(len(y), -1).sum(-1)
-    torch.testing.assert_close(module.eval().flow.log_prob(y), expected.float())
+    scores = module.eval().flow.base.log_prob(y)
+    # Nothing is known ahead of the last row, whose left end is the end of what is known.
+    expected = grams_of(module).log_prob(y[:, -4:])
+    torch.testing.assert_close(scores[:, -4:], expected.float())
+    known = module.conditioner._gram_logits(grams_of(module), y, None).sum(dim=-1)
+    expected = known.log_softmax(dim=-1).gather(-1, y.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(scores, expected.float())
 
 
 @pytest.mark.parametrize("training", [False, True])
