@@ -432,7 +432,7 @@ class Conditioner(nn.Module):
 
     @staticmethod
     def _trigrams(grams: NGrams, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Computes log-likelihoods (N, d) up to every dimension, with their own counts and without."""
+        """Computes log-likelihoods (N, d) up to dimensions, with their own counts and without."""
         history, seen = grams.pack(y).flatten(), torch.arange(y.shape[1], device=y.device)
         seen = seen.clamp(max=2).expand_as(y).flatten()
         classes = y.flatten()
