@@ -36,6 +36,7 @@ RENDERERS: Mapping[str, Callable[[Experiment], str]] = MappingProxyType(
         "addition": addition.render,
         "potts": potts.render,
         "language-modelling": language_modelling.render,
+        "language-modelling-gpu": language_modelling.render,
     }
 )
 """What renders the tables of each experiment, by its name."""
@@ -45,6 +46,7 @@ DRAWERS: Mapping[str, Callable[[Experiment, Path], None]] = MappingProxyType(
         "estimators": estimators.draw,
         "mixture": mixture.draw,
         "language-modelling": language_modelling.draw,
+        "language-modelling-gpu": language_modelling.draw,
     }
 )
 """What draws the figures of those that have one."""

@@ -34,7 +34,15 @@ from dflows.records import read_record
 
 __all__ = ["EXPERIMENTS", "main", "reproduce"]
 
-EXPERIMENTS = ("full-rank", "estimators", "mixture", "addition", "potts", "language-modelling")
+EXPERIMENTS = (
+    "full-rank",
+    "estimators",
+    "mixture",
+    "addition",
+    "potts",
+    "language-modelling",
+    "language-modelling-gpu",
+)
 
 
 @dataclass(frozen=True)

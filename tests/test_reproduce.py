@@ -22,6 +22,7 @@ DESCRIBED = {
     "estimators": estimators.describe_figure,
     "mixture": mixture.describe_figure,
     "language-modelling": language_modelling.describe_figure,
+    "language-modelling-gpu": language_modelling.describe_figure,
 }
 
 

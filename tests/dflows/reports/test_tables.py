@@ -16,6 +16,7 @@ TASKS = {
     "addition": ["D10"],
     "potts": ["side3-K3-J0.1"],
     "language-modelling": ["ptb"],
+    "language-modelling-gpu": ["text8"],
 }
 ROWS = {
     "flow": Row("flow", reference="own", published={}),
@@ -180,15 +181,18 @@ USED = {
     "mixture": {"reference_kl", "kl", "entropy"},
     "addition": {"steps", "accuracy"},
     "potts": {"exact_nats", "entropy", "passes"},
-    "language-modelling": {
-        "characters",
-        "generation_seconds_1",
-        "level_bpc",
-        "samples",
-        "test_bpc",
-        "test_bpc_carried",
-        "train_seconds",
-    },
+    **dict.fromkeys(
+        ["language-modelling", "language-modelling-gpu"],
+        {
+            "characters",
+            "generation_seconds_1",
+            "level_bpc",
+            "samples",
+            "test_bpc",
+            "test_bpc_carried",
+            "train_seconds",
+        },
+    ),
 }
 """Some of the metrics that every table shows."""
 
