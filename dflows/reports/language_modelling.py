@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from dflows.errors import UserError
 from dflows.experiments.plan import Row
 from dflows.records import Record
 from dflows.reports.experiment import Experiment
@@ -46,10 +47,14 @@ def render(experiment: Experiment) -> str:
 
     Returns:
         Markdown.
+
+    Raises:
+        UserError: If records of one text scored different characters.
     """
     parts = []
     for task in experiment.plan.tasks:
         if shown := _shown(experiment, task):
+            experiment.first(task, "unigram_bpc")
             parts += [_task(task, shown), *_levels(shown), *_samples(shown)]
     return "\n\n".join(parts)
 
@@ -61,6 +66,16 @@ def _shown(experiment: Experiment, task: str) -> list[Shown]:
 
 def _task(task: str, shown: Sequence[Shown]) -> str:
     metrics = shown[0].record.metrics
+    scored = {
+        one.record.metrics["characters"]["test"]
+        for one in shown
+        if "test" in one.record.metrics.get("characters", {})
+    }
+    if len(scored) > 1:
+        raise UserError(
+            f"records of {task} scored {sorted(scored)} characters of test: run them with the same "
+            "--overlay, or add --again"
+        )
     caption = f"**{task}**"
     if "test" in metrics.get("characters", {}):
         caption += f": {metrics['characters']['test']:,} characters of test"

@@ -3,6 +3,7 @@
 import pytest
 
 from dflows.bijections import RankPermutation
+from dflows.errors import UserError
 from dflows.experiments.plan import Plan, Reference, Row, Smoke
 from dflows.orderings import Natural
 from dflows.records import Record
@@ -201,3 +202,18 @@ USED = {
 def test_without_records_there_is_no_table(name):
     full = experiment(name)
     assert RENDERERS[name](Experiment(full.plan, {})) == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"characters": {"test": 300}}, r"scored \[300, 1000\] characters of test"),
+        ({"unigram_bpc": 3.0}, "they are of different distributions"),
+    ],
+)
+def test_rows_of_different_texts_are_not_compared(changes, message):
+    full = experiment("language-modelling")
+    other = record("rank-1-ptb", RUN | changes)
+    mixed = Experiment(full.plan, full.records | {"rank-1-ptb": [other]})
+    with pytest.raises(UserError, match=message):
+        RENDERERS["language-modelling"](mixed)
