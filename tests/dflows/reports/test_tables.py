@@ -182,9 +182,8 @@ USED = {
     "mixture": {"reference_kl", "kl", "entropy"},
     "addition": {"steps", "accuracy"},
     "potts": {"exact_nats", "entropy", "passes"},
-    **dict.fromkeys(
-        ["language-modelling", "language-modelling-gpu"],
-        {
+    **{
+        name: {
             "characters",
             "generation_seconds_1",
             "level_bpc",
@@ -192,8 +191,9 @@ USED = {
             "test_bpc",
             "test_bpc_carried",
             "train_seconds",
-        },
-    ),
+        }
+        for name in ("language-modelling", "language-modelling-gpu")
+    },
 }
 """Some of the metrics that every table shows."""
 
