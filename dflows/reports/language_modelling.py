@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dflows.errors import UserError
 from dflows.experiments.plan import Row
@@ -40,7 +40,7 @@ class Shown(NamedTuple):
 
 
 def render(experiment: Experiment) -> str:
-    """Renders a table for every text, what the levels of a window cost, and samples.
+    """Renders a table for every text, what few passes cost and gain, and samples.
 
     Args:
         experiment: The plan and the records.
@@ -55,7 +55,8 @@ def render(experiment: Experiment) -> str:
     for task in experiment.plan.tasks:
         if shown := _shown(experiment, task):
             experiment.first(task, "unigram_bpc")
-            parts += [_task(task, shown), *_levels(shown), *_samples(shown)]
+            parts += [_task(task, shown), *_few_passes(shown), *_quickest(shown)]
+            parts += [*_levels(shown), *_samples(shown)]
     return "\n\n".join(parts)
 
 
@@ -106,6 +107,95 @@ def _line(task: str, shown: Shown) -> list[str]:
         number(metrics.get("generation_seconds_1")),
         number(metrics.get("generation_seconds_32")),
     ]
+
+
+def _argument(record: Record, key: str) -> Any:
+    """Returns an argument of a record's model, if it has it."""
+    return record.config.get("model", {}).get("init_args", {}).get(key)
+
+
+def _class(record: Record, key: str) -> str:
+    """Returns the name of the class that an argument of a record's model is of, if of any."""
+    part = _argument(record, key)
+    path = part.get("class_path", "") if isinstance(part, dict) else part
+    return path.rpartition(".")[2] if isinstance(path, str) else ""
+
+
+def _is_few(record: Record) -> bool:
+    """Tells whether a record's passes are at most a tenth of the characters that they generate."""
+    length = record.metrics.get("generation_length", 0)
+    return 10 * int(record.metrics["passes"]) <= length
+
+
+def _scored(shown: Sequence[Shown]) -> list[Shown]:
+    """Returns the rows whose bits are exact, the fewest first."""
+    scored = [
+        one
+        for one in shown
+        if one.record.likelihood == "exact" and "test_bpc" in one.record.metrics
+    ]
+    return sorted(scored, key=lambda one: one.record.metrics["test_bpc"])
+
+
+def _few_passes(shown: Sequence[Shown]) -> list[str]:
+    """Returns what at most a tenth as many passes as characters reach, beside their opponents."""
+    scored = [one for one in _scored(shown) if one.record.metrics.get("passes")]
+    few = [one for one in scored if _is_few(one.record)]
+    many = [one for one in scored if not _is_few(one.record)]
+    alone = [one for one in few if not _argument(one.record, "ngram_order")]
+    alone_too = [one for one in many if not _argument(one.record, "ngram_order")]
+    recipe = [one for one in few if _class(one.record, "estimator") == "SoftmaxStraightThrough"]
+    flows = [
+        one for one in few if _class(one.record, "base") == "FactorizedBase" and one not in recipe
+    ]
+    rows = []
+    for best, others in ((few, many), (alone, alone_too), (flows, recipe[:1])):
+        for other in others if best else []:
+            bits_of = [one.record.metrics["test_bpc"] for one in (best[0], other)]
+            row = [
+                _name(best[0].row, best[0].record),
+                f"{bits_of[0]:.3f}",
+                _name(other.row, other.record),
+                f"{bits_of[1]:.3f}",
+                f"{bits_of[0] - bits_of[1]:+.3f}",
+            ]
+            if row not in rows:
+                rows.append(row)
+    if not rows:
+        return []
+    caption = (
+        "The best exact model with at most a tenth as many passes as characters, beside those with "
+        "more passes; the same of networks that are told of no n-grams; and the best of such flows "
+        "on a factorized base, beside the best of the paper's recipes:"
+    )
+    head = ("few passes", "test bpc", "beside", "its test bpc", "more bits")
+    return [caption, table(head, rows)]
+
+
+def _quickest(shown: Sequence[Shown]) -> list[str]:
+    """Returns what generates quickest with no more bits than each exact system has."""
+    scored, rows = _scored(shown), []
+    for number_of, one in enumerate(scored):
+        cells = [_name(one.row, one.record), f"{one.record.metrics['test_bpc']:.3f}"]
+        for key in ("generation_seconds_1", "generation_seconds_32"):
+            rivals = [rival for rival in scored[:number_of] if key in rival.record.metrics]
+            seconds = one.record.metrics.get(key)
+            if not rivals or seconds is None:
+                cells += ["–", "–"]
+                continue
+            best = min(rivals, key=lambda rival: rival.record.metrics[key])
+            cells += [
+                _name(best.row, best.record),
+                f"{seconds / best.record.metrics[key]:.2f}",
+            ]
+        rows.append(cells)
+    if len(rows) < 2:
+        return []
+    caption = (
+        "What generates quickest with no more bits than a system has, and how many times as fast:"
+    )
+    head = ("system", "test bpc", "for 1 sequence", "times", "for 32 sequences", "times")
+    return [caption, table(head, rows)]
 
 
 def _name(row: Row, record: Record) -> str:

@@ -1,5 +1,7 @@
 """The tables of the experiments, of records made by hand: every row beside its own reference."""
 
+from dataclasses import replace
+
 import pytest
 
 from dflows.bijections import RankPermutation
@@ -217,3 +219,43 @@ def test_rows_of_different_texts_are_not_compared(changes, message):
     mixed = Experiment(full.plan, full.records | {"rank-1-ptb": [other]})
     with pytest.raises(UserError, match=message):
         RENDERERS["language-modelling"](mixed)
+
+
+def test_few_passes_are_compared_with_many_and_flows_with_the_recipe():
+    def made(name, bits, passes, seconds, **arguments):
+        one = record(
+            f"{name}-ptb",
+            RUN | {"test_bpc": bits, "passes": passes, "generation_seconds_1": seconds},
+        )
+        model = {"model": {"init_args": arguments}}
+        return replace(one, config={**one.config, **model})
+
+    base = "dflows.bases.FactorizedBase"
+    recipe = {"class_path": "dflows.estimators.SoftmaxStraightThrough"}
+    found = {
+        "told": made("told", 1.5, 12, 0.25, ngram_order=8),
+        "levels": made("levels", 1.75, 12, 0.125),
+        "slow": made("slow", 1.625, 128, 1.0, ngram_order=8),
+        "plain": made("plain", 2.0, 128, 0.5),
+        "ours": made("ours", 2.5, 12, 0.5, base={"class_path": base}),
+        "paper": made("paper", 4.0, 2, 0.5, base=base, estimator=recipe),
+    }
+    plan = Plan(
+        "language-modelling",
+        {"ptb": {}},
+        {name: Row(name) for name in found},
+        Smoke(tasks=["ptb"], rows=["told"]),
+    )
+    records = {f"{name}-ptb": [one] for name, one in found.items()}
+    lines = RENDERERS["language-modelling"](Experiment(plan, records)).splitlines()
+    begin = lines.index("| few passes | test bpc | beside | its test bpc | more bits |") + 2
+    assert lines[begin : lines.index("", begin)] == [
+        "| told, 12 passes | 1.500 | slow, 128 passes | 1.625 | -0.125 |",
+        "| told, 12 passes | 1.500 | plain, 128 passes | 2.000 | -0.500 |",
+        "| levels, 12 passes | 1.750 | plain, 128 passes | 2.000 | -0.250 |",
+        "| ours, 12 passes | 2.500 | paper, 2 passes | 4.000 | -1.500 |",
+    ]
+    quickest = "told, 12 passes | 4.00 | told, 12 passes | 1.00 |"
+    assert f"| slow, 128 passes | 1.625 | {quickest}" in lines
+    quickest = "levels, 12 passes | 4.00 | told, 12 passes | 1.00 |"
+    assert f"| plain, 128 passes | 2.000 | {quickest}" in lines
