@@ -350,7 +350,9 @@ class NGrams(nn.Module):
     def _apply(self, *args: Any, **options: Any) -> Self:
         super()._apply(*args, **options)
         if self._tables and self._tables[0].keys.device != self.keys.device:
-            self._tables = self._ahead = None
+            self._tables = None
+        if self._ahead is not None and self._ahead.device != self.keys.device:
+            self._ahead = None
         return self
 
     def _load_from_state_dict(
