@@ -1,12 +1,9 @@
 """What stands ahead of a dimension, as trigrams see it: a table of log-likelihoods."""
 
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from dflows.ngrams import NGrams
 
 __all__ = ["MOST_CLASSES", "MOST_GAP", "Ahead", "lookahead"]
 
@@ -49,10 +46,10 @@ class Ahead(NamedTuple):
         return bool((self.gap >= 0).any())
 
 
-def lookahead(grams: "NGrams") -> Tensor:
+def lookahead(probs: Tensor) -> Tensor:
     r"""Tabulates how likely what stands ahead is, given each class of a dimension.
 
-    With the trigrams of counted n-grams, and g unknown dimensions in between,
+    With trigrams, and g unknown dimensions in between,
 
     .. math:: m_0(x, v) = p(a \mid x, v)\, p(b \mid v, a), \qquad
         m_g(x, v) = \sum_w p(w \mid x, v)\, m_{g-1}(v, w)
@@ -62,15 +59,17 @@ def lookahead(grams: "NGrams") -> Tensor:
     sides, as far as trigrams tell.
 
     Args:
-        grams: Counted n-grams, of at most :data:`MOST_CLASSES` classes.
+        probs: Probabilities (K, K, K) of a class after two others, the last axis the class's own;
+            with at most :data:`MOST_CLASSES` classes.
 
     Returns:
         Logarithms (gaps, K, K + 1, K, K) for a gap, a, b or K where that is unknown, x and v.
+
+    Example:
+        >>> table = lookahead(torch.rand(3, 3, 3).softmax(dim=-1))
+        >>> table.shape == (MOST_GAP + 1, 3, 4, 3, 3)
+        True
     """
-    num_classes = grams.num_classes
-    classes = torch.arange(num_classes, device=grams.keys.device)
-    history = grams.pack(torch.cartesian_prod(classes, classes, classes[:1]))[:, 2]
-    probs = grams.following(history, 2).float().unflatten(0, (num_classes, num_classes))
     # Entries [a, b, x, v]; b is unknown in the last.
     first = probs.permute(2, 0, 1).unsqueeze(1)
     second = probs.permute(1, 2, 0).unsqueeze(2)

@@ -322,7 +322,7 @@ class NGrams(nn.Module):
         """
         if self._ahead is None:
             with torch.inference_mode(mode=False), torch.no_grad():
-                self._ahead = lookahead(self)
+                self._ahead = lookahead(self._trigrams().float())
         found = self._ahead[gap.clamp(min=0), first, second, before]
         if own is not None:
             classes, whole, rest = own
@@ -332,6 +332,12 @@ class NGrams(nn.Module):
             of_own = of_own + torch.log1p(-lost.clamp(max=1 - 1e-6))
             found = found.scatter(-1, classes.unsqueeze(-1), of_own.unsqueeze(-1))
         return found.masked_fill((gap < 0).unsqueeze(-1), 0)
+
+    def _trigrams(self) -> Tensor:
+        """Computes the probabilities (K, K, K) of every class after every two."""
+        classes = torch.arange(self.num_classes, device=self.keys.device)
+        history = self.pack(torch.cartesian_prod(classes, classes, classes[:1]))[:, 2]
+        return self.following(history, 2).unflatten(0, (self.num_classes, self.num_classes))
 
     def pack(self, x: Tensor) -> Tensor:
         """Packs the n - 1 classes before every dimension.
