@@ -112,6 +112,11 @@ def test_a_benchmark_without_speed_is_refused(speed):
         render_table([record()], [benchmark])
 
 
+def test_other_benchmarks_are_for_another_page():
+    benchmark = record(name="modular-dense-27-cpu", metrics={"call_seconds": 0.1})
+    assert render_table([record()], [benchmark]) == render_table([record()])
+
+
 def test_a_text_without_entropy_has_no_share_of_it():
     assert "| 2.500 | – |" in render_table([record(metrics=METRICS | {"unigram_bpc": 0.0})])
 

@@ -29,7 +29,7 @@ def render(records: Sequence[Record]) -> str:
 
 def _times(value: float | None) -> str:
     """Formats a ratio so that a hundred and a hundredth can be told."""
-    return number(value, ".3g")
+    return number(value, ",.0f" if value is not None and value >= 1000 else ".3g")
 
 
 def _generation(device: str, records: Sequence[Record]) -> list[str]:

@@ -79,7 +79,7 @@ def render_table(records: Sequence[Record], benchmarks: Sequence[Record] = ()) -
 
     Args:
         records: Records of `python -m dflows.fit` on one corpus.
-        benchmarks: Records of `benchmarks/throughput.py`.
+        benchmarks: Records of benchmarks, of which those of `benchmarks/throughput.py` are shown.
 
     Returns:
         Markdown, with a line for every record.
@@ -118,7 +118,8 @@ def render_table(records: Sequence[Record], benchmarks: Sequence[Record] = ()) -
     lines = [table(HEAD, rows)]
     if records:
         lines += ["", _footnote(records)]
-    speeds = {record.name: _speed(record) for record in benchmarks}
+    throughput = [record for record in benchmarks if record.name.startswith("throughput-")]
+    speeds = {record.name: _speed(record) for record in throughput}
     if {"throughput-lightning", "throughput-plain"} <= speeds.keys():
         ratio = speeds["throughput-plain"] / speeds["throughput-lightning"]
         note = (
