@@ -48,7 +48,8 @@ def _generation_of(size: str, records: Sequence[Record]) -> list[str]:
         f"{first.config['num_classes']} classes, {first.precision}. The device reads "
         f"{first.metrics['memory_bandwidth'] / 1e9:.1f} GB and does "
         f"{first.metrics['matrix_rate'] / 1e9:.0f} GFLOP a second. The opponent is "
-        f"{first.config['opponent_1']} for 1 sequence and {first.config['opponent_32']} for 32."
+        f"{first.config['opponent_1']} for 1 sequence and {first.config['opponent_32']} for 32, and "
+        f"{first.config['naive_opponent']} in the columns of naive."
     )
     every = first.config["naive_every"]
     if every > 1:
@@ -84,16 +85,18 @@ def _modular(device: str, records: Sequence[Record]) -> list[str]:
         rows.append(
             [
                 f"K = {record.config['num_classes']}, {record.config['way']}",
+                f"{record.config['rows']}",
                 f"{metrics['call_seconds'] * 1e3:.2f}",
                 f"{metrics['call_bytes'] / 1e6:.1f}",
                 _times(_inverse(metrics.get("seconds_ratio"))),
                 _times(_inverse(metrics.get("bytes_ratio"))),
             ]
         )
-    head = ("map", "ms", "MB", "times the gathers' ms", "times the gathers' MB")
+    head = ("map", "rows", "ms", "MB", "times the gathers' ms", "times the gathers' MB")
     caption = (
         f"The modular map with its three gradients, for {shape[0]} × {shape[1]} dimensions "
-        f"({device}):"
+        f"({device}). Where they would not fit into memory fewer of the {shape[0]} rows are timed, "
+        "and figures are those of the whole in proportion:"
     )
     return [caption, table(head, rows)]
 

@@ -146,7 +146,7 @@ def _few_passes(shown: Sequence[Shown]) -> list[str]:
     alone_too = [one for one in many if not _argument(one.record, "ngram_order")]
     recipe = [one for one in few if _class(one.record, "estimator") == "SoftmaxStraightThrough"]
     flows = [
-        one for one in few if _class(one.record, "base") == "FactorizedBase" and one not in recipe
+        one for one in alone if _class(one.record, "base") == "FactorizedBase" and one not in recipe
     ]
     rows = []
     for best, others in ((few, many), (alone, alone_too), (flows, recipe[:1])):
@@ -165,8 +165,8 @@ def _few_passes(shown: Sequence[Shown]) -> list[str]:
         return []
     caption = (
         "The best exact model with at most a tenth as many passes as characters, beside those with "
-        "more passes; the same of networks that are told of no n-grams; and the best of such flows "
-        "on a factorized base, beside the best of the paper's recipes:"
+        "more passes; the same of networks that are told of no n-grams; and of these the best flow on "
+        "a factorized base, beside the best of the paper's recipes:"
     )
     head = ("few passes", "test bpc", "beside", "its test bpc", "more bits")
     return [caption, table(head, rows)]
