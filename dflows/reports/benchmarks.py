@@ -48,8 +48,8 @@ def _generation_of(size: str, records: Sequence[Record]) -> list[str]:
         f"{first.config['num_classes']} classes, {first.precision}. The device reads "
         f"{first.metrics['memory_bandwidth'] / 1e9:.1f} GB and does "
         f"{first.metrics['matrix_rate'] / 1e9:.0f} GFLOP a second. The opponent is "
-        f"{first.config['opponent_1']} for 1 sequence and {first.config['opponent_32']} for 32, and "
-        f"{first.config['naive_opponent']} in the columns of naive."
+        f"{first.config['opponent_1']} for 1 sequence and {first.config['opponent_32']} for 32; in "
+        f"the columns of naive it is {first.config['naive_opponent']}."
     )
     every = first.config["naive_every"]
     if every > 1:

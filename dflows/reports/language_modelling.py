@@ -165,8 +165,8 @@ def _few_passes(shown: Sequence[Shown]) -> list[str]:
         return []
     caption = (
         "The best exact model with at most a tenth as many passes as characters, beside those with "
-        "more passes; the same of networks that are told of no n-grams; and of these the best flow on "
-        "a factorized base, beside the best of the paper's recipes:"
+        "more passes; the same of networks that are told of no n-grams; and of these the best flow "
+        "on a factorized base, beside the best of the paper's recipes:"
     )
     head = ("few passes", "test bpc", "beside", "its test bpc", "more bits")
     return [caption, table(head, rows)]
