@@ -141,6 +141,16 @@ class TestKeys:
                 ),
                 "model.bijection (dflows.bijections.ModularAffine): Option 'foo' is not accepted",
             ),
+            # A rank permutation has no scale.
+            (
+                (
+                    "--model.bijection",
+                    "dflows.bijections.RankPermutation",
+                    "--model.bijection.scale",
+                    "true",
+                ),
+                "(dflows.bijections.RankPermutation): Option 'scale' is not accepted: its keys are",
+            ),
             (("--model.bijection.foo", 1), "its keys are num_classes, temperature"),
             (
                 ("--model.optimization.foo", 1),
