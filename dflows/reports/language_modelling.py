@@ -256,26 +256,69 @@ def draw(experiment: Experiment, file: Path) -> None:
         file: The SVG file.
     """
     words = describe_figure(experiment)
-    with drawing(file, words, ncols=2, figsize=(11, 4.6), sharey=True) as (_, axes):
-        for number_of, (name, _, record) in enumerate(_points(experiment)):
-            height = record.metrics.get("test_bpc")
-            if height is None:
-                continue
-            bound = record.likelihood == "bound"
-            look = {"marker": "v" if bound else "o", "color": f"C{number_of % 10}", "s": 40}
-            for place, key in zip(axes, ("passes", "generation_seconds_1"), strict=True):
-                if key in record.metrics:
-                    place.scatter(record.metrics[key], height, **look)
-                    place.annotate(
-                        name,
-                        (record.metrics[key], height),
-                        textcoords="offset points",
-                        xytext=(5, 3),
-                        fontsize=7,
-                    )
-        axes[0].set_xscale("symlog", base=2, linthresh=1)
+    points = [one for one in _points(experiment) if "test_bpc" in one.record.metrics]
+    with drawing(file, words, ncols=2, figsize=(12, 5.2), sharey=True) as (_, axes):
+        for place, key in zip(axes, ("passes", "generation_seconds_1"), strict=True):
+            shown = [one for one in points if key in one.record.metrics]
+            across = [one.record.metrics[key] for one in shown]
+            for number_of, (value, one) in enumerate(zip(across, shown, strict=True)):
+                bound = one.record.likelihood == "bound"
+                look = {"marker": "v" if bound else "o", "color": f"C{number_of % 10}", "s": 40}
+                place.scatter(value, one.record.metrics["test_bpc"], **look)
+            if key == "passes":
+                # Linear up to 1: a chain of n-grams takes no pass at all.
+                place.set_xscale("symlog", base=4, linthresh=1)
+                place.set_xlim(-0.2, 2 * max(1, *across) if across else 1)
+            else:
+                place.set_xscale("log")
         axes[0].xaxis.set_major_formatter("{x:.0f}")
         axes[0].set_xlabel("passes: sequential network evaluations of one batch")
         axes[0].set_ylabel("bits per character, test (triangles: bounds)")
-        axes[1].set_xscale("log")
         axes[1].set_xlabel("seconds to generate one sequence")
+        axes[0].figure.draw_without_rendering()  # then it is known where points are
+        for place, key in zip(axes, ("passes", "generation_seconds_1"), strict=True):
+            named = [one for one in points if key in one.record.metrics]
+            _annotate(place, [(one.record.metrics[key], one) for one in named])
+
+
+def _annotate(place: Any, points: Sequence[tuple[float, Shown]]) -> None:
+    """Names points, each where its name covers as little as can be of the points and other names.
+
+    Names are of the rows, in 7 points, of which a letter is about 4 wide.
+    """
+    scale = 72 / place.figure.dpi
+    spots = [
+        scale * place.transData.transform((value, one.record.metrics["test_bpc"]))
+        for value, one in points
+    ]
+    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in spots]
+    edges = scale * place.bbox.x0, scale * place.bbox.x1
+    top = scale * place.bbox.y1
+    for (x, y), (value, one) in sorted(
+        zip(spots, points, strict=True), key=lambda named: tuple(named[0])
+    ):
+        width, boxes = 4.0 * len(one.name), []
+        for up in (-3, 6, -12, 15, -21, 24, -30, 33, -39):
+            boxes.append((6, up, x + 6))
+            boxes.append((-6 - width, up, x - 6 - width))
+
+        def covered(box: tuple[float, float, float], y: float = y, width: float = width) -> float:
+            _, up, left = box
+            overlaps = (
+                max(0, min(left + width, x1) - max(left, x0))
+                * max(0, min(y + up + 7, y1) - max(y + up, y0))
+                for x0, y0, x1, y1 in taken
+            )
+            outside = max(0, edges[0] - left) + max(0, left + width - edges[1])
+            outside += max(0, y + up + 7 - top)
+            return sum(overlaps) + 100 * outside + abs(up + 3) / 8
+
+        dx, up, left = min(boxes, key=covered)
+        taken.append((left, y + up, left + width, y + up + 7))
+        place.annotate(
+            one.name,
+            (value, one.record.metrics["test_bpc"]),
+            textcoords="offset points",
+            xytext=(dx, up),
+            fontsize=7,
+        )
