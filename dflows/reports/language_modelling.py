@@ -297,7 +297,8 @@ def _annotate(place: Any, points: Sequence[tuple[float, Shown]]) -> None:
     for (x, y), (value, one) in sorted(
         zip(spots, points, strict=True), key=lambda named: tuple(named[0])
     ):
-        width, boxes = 4.0 * len(one.name), []
+        width = 4.0 * len(one.name)
+        boxes: list[tuple[float, float, float]] = []
         for up in (-3, 6, -12, 15, -21, 24, -30, 33, -39):
             boxes.append((6, up, x + 6))
             boxes.append((-6 - width, up, x - 6 - width))
