@@ -310,8 +310,8 @@ def _annotate(place: Any, points: Sequence[tuple[float, Shown]]) -> None:
                 * max(0, min(y + up + 7, y1) - max(y + up, y0))
                 for x0, y0, x1, y1 in taken
             )
-            outside = max(0, edges[0] - left) + max(0, left + width - edges[1])
-            outside += max(0, y + up + 7 - top)
+            beyond = (edges[0] - left, left + width - edges[1], y + up + 7 - top)
+            outside = sum(max(0.0, length) for length in beyond)
             return sum(overlaps) + 100 * outside + abs(up + 3) / 8
 
         dx, up, left = min(boxes, key=covered)
