@@ -314,12 +314,12 @@ def _annotate(place: Any, points: Sequence[tuple[float, Shown]]) -> None:
             outside = sum(max(0.0, length) for length in beyond)
             return sum(overlaps) + 100 * outside + abs(up + 3) / 8
 
-        dx, up, left = min(boxes, key=covered)
-        taken.append((left, y + up, left + width, y + up + 7))
+        dx, above, left = min(boxes, key=covered)
+        taken.append((left, y + above, left + width, y + above + 7))
         place.annotate(
             one.name,
             (value, one.record.metrics["test_bpc"]),
             textcoords="offset points",
-            xytext=(dx, up),
+            xytext=(dx, above),
             fontsize=7,
         )
