@@ -417,7 +417,7 @@ class Conditioner(nn.Module):
             if self.without_own:
                 end = (place + has_second).clamp(max=y.shape[1] - 1)
                 parts += [
-                    likelihood[:, end] - likelihood for likelihood in self._trigrams(grams, y)
+                    likelihood[:, end] - likelihood for likelihood in self._trigram_paths(grams, y)
                 ]
         if chosen is not None:
             mask = chosen.dtype == torch.bool
@@ -431,7 +431,7 @@ class Conditioner(nn.Module):
         return torch.stack(known, dim=-1).unflatten(0, parts[0].shape)
 
     @staticmethod
-    def _trigrams(grams: NGrams, y: Tensor) -> tuple[Tensor, Tensor]:
+    def _trigram_paths(grams: NGrams, y: Tensor) -> tuple[Tensor, Tensor]:
         """Computes log-likelihoods (N, d) up to dimensions, with their own counts and without."""
         history, seen = grams.pack(y).flatten(), torch.arange(y.shape[1], device=y.device)
         seen = seen.clamp(max=2).expand_as(y).flatten()

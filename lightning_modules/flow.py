@@ -277,22 +277,22 @@ class DiscreteFlowModule(BaseModule):
         data = self.trainer.datamodule  # type: ignore[attr-defined]
         text = None if left else data.training_chunks()
         with torch.inference_mode(mode=False):
-            grams.count(self._training_rows(data, left) if text is None else text)
+            grams.count(self._training_rows(data) if text is None else text)
         if isinstance(self.flow.base, NGramBase) and not len(self.flow.transforms):
             self.counted["characters"]["train"] = grams.num_counted
         rank_zero_info(f"{grams}, counted on {grams.num_counted:,} characters")
 
-    def _training_rows(self, data: Any, left: bool) -> Iterator[Tensor]:
-        """Yields the first training windows, or what the flows leave of them."""
+    def _training_rows(self, data: Any) -> Iterator[Tensor]:
+        """Yields what the flows leave of the first training windows."""
         read, step = data.training_stream().open(), data.eval_batch_size
         for first in range(0, self.base_count_windows, step):
             rows = read(first, min(step, self.base_count_windows - first))
             batch = data.batch_of(torch.from_numpy(rows.astype("int64")).to(self.device))
-            y, context = self.indices_of(batch), self.context_of(batch)
-            yield self._left(y, context) if left else y
+            yield self._left(batch)
 
-    def _left(self, y: Tensor, context: Tensor | None) -> Tensor:
+    def _left(self, batch: Batch) -> Tensor:
         """Returns what the flows leave of training data, to which they are as to unseen data."""
+        y, context = self.indices_of(batch), self.context_of(batch)
         if not len(self.flow.transforms):
             return y
         with self.flow.without_own(True):
@@ -321,8 +321,8 @@ class DiscreteFlowModule(BaseModule):
         if step <= self.optimization.hold_base_steps:
             return
         if isinstance(base, FactorizedBase):
-            x = self._left(self.indices_of(batch), self.context_of(batch))
-            counts = self.trainer.strategy.reduce(base.count(x), reduce_op="sum")
+            counts = base.count(self._left(batch))
+            counts = self.trainer.strategy.reduce(counts, reduce_op="sum")
             self.base_counts = self.base_counts * self.base_refit_decay + counts
             base.refit(self.base_counts)
 

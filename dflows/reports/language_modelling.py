@@ -257,28 +257,27 @@ def draw(experiment: Experiment, file: Path) -> None:
     """
     words = describe_figure(experiment)
     points = [one for one in _points(experiment) if "test_bpc" in one.record.metrics]
+    shown = {
+        key: [(one.record.metrics[key], one) for one in points if key in one.record.metrics]
+        for key in ("passes", "generation_seconds_1")
+    }
     with drawing(file, words, ncols=2, figsize=(12, 5.2), sharey=True) as (_, axes):
-        for place, key in zip(axes, ("passes", "generation_seconds_1"), strict=True):
-            shown = [one for one in points if key in one.record.metrics]
-            across = [one.record.metrics[key] for one in shown]
-            for number_of, (value, one) in enumerate(zip(across, shown, strict=True)):
+        for place, named in zip(axes, shown.values(), strict=True):
+            for number_of, (value, one) in enumerate(named):
                 bound = one.record.likelihood == "bound"
                 look = {"marker": "v" if bound else "o", "color": f"C{number_of % 10}", "s": 40}
                 place.scatter(value, one.record.metrics["test_bpc"], **look)
-            if key == "passes":
-                # Linear up to 1: a chain of n-grams takes no pass at all.
-                place.set_xscale("symlog", base=4, linthresh=1)
-                place.set_xlim(-0.2, 2 * max(1, *across) if across else 1)
-            else:
-                place.set_xscale("log")
+        # Linear up to 1: a chain of n-grams takes no pass at all.
+        axes[0].set_xscale("symlog", base=4, linthresh=1)
+        axes[0].set_xlim(-0.2, 2 * max([1, *(passes for passes, _ in shown["passes"])]))
         axes[0].xaxis.set_major_formatter("{x:.0f}")
         axes[0].set_xlabel("passes: sequential network evaluations of one batch")
         axes[0].set_ylabel("bits per character, test (triangles: bounds)")
+        axes[1].set_xscale("log")
         axes[1].set_xlabel("seconds to generate one sequence")
         axes[0].figure.draw_without_rendering()  # then it is known where points are
-        for place, key in zip(axes, ("passes", "generation_seconds_1"), strict=True):
-            named = [one for one in points if key in one.record.metrics]
-            _annotate(place, [(one.record.metrics[key], one) for one in named])
+        for place, named in zip(axes, shown.values(), strict=True):
+            _annotate(place, named)
 
 
 def _annotate(place: Any, points: Sequence[tuple[float, Shown]]) -> None:
