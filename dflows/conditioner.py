@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dflows.acceleration import accelerated
-from dflows.backbones import Backbone, StatefulBackbone, SteppedBackbone, as_backbone
+from dflows.backbones import Backbone, State, StatefulBackbone, SteppedBackbone, as_backbone
 from dflows.embedding import Context, Embedding, Layout, behind
 from dflows.errors import UserError
 from dflows.experts import Expert
@@ -32,8 +32,6 @@ __all__ = ["Conditioner", "Context"]
 
 LevelByLevel: TypeAlias = Callable[[Tensor, int, int], tuple[Tensor, Tensor]]
 """See :meth:`Conditioner.level_by_level`."""
-
-State: TypeAlias = tuple[Tensor, Tensor]
 
 
 def _evaluate(network: nn.Module, *inputs: Tensor | None) -> Tensor:
@@ -266,7 +264,7 @@ class Conditioner(nn.Module):
         Args:
             y: Indices (N, d).
             last: The value (N,) before each window; -1 where one begins anew, from a state of 0.
-            state: Hidden and cell state (layers, N, hidden) behind it; zeros where not given.
+            state: What the backbone has made of all before; zeros where not given.
 
         Returns:
             Logits (N, d, num_logits), and the state after the windows.
@@ -284,8 +282,7 @@ class Conditioner(nn.Module):
         anew = (last < 0).unsqueeze(-1)
         before = torch.where(anew, backbone.start, self.embedding.content(last.clamp(min=0)))
         if state is not None:
-            hidden, cells = state
-            state = hidden.masked_fill(anew, 0), cells.masked_fill(anew, 0)
+            state = tuple(part.masked_fill(anew, 0) for part in state)
         features, state = backbone.resume(self.embedding.content(y), query, levels, before, state)
         return self._logits(features, y), state
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dflows.conditioner import Conditioner
 
-__all__ = ["Decide", "decide_levels", "fixed_point"]
+__all__ = ["Decide", "decide_levels", "solve_fixed_point"]
 
 Decide: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """Decides the values of some dimensions: from their numbers (n,) and logits (N, n, num_logits)
@@ -47,7 +47,7 @@ def decide_levels(
     return y
 
 
-def fixed_point(
+def solve_fixed_point(
     conditioner: Conditioner,
     y: Tensor,
     decide: Decide,

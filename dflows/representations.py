@@ -13,6 +13,7 @@ from dflows.errors import UserError
 
 __all__ = [
     "batch_shape",
+    "check_indices",
     "flatten_batch",
     "is_one_hot",
     "repeat_context",
@@ -24,6 +25,34 @@ __all__ = [
 def is_one_hot(value: Tensor) -> bool:
     """Says whether a value is held as one-hot vectors (floating) rather than as indices."""
     return value.is_floating_point()
+
+
+def check_indices(y: Tensor, num_classes: int, length: int, *, wait: bool = False) -> Tensor:
+    """Returns indices as 64-bit integers.
+
+    Args:
+        y: Indices (…, d).
+        num_classes: K.
+        length: D, the most dimensions.
+        wait: Whether to look at the values even where that waits for a device.
+
+    Raises:
+        UserError: If they are no indices 0..K-1, or have more dimensions.
+    """
+    if y.is_floating_point() or y.dtype == torch.bool:
+        raise UserError(
+            f"values of dtype {y.dtype} were given: give indices 0..{num_classes - 1} as integers"
+        )
+    if y.ndim < 1 or not 1 <= y.shape[-1] <= length:
+        raise UserError(
+            f"an event of {y.shape[-1] if y.ndim else 0} dimensions was given, and the flow has "
+            f"{length}: give 1 to that many"
+        )
+    if wait or (y.device.type == "cpu" and not torch.compiler.is_compiling()):
+        outside = (y < 0) | (y >= num_classes)
+        if outside.any():
+            raise UserError(f"a value of {int(y[outside][0])} lies outside 0..{num_classes - 1}")
+    return y.long()
 
 
 def to_indices(value: Tensor) -> Tensor:
