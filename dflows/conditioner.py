@@ -227,7 +227,9 @@ class Conditioner(nn.Module):
                 return logits
             levels = self.layout(y.shape[1], y.device).levels
             with torch.no_grad():
-                terms = self.expert(to_indices(y), levels, chosen)
+                terms = self.expert(
+                    to_indices(y), levels, chosen, num_terms=self.gate.out_features
+                )
             gate = _affine(self.gate, features)
             return logits + (gate.unsqueeze(-2) * terms.to(logits.dtype)).sum(dim=-1)
 

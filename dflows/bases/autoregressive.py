@@ -3,7 +3,8 @@
 import torch
 from torch import Generator, Tensor
 
-from dflows.bases.base import Base, score_one_hot
+from dflows.bases.base import Base
+from dflows.categorical import inverse_cdf, select_log_prob
 from dflows.conditioner import Conditioner
 from dflows.decoding import decide_levels, solve_fixed_point
 from dflows.errors import UserError
@@ -85,10 +86,7 @@ class AutoregressiveBase(Base):
         Raises:
             NonFiniteError: If logits are not finite.
         """
-        log_probs = check_logits(logits, "AutoregressiveBase").log_softmax(dim=-1)
-        if is_one_hot(x):
-            return score_one_hot(x, log_probs)
-        return log_probs.gather(-1, x.unsqueeze(-1)).squeeze(-1)
+        return select_log_prob(check_logits(logits, "AutoregressiveBase").log_softmax(dim=-1), x)
 
     def sampled_log_prob(
         self, x: Tensor, context: Tensor | None = None, weight: Tensor | None = None
@@ -117,11 +115,8 @@ class AutoregressiveBase(Base):
         prefix: Tensor | None = None,
     ) -> tuple[Tensor, int]:
         def decide(dimensions: Tensor, logits: Tensor) -> Tensor:
-            # By the inverse of the distribution function: one number a dimension is all the
-            # randomness there is, whatever the order of the evaluations.
-            cumulative = (logits / temperature).softmax(dim=-1).cumsum(dim=-1)
-            threshold = noise[:, dimensions].unsqueeze(-1) * cumulative[..., -1:]
-            return (cumulative[..., :-1] <= threshold).sum(dim=-1)
+            logits = check_logits(logits, type(self).__name__)
+            return inverse_cdf(noise[:, dimensions], logits=logits, temperature=temperature)
 
         x = torch.zeros(noise.shape, dtype=torch.long, device=noise.device)
         known = 0
@@ -142,7 +137,7 @@ class AutoregressiveBase(Base):
 
     def greedy(self, num_values: int, length: int, context: Tensor | None = None) -> Tensor:
         def decide(_: Tensor, logits: Tensor) -> Tensor:
-            return logits.argmax(dim=-1)
+            return check_logits(logits, type(self).__name__).argmax(dim=-1)
 
         device = self.conditioner.head.weight.device
         x = torch.zeros(num_values, length, dtype=torch.long, device=device)

@@ -4,26 +4,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
-import torch
 from torch import Generator, Tensor, nn
 
 from dflows.orderings import Ordering
 
-__all__ = ["Base", "ClosedFormBase", "score_one_hot"]
-
-
-def score_one_hot(x: Tensor, log_probs: Tensor) -> Tensor:
-    """Computes the log-likelihood (…, D) of one-hot vectors (…, D, K), with its gradient for them.
-
-    A class of probability 0 has the most negative number in place of -∞, of which 0 · -∞ and
-    gradients would make no number.
-
-    Args:
-        x: One-hot vectors (…, D, K).
-        log_probs: Log-probabilities (…, D, K) or (D, K).
-    """
-    lowest = torch.finfo(log_probs.dtype).min
-    return (x * log_probs.clamp(min=lowest)).sum(dim=-1)
+__all__ = ["Base", "ClosedFormBase"]
 
 
 class Base(nn.Module, ABC):

@@ -6,7 +6,8 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor, nn
 
-from dflows.bases.base import ClosedFormBase, score_one_hot
+from dflows.bases.base import ClosedFormBase
+from dflows.categorical import inverse_cdf, select_log_prob
 from dflows.errors import UserError
 from dflows.orderings import Ordering, alike, untransformed
 from dflows.representations import check_logits, full_precision, is_one_hot
@@ -97,7 +98,7 @@ class FactorizedBase(ClosedFormBase):
         logits = check_logits(full_precision(self.logits), type(self).__name__)
         table = logits.log_softmax(dim=-1)
         if is_one_hot(x):
-            return score_one_hot(x, table[self.groups[: x.shape[1]]])
+            return select_log_prob(table[self.groups[: x.shape[1]]], x)
         # One flat look-up: a gather of (N, d, K) rows would cost K times as much.
         return table.flatten()[self.groups[: x.shape[1]] * self.num_classes + x]
 
@@ -115,9 +116,8 @@ class FactorizedBase(ClosedFormBase):
         fixed_point: bool = False,
         prefix: Tensor | None = None,
     ) -> tuple[Tensor, int]:
-        probs = (self.logits.double() / temperature).softmax(dim=-1)
-        edges = probs.cumsum(dim=-1)[self.groups[: noise.shape[1]], :-1].contiguous()
-        x = torch.searchsorted(edges, noise.T.contiguous(), right=True).T.contiguous()
+        logits = check_logits(self.logits, type(self).__name__)[self.groups[: noise.shape[1]]]
+        x = inverse_cdf(noise, logits=logits, temperature=temperature).contiguous()
         if prefix is not None:
             x[:, : prefix.shape[1]] = prefix
         return x, 0
