@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dflows.bijections import Bijection
-from dflows.bijections.bijection import gumbel_like
 from dflows.estimators.estimator import check_positive, check_softmax
 from dflows.estimators.through import Through
+from dflows.gradients import gumbel_like
 from dflows.representations import to_one_hot
 
 __all__ = ["GumbelStraightThrough", "ReinMax"]
