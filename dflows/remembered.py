@@ -9,6 +9,7 @@ from torch import Tensor
 __all__ = ["Remembered"]
 
 T = TypeVar("T")
+
 MOST_REMEMBERED = 32
 
 
@@ -20,6 +21,11 @@ class Remembered(Generic[T]):
 
     Args:
         function: What is worked out. It may be made in inference mode and be used in training.
+
+    Example:
+        >>> highest = Remembered(lambda levels: int(levels.max()))
+        >>> highest(torch.arange(3))
+        2
     """
 
     def __init__(self, function: Callable[[Tensor], T]) -> None:
