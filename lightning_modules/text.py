@@ -10,18 +10,18 @@ from torch import Tensor
 from dflows.flow import DiscreteFlow
 from dflows.metrics import BitsPerCharacter
 from lightning_modules.base import DEFAULT_OPTIMIZATION, Batch, Optimization, compute
-from lightning_modules.flow import DiscreteFlowModule
+from lightning_modules.flow import FlowModule
 
-__all__ = ["Carried", "CarriedModule", "Score"]
+__all__ = ["Overlapping", "Score", "TextModule"]
 
 Score: TypeAlias = Callable[[Tensor], Tensor]
 """Takes the next characters (n,) of a text and returns the log-likelihood (n,) of each."""
 
 
-class Carried:
+class Overlapping:
     """Creates what scores a text part by part, and keeps the end of what it has read.
 
-    Arguments:
+    Args:
         log_prob: Takes a text (m,) and how many of its characters are known; returns the
             log-likelihoods of the others, each given what comes before it.
         most: Characters that are kept.
@@ -39,17 +39,17 @@ class Carried:
         return self._log_prob(text, known)
 
 
-class CarriedModule(DiscreteFlowModule, ABC):
-    """Creates a flow that also scores the test split as one text, from its first character on.
+class TextModule(FlowModule, ABC):
+    """A flow that also scores the test split as one text, from its first character on.
 
-    Where the data are a text, testing logs `test_bpc_carried` beside `test_bpc`: bits per character
+    Where the data are a text, testing logs `test_bpc_stateful` beside `test_bpc`: bits per character
     of the same characters where windows do not begin anew, each counted once. It is found by one
     process alone.
 
-    Arguments:
+    Args:
         flow: The flow.
         optimization: Settings of the optimizer.
-        base_count_windows: As in :class:`lightning_modules.DiscreteFlowModule`.
+        base_count_windows: As in :class:`lightning_modules.FlowModule`.
     """
 
     def __init__(
@@ -58,8 +58,8 @@ class CarriedModule(DiscreteFlowModule, ABC):
         optimization: Optimization = DEFAULT_OPTIMIZATION,
         base_count_windows: int = 4096,
     ) -> None:
-        super().__init__(flow, optimization, base_count_windows=base_count_windows)
-        self.carried = BitsPerCharacter()
+        super().__init__(flow, optimization=optimization, base_count_windows=base_count_windows)
+        self.stateful_bits = BitsPerCharacter()
         self._score: Score | None = None
 
     @abstractmethod
@@ -68,8 +68,7 @@ class CarriedModule(DiscreteFlowModule, ABC):
 
     def on_test_start(self) -> None:
         """Begins the text, if there is one."""
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        text = data is not None and data.is_text and self.trainer.world_size == 1
+        text = self.data.is_text and self.trainer.world_size == 1
         self._score = self.text_score() if text else None
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
@@ -77,12 +76,12 @@ class CarriedModule(DiscreteFlowModule, ABC):
         super().test_step(batch, batch_idx)
         if self._score is not None:
             text = self.indices_of(batch).flatten()
-            self.carried.update(self._score(text), len(text))
+            self.stateful_bits.update(self._score(text), len(text))
 
     def on_test_epoch_end(self) -> None:
         """Logs the test metrics."""
         super().on_test_epoch_end()
         if self._score is not None:
-            self.log("test_bpc_carried", compute(self.carried).float())
-            self.carried.reset()
+            self.log("test_bpc_stateful", compute(self.stateful_bits).float())
+            self.stateful_bits.reset()
             self._score = None
