@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from datamodules.chunks import Array, Chunks
-from datamodules.counter import Counter
-from datamodules.enumerable import EXPECTED_DRAWS
+from datamodules.counter_rng import CounterRNG
+from datamodules.enumerable import EXPECTED_SAMPLES
 from datamodules.module import StreamDataModule
 from datamodules.vocabulary import IntegerVocabulary
 from datamodules.windows import Reader, TrainingStream
@@ -139,7 +139,7 @@ class AdditionDataModule(StreamDataModule):
                 million sums are returned, rounded.
         """
         if split == "train":
-            each = round(EXPECTED_DRAWS * self.length / self.num_classes)
+            each = round(EXPECTED_SAMPLES * self.length / self.num_classes)
             return torch.full((self.num_classes,), each)
         (rows,) = self.evaluation_chunks(split)
         sums = rows.reshape(-1, self.row_length)[:, : self.length]
@@ -172,7 +172,7 @@ class _Sums(TrainingStream):
         self._num_classes = num_classes
         self._first = first
         self._pairs = _num_pairs(num_classes, length)
-        self._counters = [Counter(seed, number) for number in range(ROUNDS)]
+        self._counters = [CounterRNG(seed, number) for number in range(ROUNDS)]
 
     def open(self) -> Reader:
         """Returns what reads sums, of any number at any time."""
@@ -190,7 +190,7 @@ class _Sums(TrainingStream):
             one, other = other, (one + self._drawn(counter, other)) % self._num_classes
         return np.concatenate([self._sum(one, other), one, other], axis=1)
 
-    def _drawn(self, counter: Counter, digits: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _drawn(self, counter: CounterRNG, digits: NDArray[np.int64]) -> NDArray[np.int64]:
         """Returns digits (n, D) that are drawn by others (n, D)."""
         state = np.zeros(len(digits), np.uint64)
         for digit in digits.T:
