@@ -19,6 +19,8 @@ __all__ = ["AdditionDataModule"]
 
 MOST_PAIRS = 1 << 62
 """Further pairs are left away: no training sees as many."""
+LONGEST_EPOCH = 1 << 32
+"""Rows of an epoch: of more training pairs no training sees the end."""
 ROUNDS = 4
 
 
@@ -173,6 +175,12 @@ class _Sums(TrainingStream):
         self._first = first
         self._pairs = _num_pairs(num_classes, length)
         self._counters = [CounterRNG(seed, number) for number in range(ROUNDS)]
+
+    @property
+    def rows_per_epoch(self) -> int | None:
+        """The pairs that are not held out, unless they are beyond any training."""
+        pairs = self._pairs - self._first
+        return pairs if pairs <= LONGEST_EPOCH else None
 
     def open(self) -> Reader:
         """Returns what reads sums, of any number at any time."""

@@ -43,6 +43,11 @@ class TrainingStream(ABC):
     def __init__(self, length: int) -> None:
         self.length = length
 
+    @property
+    def rows_per_epoch(self) -> int | None:
+        """The rows that pass over the data once, or None where they have no end."""
+        return None
+
     @abstractmethod
     def open(self) -> Reader:
         """Returns what reads rows; it is asked for growing numbers."""
@@ -66,6 +71,11 @@ class ShuffledWindows(TrainingStream):
         self._seed = seed
         self._windows = _windows_of_an_epoch(len(values), length)
         self._epochs: dict[int, Array] = {}
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """The windows of an epoch."""
+        return self._windows
 
     def open(self) -> Reader:
         """Returns what reads rows, of any number at any time."""
@@ -109,6 +119,11 @@ class ConsecutiveWindows(TrainingStream):
         self._streams = streams
         self._begin = CounterRNG(seed).integer(len(values))
 
+    @property
+    def rows_per_epoch(self) -> int:
+        """The windows that hold the array once."""
+        return -(-len(self._values) // self.length)
+
     def open(self) -> Reader:
         """Returns what reads rows, of any number at any time."""
         return self._read
@@ -142,6 +157,11 @@ class StreamedWindows(TrainingStream):
         self._seed = seed
         self._block = block
         self._windows = _windows_of_an_epoch(size, length)
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """The windows of an epoch."""
+        return self._windows
 
     def open(self) -> Reader:
         """Returns what reads rows, of numbers that grow."""
