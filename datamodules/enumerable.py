@@ -1,4 +1,4 @@
-"""Draws from distributions of which everything is known exactly: those given as a table."""
+"""Samples from distributions of which everything is known exactly: those given as a table."""
 
 from abc import abstractmethod
 from functools import cached_property
@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from datamodules.chunks import Array, Chunks
-from datamodules.counter import Counter
+from datamodules.counter_rng import CounterRNG
 from datamodules.module import StreamDataModule
 from datamodules.vocabulary import IntegerVocabulary
 from datamodules.windows import Reader, TrainingStream
@@ -18,7 +18,7 @@ from dflows.exact import check_enumerable, entropy, marginals
 
 __all__ = ["EnumerableDataModule"]
 
-EXPECTED_DRAWS = 1_000_000
+EXPECTED_SAMPLES = 1_000_000
 
 
 class EnumerableDataModule(StreamDataModule):
@@ -118,22 +118,22 @@ class EnumerableDataModule(StreamDataModule):
                 expected in a million draws are returned, rounded.
         """
         if split == "train":
-            return (self.marginals.sum(0) * EXPECTED_DRAWS).round().long()
+            return (self.marginals.sum(0) * EXPECTED_SAMPLES).round().long()
         (draws,) = self.evaluation_chunks(split)
         return torch.from_numpy(np.bincount(draws, minlength=self.num_classes))
 
-    def draws(self, key: int) -> TrainingStream:
+    def samples(self, key: int) -> TrainingStream:
         """Returns an endless stream of draws, one for each key."""
         shape = (self.num_classes,) * self.length
-        return _TableDraws(self._cumulative, shape, Counter(self.seed, key))
+        return _TableSamples(self._cumulative, shape, CounterRNG(self.seed, key))
 
     def training_stream(self) -> TrainingStream:
         """Returns the endless draws."""
-        return self.draws(0)
+        return self.samples(0)
 
     def evaluation_chunks(self, split: str) -> Chunks:
         """Returns the draws of a split, one after the other."""
-        read = self.draws({"valid": 1, "test": 2}[split]).open()
+        read = self.samples({"valid": 1, "test": 2}[split]).open()
         return [read(0, self._eval_examples).reshape(-1)]
 
     @cached_property
@@ -141,11 +141,11 @@ class EnumerableDataModule(StreamDataModule):
         return np.cumsum(self.probabilities.numpy().reshape(-1))
 
 
-class _TableDraws(TrainingStream):
+class _TableSamples(TrainingStream):
     """Creates independent draws, each found in the cumulative distribution by one random number."""
 
     def __init__(
-        self, cumulative: NDArray[np.float64], shape: tuple[int, ...], counter: Counter
+        self, cumulative: NDArray[np.float64], shape: tuple[int, ...], counter: CounterRNG
     ) -> None:
         super().__init__(len(shape))
         self._cumulative = cumulative

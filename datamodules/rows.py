@@ -4,8 +4,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datamodules.chunks import Array
-from datamodules.counter import Counter
-from datamodules.draws import Draws
+from datamodules.counter_rng import CounterRNG
+from datamodules.samples import Samples
 from datamodules.lattice import PottsLattice
 from datamodules.vocabulary import compact_dtype
 
@@ -15,7 +15,7 @@ MOST_ROWS = 2048
 """States of a row up to which transfer matrices are held, 32 MB each."""
 
 
-class RowByRow(Draws):
+class RowByRow(Samples):
     r"""Creates independent draws of a lattice, each row from its distribution given those above.
 
     A lattice is a chain of rows, closed where it is periodic, so that powers of the transfer matrix
@@ -33,7 +33,7 @@ class RowByRow(Draws):
     def __init__(self, lattice: PottsLattice, *key: int) -> None:
         super().__init__(lattice.side**2)
         self._side, self._num_classes = lattice.side, lattice.num_classes
-        self._counter = Counter(*key)
+        self._counter = CounterRNG(*key)
         within, between = (energy.numpy() * lattice.coupling for energy in lattice.row_energies())
         # Scaled, which changes no probability, so that no power overflows.
         self._step: NDArray[np.float64] = np.exp(between + within - (between + within).max())

@@ -152,7 +152,7 @@ class TestText:
         parts = []
         for rank in range(ranks):
             data = TextDataModule(
-                cut(ODD * 20), 8, 4 // ranks, consecutive=True, num_workers=workers
+                cut(ODD * 20), 8, 4 // ranks, stateful=True, num_workers=workers
             )
             data.trainer = Process(rank, ranks)
             parts.append(torch.stack(list(islice(data.train_dataloader(), 6))))
@@ -162,12 +162,12 @@ class TestText:
         for row in batches.unbind(1):
             assert data.decode(row.flatten()) in text
         if ranks == 2:
-            alone = TextDataModule(cut(ODD * 20), 8, 4, consecutive=True)
+            alone = TextDataModule(cut(ODD * 20), 8, 4, stateful=True)
             assert torch.equal(torch.stack(list(islice(alone.train_dataloader(), 6))), batches)
 
     def test_consecutive_and_streaming_exclude_each_other(self):
         with pytest.raises(UserError, match="unset one of the two"):
-            TextDataModule(consecutive=True, streaming=True)
+            TextDataModule(stateful=True, streaming=True)
 
     def test_loaders_leave_the_global_generator_alone(self):
         data = TextDataModule(cut(ODD * 50), 8)

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dflows import ngrams as module
 from dflows.errors import UserError
 from dflows.ngrams import NGrams
 from tests.dflows.small import markov, states
@@ -83,13 +82,13 @@ class TestLogProb:
         )
 
 
-class TestFollowing:
+class TestNextProbs:
     @pytest.mark.parametrize("order", [1, 2, 4])
     def test_it_is_what_events_of_every_beginning_are_scored_by(self, order):
         grams, x = NGrams(3, order), states(3, 5)
         grams.count([markov(200, 3)])
         seen = torch.arange(5).expand_as(x)
-        probs = grams.following(grams.pack(x).flatten(), seen.flatten()).reshape(*x.shape, 3)
+        probs = grams.next_probs(grams.pack(x).flatten(), seen.flatten()).reshape(*x.shape, 3)
         torch.testing.assert_close(probs.sum(dim=-1), torch.ones_like(probs[..., 0]))
         found = probs.gather(-1, x.unsqueeze(-1)).squeeze(-1).log()
         torch.testing.assert_close(found, grams.log_prob(x))
@@ -98,7 +97,7 @@ class TestFollowing:
         grams, x = NGrams(3, 4), states(3, 4)
         grams.count([markov(200, 3)])
         for seen in range(4):
-            probs = grams.following(grams.pack(x)[:, 3], torch.full((len(x),), seen))
+            probs = grams.next_probs(grams.pack(x)[:, 3], torch.full((len(x),), seen))
             expected = grams.log_prob(x[:, 3 - seen :])[:, -1].exp()
             torch.testing.assert_close(probs.gather(1, x[:, 3:])[:, 0], expected)
 
@@ -119,7 +118,7 @@ class TestFollowing:
                 context = tuple(text[place - min(seen, order - 1) : place])
                 expected = [reference.prob(word, context) for word in range(3)]
                 history, own = grams.pack(whole)[:, place], whole[:, place]
-                found = grams.following(history, torch.tensor([seen]), own)[0]
+                found = grams.next_probs(history, torch.tensor([seen]), own)[0]
                 torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.double))
 
     def test_what_was_not_counted_is_not_left_out(self):
@@ -127,14 +126,14 @@ class TestFollowing:
         grams.count([torch.tensor([0, 1, 2, 0, 1, 2, 0])])
         history, seen, own = (torch.tensor([value]) for value in (1, 0, 3))
         torch.testing.assert_close(
-            grams.following(history, seen, own), grams.following(history, seen)
+            grams.next_probs(history, seen, own), grams.next_probs(history, seen)
         )
 
     def test_left_out_probabilities_sum_to_1(self):
         grams, text = NGrams(4, 4), markov(300, 4)
         grams.count([text])
         seen = torch.arange(300)
-        probs = grams.following(grams.pack(text[None])[0], seen, text)
+        probs = grams.next_probs(grams.pack(text[None])[0], seen, text)
         torch.testing.assert_close(probs.sum(dim=-1), torch.ones(300, dtype=torch.double))
         assert (probs > 0).all()
 
@@ -147,7 +146,9 @@ class TestCount:
         chunks = [text[a:b] for a, b in zip([0, *cuts], [*cuts, 90], strict=True)]
         order = data.draw(st.integers(1, 6))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(module, "BLOCK", data.draw(st.sampled_from([1, 2, 7, 50, 1000])))
+            patch.setattr(
+                "dflows.ngrams.counts.BLOCK", data.draw(st.sampled_from([1, 2, 7, 50, 1000]))
+            )
             grams = NGrams(3, order)
             grams.count(iter(chunks))
         whole = NGrams(3, order)

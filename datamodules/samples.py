@@ -8,12 +8,12 @@ from numpy.typing import NDArray
 from datamodules.chunks import Array
 from datamodules.windows import Reader, TrainingStream
 
-__all__ = ["Draws"]
+__all__ = ["Samples"]
 
 BLOCK_SIZE = 4096
 
 
-class Draws(TrainingStream):
+class Samples(TrainingStream):
     """Creates an endless sequence of draws; memory is that of a block of them.
 
     Args:

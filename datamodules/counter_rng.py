@@ -3,10 +3,10 @@
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Counter"]
+__all__ = ["CounterRNG"]
 
 
-class Counter:
+class CounterRNG:
     """Creates a random sequence of which any entry can be had without those before it.
 
     It is SplitMix64 read at arbitrary places: every process, worker and resumed run computes just
@@ -20,9 +20,9 @@ class Counter:
         | https://doi.org/10.1145/2660193.2660195
 
     Example:
-        >>> Counter(0).uniform(np.arange(3)).round(3)
+        >>> CounterRNG(0).uniform(np.arange(3)).round(3)
         array([0.324, 0.68 , 0.704])
-        >>> Counter(0).uniform(np.array([2])).round(3)
+        >>> CounterRNG(0).uniform(np.array([2])).round(3)
         array([0.704])
     """
 
