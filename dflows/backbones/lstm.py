@@ -19,22 +19,22 @@ __all__ = ["LSTM"]
 class LSTM(StatefulBackbone):
     """Creates an LSTM: level-causal in one direction, or bidirectional and seeing everything.
 
-    In one direction the input of a step is the content of the dimension before plus the query of
-    its own, so that the output knows the content of all earlier dimensions and of no other. It
-    serves the orderings that are sequences of neighbours, natural and reversed, and refuses others.
+    In one direction the input of a step is the content of the previous dimension plus the query of
+    its own, so that the output depends on the content of all earlier dimensions and of no other. It
+    serves the natural and the reversed ordering and refuses others.
 
     Args:
         width: Features of one dimension.
         layers: Number of layers.
-        bidirectional: Whether to read both ways; such a network is not level-causal and runs
-            masked, with any ordering.
-        hidden: Hidden units of a layer and direction; as many as the width if not given.
+        bidirectional: Whether to read both ways; such a network is not level-causal and serves any
+            ordering, masked.
+        hidden: Hidden units of a layer and direction; `width` by default.
         dropout: Probability that a feature is dropped between two layers.
         weight_drop: Probability that a weight from hidden units to hidden units is dropped in
             training, the same ones in all steps of one evaluation.
 
     Raises:
-        UserError: If a size is below 1, or a probability is none.
+        UserError: If a size is below 1, or a probability is outside [0, 1).
 
     References:
         | Long Short-Term Memory (Hochreiter & Schmidhuber, 1997)
@@ -184,8 +184,8 @@ class LSTM(StatefulBackbone):
         check_next_level(level, expected, content, [*cache.before.shape[:1], count, self.width])
         if level + cache.context >= cache.query.shape[-2]:
             raise UserError(f"level {level} was asked for, and there are {level} levels")
-        known = [] if content is None else list(content.unbind(1))
-        for row in [cache.before, *known] if first else known:
+        rows = [] if content is None else list(content.unbind(1))
+        for row in [cache.before, *rows] if first else rows:
             hidden = cache.lstm.step(row + cache.query[..., cache.done, :])
             cache.done += 1
         features: Tensor = self.linear(hidden)
