@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from dflows.errors import UserError
-from dflows.files import replacing
+from dflows.files import atomic_write
 from dflows.provenance import revision, versions
 
 __all__ = [
@@ -349,7 +349,7 @@ class Record:
 
 def _write_whole(file: Path, text: str) -> None:
     with (
-        replacing(file) as unfinished,
+        atomic_write(file) as unfinished,
         unfinished.open("x", encoding="utf-8", newline="\n") as stream,
     ):
         stream.write(text)

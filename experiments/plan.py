@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, field, fields
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from jsonargparse import ArgumentParser
 
 from dflows.bijections import Bijection
 from dflows.errors import UserError
-from dflows.experiments.overlays import laid_over
 from dflows.orderings import Ordering
+from experiments.overlays import merge_configs
 
 __all__ = [
+    "PLANS",
     "Gradients",
     "Plan",
     "Reference",
@@ -34,6 +36,12 @@ __all__ = [
     "read_plan",
     "reference_name",
 ]
+
+PLANS = Path(__file__).parent / "plans"
+"""The folder of the plans, one YAML file an experiment."""
+
+CONFIGS = Path(__file__).parent / "configs"
+"""The folder of the configurations that only experiments use."""
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._]*(-[A-Za-z0-9._]+)*")
 
@@ -52,7 +60,7 @@ def reference_name(name: str, task: str) -> str:
 class Reference:
     """Creates the description of a best tabular flow.
 
-    Arguments:
+    Args:
         orderings: Orderings of its transforms, base → data.
         bijection: Called with K.
         base: Ordering of an autoregressive base; the factorized base without one.
@@ -75,7 +83,7 @@ class Reference:
 class Row:
     """Creates the description of a row of an experiment's table.
 
-    Arguments:
+    Args:
         label: What the table calls it.
         configs: Configurations, laid over those of the experiment.
         config: Keys laid over them.
@@ -100,7 +108,7 @@ class Row:
 class Gradients:
     """Creates the description of how gradients are compared, at the same networks for all rows.
 
-    Arguments:
+    Args:
         trained_by: The row whose run trains the networks.
         tasks: Tasks that gradients are compared on; nothing else is run on them.
         rows: Rows whose estimators are compared; all by default.
@@ -123,7 +131,7 @@ class Gradients:
 class Smoke:
     """Creates the part of an experiment that runs within a minute.
 
-    Arguments:
+    Args:
         tasks: Its tasks.
         rows: Its rows.
         config: Keys laid over all others.
@@ -138,12 +146,12 @@ class Smoke:
 class Run:
     """Creates a run: one row on one task with one seed.
 
-    Arguments:
+    Args:
         row: Name of the row.
         task: Name of the task.
         seed: The seed.
         configs: Configurations, the first beneath all others.
-        overlays: Keys laid over them, one mapping over the other.
+        overlays: Keys that win over them; a later mapping wins.
     """
 
     row: str
@@ -161,7 +169,7 @@ class Run:
     def keys(self) -> dict[str, Any]:
         """All keys that it sets, nested."""
         named = {"seed_everything": self.seed, "name": self.name}
-        return laid_over(self.configs, [*self.overlays, named])
+        return merge_configs(self.configs, [*self.overlays, named])
 
     @contextmanager
     def arguments(self) -> Iterator[list[str]]:
@@ -179,7 +187,7 @@ class Run:
 class Plan:
     """Creates the plan of an experiment.
 
-    Arguments:
+    Args:
         title: What it is called.
         tasks: The keys that make each task, by its name.
         rows: The rows of its table.
@@ -291,11 +299,17 @@ def _references(keys: Any) -> dict[str, Reference]:
     return found
 
 
-def read_plan(file: str) -> Plan:
+def _found(configs: list[str]) -> list[str]:
+    """Returns configurations with the paths of those in :data:`CONFIGS`, and others as named."""
+    return [str(CONFIGS / name) if (CONFIGS / name).is_file() else name for name in configs]
+
+
+def read_plan(file: str | PathLike[str]) -> Plan:
     """Reads the plan of an experiment.
 
     Args:
-        file: A YAML file of the keys of :class:`Plan`.
+        file: A YAML file of the keys of :class:`Plan`. Configurations are named as in
+            :data:`CONFIGS`, or as they are shipped.
 
     Returns:
         The plan.
@@ -314,4 +328,7 @@ def read_plan(file: str) -> Plan:
             if name in keys:
                 keys[name] = _make(kind, keys[name], name)
     plan: Plan = _make(Plan, keys, Path(file).name)
+    plan.configs = _found(plan.configs)
+    for row in plan.rows.values():
+        row.configs = _found(row.configs)
     return plan

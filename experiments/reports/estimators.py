@@ -4,10 +4,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from dflows.experiments.plan import gradients_name, reference_name
-from dflows.reports.experiment import Experiment
-from dflows.reports.figures import drawing
-from dflows.reports.markdown import MISSING, mean_and_spread, number, table
+from experiments.plan import gradients_name, reference_name
+from experiments.reports.experiment import Experiment
+from experiments.reports.figures import drawing
+from experiments.reports.markdown import MISSING, mean_and_spread, number, table
 
 __all__ = ["describe_figure", "draw", "render"]
 

@@ -5,10 +5,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dflows.cli.configs import resolved_arguments
 from dflows.errors import UserError
-from dflows.experiments.plan import Plan, Row, read_plan, reference_name
 from dflows.records import Record, read_records
+from experiments.plan import PLANS, Plan, Row, read_plan, reference_name
 
 __all__ = ["Experiment", "read_experiment"]
 
@@ -17,7 +16,7 @@ __all__ = ["Experiment", "read_experiment"]
 class Experiment:
     """Creates an experiment that has run: its plan, and its records.
 
-    Arguments:
+    Args:
         plan: The plan.
         records: Records, by their names.
     """
@@ -90,9 +89,7 @@ def read_experiment(name: str, results: Path) -> Experiment:
     Raises:
         UserError: If the plan or a record cannot be read.
     """
-    with resolved_arguments(["--config", f"reproduce/{name}.yaml"]) as (_, file):
-        plan = read_plan(file)
     records: dict[str, list[Record]] = {}
     for record in read_records(results / name):
         records.setdefault(record.name, []).append(record)
-    return Experiment(plan, records)
+    return Experiment(read_plan(PLANS / f"{name}.yaml"), records)

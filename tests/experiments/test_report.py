@@ -7,11 +7,11 @@ import pytest
 
 from dflows.errors import UserError
 from dflows.records import Record, read_records, write_record
-from dflows.report import main
-from dflows.reports.markdown import BEGIN, END, update_page
-from dflows.reports.text import describe_figure, render_table
+from experiments.report import main
+from experiments.reports.markdown import BEGIN, END, update_page
+from experiments.reports.text import describe_figure, render_table
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 METRICS = {
     "test_bpc": 2.5,
@@ -46,13 +46,13 @@ def test_readme_and_records_agree():
     benchmarks = read_records(ROOT / "results/benchmarks")
     table = render_table(read_records(ROOT / "results/text"), benchmarks)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert update_page(readme, table, "README.md") == readme, "run python -m dflows.report"
+    assert update_page(readme, table, "README.md") == readme, "run python -m experiments.report"
 
 
 def test_figure_and_records_agree():
     figure = html.unescape((ROOT / "docs/figures/text.svg").read_text(encoding="utf-8"))
     description = describe_figure(read_records(ROOT / "results/text"))
-    assert f">{description}<" in figure, "run python -m dflows.report"
+    assert f">{description}<" in figure, "run python -m experiments.report"
     for record in read_records(ROOT / "results/text"):
         # Text is drawn as paths, and every annotation is named in a comment before them.
         mark = "≤ " if record.likelihood == "bound" else ""

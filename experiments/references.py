@@ -12,8 +12,8 @@ from datamodules.module import StreamDataModule
 from dflows.cli.configs import Parser
 from dflows.errors import UserError
 from dflows.exact import exhaustive_optimum, tabular_flow
-from dflows.experiments.plan import Plan, Reference, reference_name
-from dflows.experiments.recording import write_exact_record
+from experiments.plan import Plan, Reference, reference_name
+from experiments.recording import write_exact_record
 
 __all__ = ["reference_settings", "task_data", "write_reference"]
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dflows.errors import UserError
-from dflows.files import replacing
+from dflows.files import atomic_write
 
 __all__ = [
     "BEGIN",
@@ -86,5 +86,5 @@ def write_page(page: Path, figures: str) -> None:
     if not page.is_file():
         raise UserError(f"{page} is missing: run this in the project's folder")
     text = update_page(page.read_text(encoding="utf-8"), figures, page.name)
-    with replacing(page) as unfinished:
+    with atomic_write(page) as unfinished:
         unfinished.write_text(text, encoding="utf-8")

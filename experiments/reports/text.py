@@ -5,8 +5,8 @@ from pathlib import Path
 
 from dflows.errors import UserError
 from dflows.records import Record
-from dflows.reports.figures import drawing
-from dflows.reports.markdown import MISSING, number, table
+from experiments.reports.figures import drawing
+from experiments.reports.markdown import MISSING, number, table
 
 __all__ = ["bits", "describe_figure", "draw_figure", "render_table"]
 

@@ -6,11 +6,11 @@ import pytest
 
 from dflows.bijections import RankPermutation
 from dflows.errors import UserError
-from dflows.experiments.plan import Plan, Reference, Row, Smoke
 from dflows.orderings import Natural
 from dflows.records import Record
-from dflows.report import DRAWERS, RENDERERS
-from dflows.reports.experiment import Experiment
+from experiments.plan import Plan, Reference, Row, Smoke
+from experiments.report import DRAWERS, RENDERERS
+from experiments.reports.experiment import Experiment
 
 TASKS = {
     "full-rank": ["5x5"],

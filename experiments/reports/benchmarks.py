@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from dflows.records import Record
-from dflows.reports.markdown import number, table
+from experiments.reports.markdown import number, table
 
 __all__ = ["render"]
 

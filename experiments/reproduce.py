@@ -1,13 +1,13 @@
 """Runs an experiment of the paper, beside the exact answers.
 
-    python -m dflows.reproduce full-rank
-    python -m dflows.reproduce full-rank --smoke
+    python -m experiments.reproduce full-rank
+    python -m experiments.reproduce full-rank --smoke
 
-An experiment is a grid of runs of ``python -m dflows.fit``: its plan, in ``configs/reproduce/``,
+An experiment is a grid of runs of ``python -m dflows.fit``: its plan, in ``experiments/plans/``,
 says which configurations each lays over the others, and ``--overlay`` lays one over them all, such
 as where a copy of the text is. A run whose record is there is not repeated, so that what was
 interrupted goes on; whoever changes a plan or its configurations adds ``--again``.
-``python -m dflows.report`` makes tables and figures of the records.
+``python -m experiments.report`` makes tables and figures of the records.
 """
 
 import sys
@@ -19,18 +19,17 @@ from typing import Any
 
 from rich.console import Console
 
-from dflows.cli.configs import Parser, resolved_arguments
+from dflows.cli.configs import Parser
 from dflows.cli.errors import run_command
 from dflows.cli.fitting import fit
 from dflows.cli.noise import quiet
 from dflows.cli.summary import stdout_console
 from dflows.errors import UserError
-from dflows.experiments.agreement import disagreements
-from dflows.experiments.gradients import write_gradients
-from dflows.experiments.overlays import laid_over
-from dflows.experiments.plan import Plan, Run, gradients_name, read_plan, reference_name
-from dflows.experiments.references import reference_settings, task_data, write_reference
 from dflows.records import read_record
+from experiments.gradients import write_gradients
+from experiments.overlays import config_diff, merge_configs
+from experiments.plan import PLANS, Plan, Run, gradients_name, read_plan, reference_name
+from experiments.references import reference_settings, task_data, write_reference
 
 __all__ = ["EXPERIMENTS", "main", "reproduce"]
 
@@ -49,7 +48,7 @@ EXPERIMENTS = (
 class Options:
     """Creates what the command was asked for.
 
-    Arguments:
+    Args:
         smoke: Whether only what shows that the experiment works.
         again: Whether runs are repeated whose records are there.
         only: Pattern that the names of runs match, with or without their seeds.
@@ -66,7 +65,7 @@ class Options:
 
 
 def _parser() -> Parser:
-    parser = Parser(prog="python -m dflows.reproduce")
+    parser = Parser(prog="python -m experiments.reproduce")
     parser.add_argument("name", help=f"Experiment: {', '.join(EXPERIMENTS)}.")
     parser.add_argument("--smoke", action="store_true", help="Run the part that takes a minute.")
     parser.add_argument("--again", action="store_true", help="Repeat runs that have a record.")
@@ -101,7 +100,7 @@ def _references(plan: Plan, options: Options, folder: Path, console: Console) ->
             ):
                 continue
             wanted += 1
-            config = laid_over(plan.configs, [keys, over])
+            config = merge_configs(plan.configs, [keys, over])
             data = data or task_data(config)
             settings = reference_settings(plan, name, task, data.num_classes, config["data"])
             if _kept(folder / f"{record}-0.json", options, console, settings):
@@ -138,7 +137,7 @@ def _gradients(plan: Plan, options: Options, folder: Path, console: Console) -> 
 
 
 def _overlay(options: Options) -> dict[str, Any]:
-    return laid_over([options.overlay] if options.overlay else [], [])
+    return merge_configs([options.overlay] if options.overlay else [], [])
 
 
 def _asked(run: Run, options: Options) -> bool:
@@ -153,7 +152,7 @@ def _kept(
     if options.again or not file.is_file():
         return False
     console.print(f"kept: {file}; --again runs it anew", highlight=False)
-    keys = [] if wanted is None else [*disagreements(read_record(file).config, wanted)]
+    keys = [] if wanted is None else [*config_diff(read_record(file).config, wanted)]
     if keys:
         console.print(f"its configuration is not the plan's in {', '.join(keys)}", style="yellow")
     return True
@@ -177,8 +176,7 @@ def reproduce(arguments: Sequence[str]) -> None:
     # What a smoke leaves is no finished run, and must not stand for one.
     folder = options.results / (f"{given.name}-smoke" if options.smoke else given.name)
     console = stdout_console()
-    with resolved_arguments(["--config", f"reproduce/{given.name}.yaml"]) as (_, file):
-        plan = read_plan(file)
+    plan = read_plan(PLANS / f"{given.name}.yaml")
     runs = [run for run in plan.runs(smoke=options.smoke) if _asked(run, options)]
     found = _references(plan, options, folder, console)
     for number, run in enumerate(runs, 1):

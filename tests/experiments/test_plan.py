@@ -8,8 +8,8 @@ import yaml
 
 from dflows.cli.configs import shipped_configs
 from dflows.errors import UserError
-from dflows.experiments.plan import read_plan
 from dflows.orderings import Natural
+from experiments.plan import PLANS, read_plan
 
 PLAN = {
     "title": "small",
@@ -107,13 +107,11 @@ def test_names_of_nothing_are_refused(plan_of, changes, message):
         plan_of(**changes)
 
 
-@pytest.mark.parametrize(
-    "file", [entry.name for entry in shipped_configs().joinpath("reproduce").iterdir()]
-)
-def test_the_shipped_plans_are_whole(file):
-    plan = read_plan(str(shipped_configs().joinpath("reproduce", file)))
+@pytest.mark.parametrize("file", sorted(PLANS.iterdir()), ids=lambda file: file.stem)
+def test_the_plans_are_whole(file):
+    plan = read_plan(file)
     assert [*plan.runs(smoke=True)]
     assert len({(run.name, run.seed) for run in plan.runs()}) == len([*plan.runs()])
     for run in plan.runs():
         for config in run.configs:
-            assert shipped_configs().joinpath(config).is_file()
+            assert Path(shipped_configs(), config).is_file()

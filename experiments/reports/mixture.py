@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from dflows.experiments.references import task_data
-from dflows.reports.experiment import Experiment
-from dflows.reports.figures import drawing
-from dflows.reports.markdown import mean_and_spread, number, table
+from experiments.references import task_data
+from experiments.reports.experiment import Experiment
+from experiments.reports.figures import drawing
+from experiments.reports.markdown import mean_and_spread, number, table
 
 __all__ = ["describe_figure", "draw", "render"]
 

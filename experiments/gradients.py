@@ -12,9 +12,9 @@ from dflows.cli.configs import FlowCLI
 from dflows.errors import UserError
 from dflows.estimators import Estimator
 from dflows.exact import compare_estimators
-from dflows.experiments.overlays import laid_over
-from dflows.experiments.plan import Gradients, Plan, gradients_name
-from dflows.experiments.recording import write_exact_record
+from experiments.overlays import merge_configs
+from experiments.plan import Gradients, Plan, gradients_name
+from experiments.recording import write_exact_record
 from lightning_modules import DiscreteFlowModule
 
 __all__ = ["write_gradients"]
@@ -24,7 +24,7 @@ def _trained(
     plan: Plan, gradients: Gradients, task: str, seed: int, over: Mapping[str, Any]
 ) -> FlowCLI:
     """Trains the networks that gradients are compared at."""
-    config = laid_over([], [gradients.config, over])
+    config = merge_configs([], [gradients.config, over])
     with plan.run(gradients.trained_by, task, seed, config).arguments() as line:
         cli = FlowCLI(line)
         cli.trainer.fit(cli.model, datamodule=cli.datamodule, weights_only=True)

@@ -1,21 +1,20 @@
-"""``python -m dflows.reproduce``: every experiment runs, and its tables come of its records."""
+"""``python -m experiments.reproduce``: every experiment runs, and its records make its tables."""
 
 import html
 import shutil
 
 import pytest
 
-from dflows.experiments.agreement import disagreements
-from dflows.experiments.overlays import laid_over
-from dflows.experiments.plan import reference_name
-from dflows.experiments.references import reference_settings
 from dflows.records import read_records
-from dflows.report import DRAWERS, RENDERERS
-from dflows.report import main as report
-from dflows.reports import estimators, language_modelling, mixture
-from dflows.reports.experiment import read_experiment
-from dflows.reports.markdown import BEGIN, END, update_page
-from dflows.reproduce import EXPERIMENTS, main
+from experiments.overlays import config_diff, merge_configs
+from experiments.plan import reference_name
+from experiments.references import reference_settings
+from experiments.report import DRAWERS, RENDERERS
+from experiments.report import main as report
+from experiments.reports import estimators, language_modelling, mixture
+from experiments.reports.experiment import read_experiment
+from experiments.reports.markdown import BEGIN, END, update_page
+from experiments.reproduce import EXPERIMENTS, main
 from tests.commands import ROOT
 
 DESCRIBED = {
@@ -77,7 +76,7 @@ def test_wrong_arguments_are_one_line(arguments, code, message, capsys):
     assert message in line
 
 
-def test_an_overlay_is_laid_over_every_run(tmp_path, monkeypatch):
+def test_an_overlay_changes_every_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     overlay = tmp_path / "mine.yaml"
     overlay.write_text("trainer: {max_steps: 3, val_check_interval: 3}\n", encoding="utf-8")
@@ -87,7 +86,7 @@ def test_an_overlay_is_laid_over_every_run(tmp_path, monkeypatch):
     assert found.metrics["steps"] == 3
 
 
-def test_an_overlay_is_laid_over_what_has_no_run_too(tmp_path, monkeypatch, capsys):
+def test_an_overlay_changes_what_has_no_run_too(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     overlay = tmp_path / "mine.yaml"
     overlay.write_text("data: {init_args: {seed: 7}}\n", encoding="utf-8")
@@ -125,7 +124,7 @@ def test_pages_and_records_agree(name, reported):
     page = f"docs/experiments/{name}.md"
     ours = (ROOT / page).read_text(encoding="utf-8")
     assert update_page(ours, "", page) != ours
-    assert (reported / page).read_text(encoding="utf-8") == ours, "run python -m dflows.report"
+    assert (reported / page).read_text(encoding="utf-8") == ours, "run python -m experiments.report"
 
 
 TEXT = "data.init_args.source"
@@ -140,7 +139,7 @@ def test_records_are_of_their_plan(name):
     for run in experiment.plan.runs():
         for record in experiment.of(run.row, run.task):
             if record.seed == run.seed:
-                keys = [*disagreements(record.config, run.keys)]
+                keys = [*config_diff(record.config, run.keys)]
                 assert [key for key in keys if not key.startswith(TEXT)] == [], record.name
 
 
@@ -153,14 +152,14 @@ def test_references_are_of_their_plan(name):
     for task, keys in plan.tasks.items():
         for reference in plan.references:
             for record in experiment.records.get(reference_name(reference, task), []):
-                config = laid_over(plan.configs, [keys])["data"]
+                config = merge_configs(plan.configs, [keys])["data"]
                 classes = record.config["data"]["init_args"]["num_classes"]
                 settings = reference_settings(plan, reference, task, classes, config)
-                assert [*disagreements(record.config, settings)] == [], record.name
+                assert [*config_diff(record.config, settings)] == [], record.name
 
 
 @pytest.mark.parametrize("name", [name for name in DRAWERS if (ROOT / "results" / name).is_dir()])
 def test_figures_and_records_agree(name):
     figure = (ROOT / "docs" / "figures" / f"{name}.svg").read_text(encoding="utf-8")
     description = DESCRIBED[name](read_experiment(name, ROOT / "results"))
-    assert f">{description}<" in html.unescape(figure), "run python -m dflows.report"
+    assert f">{description}<" in html.unescape(figure), "run python -m experiments.report"

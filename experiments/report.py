@@ -1,4 +1,4 @@
-"""Makes tables and figures from records: ``python -m dflows.report``.
+"""Makes tables and figures from records: ``python -m experiments.report``.
 
 The README gets the table and figure of the text models, and a page in ``docs/experiments/`` those
 of each experiment that has run, and of the benchmarks. Nothing is measured here.
@@ -13,7 +13,7 @@ from types import MappingProxyType
 from dflows.cli.errors import run_command
 from dflows.errors import UserError
 from dflows.records import read_records
-from dflows.reports import (
+from experiments.reports import (
     addition,
     benchmarks,
     estimators,
@@ -22,9 +22,9 @@ from dflows.reports import (
     mixture,
     potts,
 )
-from dflows.reports.experiment import Experiment, read_experiment
-from dflows.reports.markdown import write_page
-from dflows.reports.text import draw_figure, render_table
+from experiments.reports.experiment import Experiment, read_experiment
+from experiments.reports.markdown import write_page
+from experiments.reports.text import draw_figure, render_table
 
 __all__ = ["DRAWERS", "RENDERERS", "main", "report"]
 
@@ -62,7 +62,7 @@ def report(arguments: Sequence[str]) -> None:
         UserError: If records, a page or its marks are missing.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m dflows.report",
+        prog="python -m experiments.report",
         description="Make tables and figures from the records of finished runs.",
         exit_on_error=False,
     )
@@ -77,7 +77,7 @@ def report(arguments: Sequence[str]) -> None:
     if not found:
         raise UserError(
             f"{options.results} holds no records: run python -m dflows.fit --record "
-            f"{options.results}/text, or python -m dflows.reproduce, first"
+            f"{options.results}/text, or python -m experiments.reproduce, first"
         )
     for name in found:
         if name == "text":

@@ -2,8 +2,8 @@
 
 import re
 
-from dflows.reports.experiment import Experiment
-from dflows.reports.markdown import mean_and_spread, number, table
+from experiments.reports.experiment import Experiment
+from experiments.reports.markdown import mean_and_spread, number, table
 
 __all__ = ["render"]
 

@@ -3,9 +3,9 @@
 import statistics
 
 from dflows.exact import share_of_gap
-from dflows.experiments.plan import Row, reference_name
-from dflows.reports.experiment import Experiment
-from dflows.reports.markdown import mean_and_spread, number, table
+from experiments.plan import Row, reference_name
+from experiments.reports.experiment import Experiment
+from experiments.reports.markdown import mean_and_spread, number, table
 
 __all__ = ["render"]
 

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dflows.files import replacing
+from dflows.files import atomic_write
 
 __all__ = ["drawing"]
 
@@ -32,7 +32,7 @@ def drawing(file: Path, description: str = "", **options: Any) -> Iterator[tuple
     file.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield figure, axes
-        with replacing(file) as unfinished:
+        with atomic_write(file) as unfinished:
             metadata = {"Date": None, "Description": description}
             figure.savefig(unfinished, format="svg", metadata=metadata)
     finally:

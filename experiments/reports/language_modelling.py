@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dflows.errors import UserError
-from dflows.experiments.plan import Row
 from dflows.records import Record
-from dflows.reports.experiment import Experiment
-from dflows.reports.figures import drawing
-from dflows.reports.markdown import number, table
-from dflows.reports.text import bits
+from experiments.plan import Row
+from experiments.reports.experiment import Experiment
+from experiments.reports.figures import drawing
+from experiments.reports.markdown import number, table
+from experiments.reports.text import bits
 
 __all__ = ["describe_figure", "draw", "render"]
 
