@@ -33,5 +33,6 @@ def render(experiment: Experiment) -> str:
                 ]
             )
         if rows:
-            parts.append(f"**{task.removeprefix('D')} digits**; floor 0.\n\n{table(HEAD, rows)}")
+            length = experiment.setting(task, "data.init_args.length")
+            parts.append(f"**{length} digits**; floor 0.\n\n{table(HEAD, rows)}")
     return "\n\n".join(parts)

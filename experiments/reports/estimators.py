@@ -1,18 +1,19 @@
 """The tables and the figure of the experiment on estimators."""
 
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
-from experiments.plan import gradients_name, reference_name
-from experiments.reports.experiment import Experiment
+from dflows.records import Record
+from experiments.plan import gradients_name
+from experiments.reports.experiment import Experiment, setting
 from experiments.reports.figures import drawing
 from experiments.reports.markdown import MISSING, mean_and_spread, number, table
 
 __all__ = ["describe_figure", "draw", "render"]
 
-_TASK = re.compile(r"(?P<size>\d+x\d+)-(?P<flows>\d+)(?P<timed>-timed)?")
-_GRADIENTS = re.compile(r"gradients-3x(?P<classes>\d+)-(?P<flows>\d+)")
+ORDERINGS = "model.init_args.orderings"
+"""Key of the list that has an entry for every flow."""
 
 _MEASURED = {
     "cosine": ".3f",
@@ -24,13 +25,26 @@ _MEASURED = {
 }
 
 
-def _tasks(experiment: Experiment) -> dict[tuple[str, bool], dict[int, str]]:
+class Group(NamedTuple):
+    """Tasks that a table shows beside each other, by the number of their flows."""
+
+    length: int
+    num_classes: int
+    timed: bool
+
+
+def _size(data: Mapping[str, Any]) -> tuple[int, int]:
+    return setting(data, "init_args.length"), setting(data, "init_args.num_classes")
+
+
+def _groups(experiment: Experiment) -> dict[Group, dict[int, str]]:
     """Groups the tasks by size and by what ends their runs: number of flows → task."""
-    groups: dict[tuple[str, bool], dict[int, str]] = {}
+    groups: dict[Group, dict[int, str]] = {}
     for task in experiment.plan.tasks:
-        if (found := _TASK.fullmatch(task)) and [*experiment.rows(task)]:
-            key = (found["size"], found["timed"] is not None)
-            groups.setdefault(key, {})[int(found["flows"])] = task
+        if flows := len(experiment.setting(task, ORDERINGS) or []):
+            timed = experiment.setting(task, "trainer.max_time") is not None
+            group = Group(*_size(experiment.setting(task, "data")), timed)
+            groups.setdefault(group, {})[flows] = task
     return groups
 
 
@@ -43,10 +57,7 @@ def render(experiment: Experiment) -> str:
     Returns:
         Markdown.
     """
-    parts = [
-        _likelihoods(experiment, size, timed, tasks)
-        for (size, timed), tasks in _tasks(experiment).items()
-    ]
+    parts = [_likelihoods(experiment, group, tasks) for group, tasks in _groups(experiment).items()]
     return "\n\n".join([*parts, *_gradients(experiment)])
 
 
@@ -56,7 +67,7 @@ def _exact(experiment: Experiment, names: list[str], task: str) -> list[float]:
 
 def _distance(experiment: Experiment, names: list[str], task: str) -> float | None:
     """Returns how far some rows end from the best tabular flow."""
-    exact, found = _exact(experiment, names, task), _reference_of(experiment, task)
+    exact, found = _exact(experiment, names, task), _reference(experiment, task)
     return sum(exact) / len(exact) - found if exact and found is not None else None
 
 
@@ -69,10 +80,9 @@ def _cell(experiment: Experiment, names: list[str], task: str) -> str:
     return f"{mean_and_spread(exact)} ({number(min(seconds, default=None), '.0f')} s)"
 
 
-def _likelihoods(experiment: Experiment, size: str, timed: bool, tasks: dict[int, str]) -> str:
-    length, num_classes = size.split("x")
+def _likelihoods(experiment: Experiment, group: Group, tasks: dict[int, str]) -> str:
     entropy = number(experiment.first(next(iter(tasks.values())), "entropy"))
-    ends = "equal seconds" if timed else "equal steps"
+    ends = "equal seconds" if group.timed else "equal steps"
     lines = []
     for label, names in experiment.labels.items():
         cells = [_cell(experiment, names, task) for task in tasks.values()]
@@ -82,28 +92,37 @@ def _likelihoods(experiment: Experiment, size: str, timed: bool, tasks: dict[int
         ("*tables, in turn*", "in_turn_nats"),
         ("*best tabular flow*", "reference_nats"),
     ):
-        found = [_reference_of(experiment, task, metric) for task in tasks.values()]
+        found = [_reference(experiment, task, metric) for task in tasks.values()]
         lines.append([label, *map(number, found)])
     head = ["estimator", *(f"{flows} flow{'s' if flows > 1 else ''}" for flows in tasks)]
     return (
-        f"**D = {length}, K = {num_classes}, {ends}**: exact nats, and seconds of training; "
-        f"entropy {entropy}.\n\n"
+        f"**D = {group.length}, K = {group.num_classes}, {ends}**: exact nats, and seconds of "
+        f"training; entropy {entropy}.\n\n"
         f"{table(head, lines)}"
     )
 
 
-def _reference_of(
-    experiment: Experiment, task: str, metric: str = "reference_nats"
-) -> float | None:
-    """Returns what tabular flows of so many transforms reach, however long runs take."""
-    task = task.removesuffix("-timed")
-    for name, reference in experiment.plan.references.items():
-        if reference.tasks is None or task in reference.tasks:
-            found = experiment.records.get(reference_name(name, task), [])
-            if found:
-                value: float | None = found[0].metrics.get(metric)
-                return value
+def _reference(experiment: Experiment, task: str, metric: str = "reference_nats") -> float | None:
+    """Returns what tables of a task's size and number of flows reach."""
+    wanted = _size(experiment.setting(task, "data")), len(experiment.setting(task, ORDERINGS))
+    for record, *_ in experiment.records.values():
+        if record.kind != "reference":
+            continue
+        if (_size(record.config["data"]), len(record.config["orderings"])) == wanted:
+            value: float | None = record.metrics.get(metric)
+            return value
     return None
+
+
+def _compared(experiment: Experiment, row: str, task: str) -> list[Record]:
+    """Returns the records of a row's gradients on a task."""
+    return experiment.records.get(gradients_name(row, task), [])
+
+
+def _gradients_size(record: Record) -> tuple[int, int, int]:
+    """Returns length, classes and flows of the networks that gradients were compared at."""
+    trained = record.config["trained"]
+    return *_size(trained["data"]), len(setting(trained, ORDERINGS))
 
 
 def _gradients(experiment: Experiment) -> list[str]:
@@ -118,16 +137,17 @@ def _gradients(experiment: Experiment) -> list[str]:
     ]
     parts = []
     for task in experiment.plan.tasks:
-        lines = []
+        lines, caption = [], ""
         for name, row in experiment.plan.rows.items():
-            for record in experiment.records.get(gradients_name(name, task), []):
+            for record in _compared(experiment, name, task):
+                length, num_classes, flows = _gradients_size(record)
+                caption = f"**Gradients, D = {length}, K = {num_classes}, {flows} flows**"
                 measured = [
                     number(record.metrics.get(f"gradient_{metric}"), form)
                     for metric, form in _MEASURED.items()
                 ]
                 lines.append([row.label, *measured])
-        if lines and (found := _GRADIENTS.fullmatch(task)):
-            caption = f"**Gradients, D = 3, K = {found['classes']}, {found['flows']} flows**"
+        if lines:
             parts.append(f"{caption}\n\n{table(head, lines)}")
     return parts
 
@@ -135,7 +155,7 @@ def _gradients(experiment: Experiment) -> list[str]:
 def describe_figure(experiment: Experiment) -> str:
     """Returns what the figure shows first, in words."""
     parts = []
-    tasks = _tasks(experiment).get(("5x5", False), {})
+    tasks = _groups(experiment).get(Group(5, 5, timed=False), {})
     for label, names in experiment.labels.items():
         distances = [_distance(experiment, names, task) for task in tasks.values()]
         if any(distance is not None for distance in distances):
@@ -150,11 +170,10 @@ def draw(experiment: Experiment, file: Path) -> None:
         experiment: The plan and the records.
         file: The SVG file.
     """
-    groups = _tasks(experiment)
+    tasks = _groups(experiment).get(Group(5, 5, timed=False), {})
     with drawing(file, describe_figure(experiment), ncols=3, figsize=(11, 4.2)) as (figure, axes):
         for number_of, (label, names) in enumerate(experiment.labels.items()):
             color = f"C{number_of}"
-            tasks = groups.get(("5x5", False), {})
             pairs = [(flows, _distance(experiment, names, task)) for flows, task in tasks.items()]
             _line(axes[0], pairs, label, color)
             measured = _cosines(experiment, names)
@@ -181,15 +200,13 @@ def draw(experiment: Experiment, file: Path) -> None:
 
 def _cosines(experiment: Experiment, names: list[str]) -> list[tuple[int, int, float]]:
     """Returns classes, flows and cosine of each task that gradients were compared on."""
-    measured = []
-    for task in experiment.plan.tasks:
-        found = _GRADIENTS.fullmatch(task)
-        for name in names:
-            for record in experiment.records.get(gradients_name(name, task), []):
-                cosine = record.metrics.get("gradient_cosine")
-                if found and cosine is not None:
-                    measured.append((int(found["classes"]), int(found["flows"]), cosine))
-    return measured
+    return [
+        (*_gradients_size(record)[1:], record.metrics["gradient_cosine"])
+        for task in experiment.plan.tasks
+        for name in names
+        for record in _compared(experiment, name, task)
+        if "gradient_cosine" in record.metrics
+    ]
 
 
 def _line(

@@ -1,15 +1,29 @@
 """What the tables of all experiments begin with: records, by row and task of the plan."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from dflows.errors import UserError
 from dflows.records import Record, read_records
 from experiments.plan import PLANS, Plan, Row, read_plan, reference_name
 
-__all__ = ["Experiment", "read_experiment"]
+__all__ = ["Experiment", "read_experiment", "setting"]
+
+
+def setting(config: Mapping[str, Any], key: str) -> Any:
+    """Returns what a configuration has under a dotted key, or `None` where it lacks it.
+
+    Example:
+        >>> setting({"trainer": {"max_steps": 500}}, "trainer.max_steps")
+        500
+    """
+    value: Any = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
 
 
 @dataclass(frozen=True)
@@ -27,6 +41,11 @@ class Experiment:
     def of(self, row: str, task: str) -> list[Record]:
         """Returns the records of a row on a task, one a seed."""
         return self.records.get(f"{row}-{task}", [])
+
+    def setting(self, task: str, key: str) -> Any:
+        """Returns what the first record of a task has under a dotted key of its configuration."""
+        first = next((name for name, _ in self.rows(task)), None)
+        return None if first is None else setting(self.of(first, task)[0].config, key)
 
     def values(self, row: str, task: str, metric: str) -> list[float]:
         """Returns a metric of a row on a task, for every seed that has it."""

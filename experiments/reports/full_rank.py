@@ -39,7 +39,9 @@ def render(experiment: Experiment) -> str:
 def _task(experiment: Experiment, task: str) -> str:
     entropy = experiment.first(task, "entropy")
     factorized = experiment.first(task, "factorized_entropy")
-    length, num_classes = task.split("x")
+    length, num_classes = (
+        experiment.setting(task, f"data.init_args.{key}") for key in ("length", "num_classes")
+    )
     caption = (
         f"**D = {length}, K = {num_classes}**: entropy {number(entropy)} nats, best factorized "
         f"model {number(factorized)}."

@@ -1,13 +1,14 @@
 """The table and the figure of the comparison on characters."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from dflows.errors import UserError
 from dflows.records import Record
 from experiments.plan import Row
-from experiments.reports.experiment import Experiment
+from experiments.reports.experiment import Experiment, setting
 from experiments.reports.figures import drawing
 from experiments.reports.markdown import number, table
 from experiments.reports.text import bits
@@ -109,14 +110,15 @@ def _line(task: str, shown: Shown) -> list[str]:
     ]
 
 
-def _argument(record: Record, key: str) -> Any:
-    """Returns an argument of a record's model, if it has it."""
-    return record.config.get("model", {}).get("init_args", {}).get(key)
+def _ngram_order(shown: Shown) -> int | None:
+    """Returns the length of the longest n-grams that a network is told of, if of any."""
+    order: int | None = setting(shown.record.config, "model.init_args.ngram_order")
+    return order
 
 
-def _class(record: Record, key: str) -> str:
+def _class(shown: Shown, key: str) -> str:
     """Returns the name of the class that an argument of a record's model is of, if of any."""
-    part = _argument(record, key)
+    part = setting(shown.record.config, f"model.init_args.{key}")
     path = part.get("class_path", "") if isinstance(part, dict) else part
     return path.rpartition(".")[2] if isinstance(path, str) else ""
 
@@ -142,12 +144,10 @@ def _few_passes(shown: Sequence[Shown]) -> list[str]:
     scored = [one for one in _scored(shown) if one.record.metrics.get("passes")]
     few = [one for one in scored if _is_few(one.record)]
     many = [one for one in scored if not _is_few(one.record)]
-    alone = [one for one in few if not _argument(one.record, "ngram_order")]
-    alone_too = [one for one in many if not _argument(one.record, "ngram_order")]
-    recipe = [one for one in few if _class(one.record, "estimator") == "SoftmaxStraightThrough"]
-    flows = [
-        one for one in alone if _class(one.record, "base") == "FactorizedBase" and one not in recipe
-    ]
+    alone = [one for one in few if not _ngram_order(one)]
+    alone_too = [one for one in many if not _ngram_order(one)]
+    recipe = [one for one in few if _class(one, "estimator") == "SoftmaxStraightThrough"]
+    flows = [one for one in alone if _class(one, "base") == "FactorizedBase" and one not in recipe]
     rows = []
     for best, others in ((few, many), (alone, alone_too), (flows, recipe[:1])):
         for other in others if best else []:
@@ -257,68 +257,31 @@ def draw(experiment: Experiment, file: Path) -> None:
     """
     words = describe_figure(experiment)
     points = [one for one in _points(experiment) if "test_bpc" in one.record.metrics]
-    shown = {
-        key: [(one.record.metrics[key], one) for one in points if key in one.record.metrics]
-        for key in ("passes", "generation_seconds_1")
-    }
-    with drawing(file, words, ncols=2, figsize=(12, 5.2), sharey=True) as (_, axes):
-        for place, named in zip(axes, shown.values(), strict=True):
-            for number_of, (value, one) in enumerate(named):
-                bound = one.record.likelihood == "bound"
-                look = {"marker": "v" if bound else "o", "color": f"C{number_of % 10}", "s": 40}
-                place.scatter(value, one.record.metrics["test_bpc"], **look)
+    with drawing(file, words, ncols=2, figsize=(12, 6), sharey=True) as (figure, axes):
+        for index, one in enumerate(points):
+            metrics = one.record.metrics
+            look = {
+                "marker": "v" if one.record.likelihood == "bound" else "o",
+                "color": f"C{index % 10}",
+                "label": f"{index + 1} {one.name}",
+                "s": 40,
+            }
+            for place, key in zip(axes, ("passes", "generation_seconds_1"), strict=True):
+                # A point without a place is in the legend all the same.
+                at = (metrics.get(key, math.nan), metrics["test_bpc"])
+                place.scatter(*at, **look)
+                if key in metrics:
+                    offset = {"xytext": (4, 4), "textcoords": "offset points"}
+                    place.annotate(str(index + 1), at, fontsize=7, **offset)
         # Linear up to 1: a chain of n-grams takes no pass at all.
         axes[0].set_xscale("symlog", base=4, linthresh=1)
-        axes[0].set_xlim(-0.2, 2 * max([1, *(passes for passes, _ in shown["passes"])]))
+        most = max([1, *(one.record.metrics.get("passes", 1) for one in points)])
+        axes[0].set_xlim(-0.2, 2 * most)
         axes[0].xaxis.set_major_formatter("{x:.0f}")
         axes[0].set_xlabel("passes: sequential network evaluations of one batch")
         axes[0].set_ylabel("bits per character, test (triangles: bounds)")
-        axes[1].set_xscale("log")
+        if any("generation_seconds_1" in one.record.metrics for one in points):
+            axes[1].set_xscale("log")
         axes[1].set_xlabel("seconds to generate one sequence")
-        axes[0].figure.draw_without_rendering()  # then it is known where points are
-        for place, named in zip(axes, shown.values(), strict=True):
-            _annotate(place, named)
-
-
-def _annotate(place: Any, points: Sequence[tuple[float, Shown]]) -> None:
-    """Names points, each where its name covers as little as can be of the points and other names.
-
-    Names are of the rows, in 7 points, of which a letter is about 4 wide.
-    """
-    scale = 72 / place.figure.dpi
-    spots = [
-        scale * place.transData.transform((value, one.record.metrics["test_bpc"]))
-        for value, one in points
-    ]
-    taken = [(x - 4, y - 4, x + 4, y + 4) for x, y in spots]
-    edges = scale * place.bbox.x0, scale * place.bbox.x1
-    top = scale * place.bbox.y1
-    for (x, y), (value, one) in sorted(
-        zip(spots, points, strict=True), key=lambda named: tuple(named[0])
-    ):
-        width = 4.0 * len(one.name)
-        boxes: list[tuple[float, float, float]] = []
-        for up in (-3, 6, -12, 15, -21, 24, -30, 33, -39):
-            boxes.append((6, up, x + 6))
-            boxes.append((-6 - width, up, x - 6 - width))
-
-        def covered(box: tuple[float, float, float], y: float = y, width: float = width) -> float:
-            _, up, left = box
-            overlaps = (
-                max(0, min(left + width, x1) - max(left, x0))
-                * max(0, min(y + up + 7, y1) - max(y + up, y0))
-                for x0, y0, x1, y1 in taken
-            )
-            beyond = (edges[0] - left, left + width - edges[1], y + up + 7 - top)
-            outside = sum(max(0.0, length) for length in beyond)
-            return sum(overlaps) + 100 * outside + abs(up + 3) / 8
-
-        dx, above, left = min(boxes, key=covered)
-        taken.append((left, y + above, left + width, y + above + 7))
-        place.annotate(
-            one.name,
-            (value, one.record.metrics["test_bpc"]),
-            textcoords="offset points",
-            xytext=(dx, above),
-            fontsize=7,
-        )
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=7)

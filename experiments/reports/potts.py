@@ -1,13 +1,10 @@
 """The table of the Potts experiment."""
 
-import re
-
 from experiments.reports.experiment import Experiment
 from experiments.reports.markdown import mean_and_spread, number, table
 
 __all__ = ["render"]
 
-_TASK = re.compile(r"side(?P<side>\d+)-K(?P<classes>\d+)-J(?P<coupling>[\d.]+)")
 HEAD = ("model", "published", "ours", "best tables found", "above the entropy", "passes")
 
 
@@ -22,13 +19,15 @@ def render(experiment: Experiment) -> str:
     """
     parts = []
     for task in experiment.plan.tasks:
-        found = _TASK.fullmatch(task)
         lines = [_row(experiment, task, name) for name, _ in experiment.rows(task)]
-        if found and lines:
-            side, entropy = int(found["side"]), experiment.first(task, "entropy")
+        if lines:
+            side, num_classes, coupling = (
+                experiment.setting(task, f"data.init_args.{key}")
+                for key in ("side", "num_classes", "coupling")
+            )
             parts.append(
-                f"**D = {side**2}, K = {found['classes']}, J = {found['coupling']}**: exact "
-                f"entropy {number(entropy)} nats, factorized "
+                f"**D = {side**2}, K = {num_classes}, J = {coupling}**: exact "
+                f"entropy {number(experiment.first(task, 'entropy'))} nats, factorized "
                 f"{number(experiment.first(task, 'factorized_entropy'))}.\n\n{table(HEAD, lines)}"
             )
     return "\n\n".join(parts)

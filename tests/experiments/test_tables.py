@@ -14,7 +14,7 @@ from experiments.reports.experiment import Experiment
 
 TASKS = {
     "full-rank": ["5x5"],
-    "estimators": ["5x5-1", "5x5-2", "gradients-3x5-2"],
+    "estimators": ["one", "two"],
     "mixture": ["grid"],
     "addition": ["D10"],
     "potts": ["side3-K3-J0.1"],
@@ -58,14 +58,20 @@ GRADIENTS = {
 }
 
 
-DATA = {"class_path": "datamodules.MixtureDataModule", "init_args": {"num_classes": 2}}
+SIZES = {"length": 2, "side": 3, "coupling": 0.1}
 
 
-def record(name, metrics, seed=0):
+def trained(flows, **data):
+    """The configuration of a run of so many flows."""
+    given = {"class_path": "datamodules.MixtureDataModule", "init_args": {"num_classes": 2, **data}}
+    return {"data": given, "model": {"init_args": {"orderings": [{}] * flows}}}
+
+
+def record(name, metrics, seed=0, kind="fit", config=None):
     return Record(
         name=name,
-        kind="fit",
-        config={"data": DATA},
+        kind=kind,
+        config=config or trained(1),
         seed=seed,
         device="CPU",
         precision="32-true",
@@ -79,33 +85,40 @@ def experiment(name, absent=()):
     """Makes an experiment of two rows with a reference each, of which all records lack a metric."""
     tasks = TASKS[name]
     references = {
-        # The first flow of estimators' tasks has this reference, and the second the other.
-        "own": Reference([Natural()], RankPermutation, tasks=tasks[:1]),
+        "own": Reference([Natural()], RankPermutation),
         "other": Reference([Natural()], RankPermutation),
     }
     rows = {
         key: Row(row.label, reference=row.reference, published={tasks[0]: 7.25})
         for key, row in ROWS.items()
     }
-    found = {}
-    for task in tasks:
-        found[f"flow-{task}"] = [record(f"flow-{task}", RUN), record(f"flow-{task}", AGAIN, 1)]
-        found[f"rank-1-{task}"] = [record(f"rank-1-{task}", RUN | {"probabilities": [0.25] * 4})]
-        found[f"gradients-flow-{task}"] = [record(f"gradients-flow-{task}", GRADIENTS)]
+    found = []
+    for flows, task in enumerate(tasks, 1):
+        config = trained(flows, **(SIZES if name != "mixture" else {}))
+        found += [
+            record(f"flow-{task}", RUN, config=config),
+            record(f"flow-{task}", AGAIN, 1, config=config),
+            record(f"rank-1-{task}", RUN | {"probabilities": [0.25] * 4}, config=config),
+            record(
+                f"gradients-flow-{task}", GRADIENTS, kind="gradients", config={"trained": config}
+            ),
+        ]
         for key, nats in (("own", 7.6), ("other", 7.0)):
             metrics = {
                 "reference_nats": nats,
                 "reference_kl": nats - 6.5,
                 "in_turn_nats": nats + 0.05,
             }
-            found[f"reference-{key}-{task}"] = [record(f"reference-{key}-{task}", metrics)]
-    kept = {
-        key: [
-            record(one.name, {k: v for k, v in one.metrics.items() if k not in absent}, one.seed)
-            for one in some
-        ]
-        for key, some in found.items()
-    }
+            # Of estimators' tasks the first has as many flows as one reference, and the second as
+            # the other.
+            tables = {"data": config["data"], "orderings": [""] * (1 if key == "own" else 2)}
+            found.append(
+                record(f"reference-{key}-{task}", metrics, kind="reference", config=tables)
+            )
+    kept = {}
+    for one in found:
+        metrics = {key: value for key, value in one.metrics.items() if key not in absent}
+        kept.setdefault(one.name, []).append(replace(one, metrics=metrics))
     smoke = Smoke(tasks=tasks[:1], rows=["flow"])
     plan = Plan(name, {task: {} for task in tasks}, rows, smoke, references=references)
     return Experiment(plan, kept)
@@ -227,8 +240,7 @@ def test_few_passes_are_compared_with_many_and_flows_with_the_recipe():
             f"{name}-ptb",
             RUN | {"test_bpc": bits, "passes": passes, "generation_seconds_1": seconds},
         )
-        model = {"model": {"init_args": arguments}}
-        return replace(one, config={**one.config, **model})
+        return replace(one, config={**one.config, "model": {"init_args": arguments}})
 
     base = "dflows.bases.FactorizedBase"
     recipe = {"class_path": "dflows.estimators.SoftmaxStraightThrough"}
