@@ -10,17 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dflows.acceleration import accelerated
-from dflows.backbones.backbone import (
-    Remembered,
-    SteppedBackbone,
-    check_causal,
-    check_dropout,
-    check_features,
-    check_length,
-    check_next_level,
-    check_positive,
-)
+from dflows.arguments import check_dropout, check_positive
+from dflows.backbones.backbone import SteppedBackbone
+from dflows.backbones.checks import check_causal, check_features, check_length, check_next_level
 from dflows.errors import UserError
+from dflows.remembered import Remembered
 
 __all__ = ["Transformer"]
 
@@ -51,7 +45,7 @@ class Locality(nn.Module):
     The slopes of the heads fall geometrically from 1 to 0.03, so that some heads start with their
     neighbours and others with the whole window. Left and right have entries of their own.
 
-    Arguments:
+    Args:
         heads: Number of heads.
         length: D, the largest number of dimensions.
 
@@ -76,7 +70,7 @@ class Locality(nn.Module):
 class Block(nn.Module):
     """Creates one layer: attention and a feed-forward network, each on a residual branch.
 
-    Arguments:
+    Args:
         width: Features of one dimension.
         heads: Number of heads.
         hidden: Hidden units of the feed-forward network.
@@ -181,7 +175,7 @@ class Transformer(SteppedBackbone):
     Matrices start at the scale of GPT-2, those that end on a residual branch smaller by the square
     root of the number of branches, so that 64 layers train.
 
-    Arguments:
+    Args:
         width: Features of one dimension.
         layers: Number of layers.
         heads: Number of heads; they share the width.
@@ -304,7 +298,40 @@ class Transformer(SteppedBackbone):
             return super().features_at(dimensions, content, query, levels)
         return self._full(content, dimensions)
 
+    @property
+    def num_layers(self) -> int:
+        return len(self.blocks)
+
+    def layer_features(
+        self, content: Tensor, query: Tensor | None = None, levels: Tensor | None = None
+    ) -> list[Tensor]:
+        """Computes the features after every layer.
+
+        Args:
+            content: As in :meth:`forward`.
+            query: As in :meth:`forward`.
+            levels: As in :meth:`forward`.
+
+        Returns:
+            Features (B, D, width) after every layer; only those of the last, which are those of
+            :meth:`forward`, have passed the final norm.
+        """
+        if self.level_causal:
+            layers = self._causal_layers(content, *check_causal(self, content, query, levels))
+            *earlier, last = (h[:, 1:] for h in layers)
+        else:
+            *earlier, last = self._full_layers(content)
+        return [*earlier, self.norm(last)]
+
     def _full(self, content: Tensor, only: Tensor | None = None) -> Tensor:
+        h = content
+        for layer in self._full_layers(content, only):
+            h = layer
+        normed: Tensor = self.norm(h)
+        return normed
+
+    def _full_layers(self, content: Tensor, only: Tensor | None = None) -> Iterator[Tensor]:
+        """Yields the features (B, D, width) after every layer; of the last those of `only`."""
         check_features(self, content)
         h, places = content, self._places(content.shape[1])
         turn = self._turn(torch.arange(content.shape[1], device=content.device), content.dtype)
@@ -312,38 +339,16 @@ class Transformer(SteppedBackbone):
             mask = None if block.locality is None else block.locality(content.shape[1])
             last = n + 1 == len(self.blocks)
             h = block(placed(h, places, n), None, mask, turn, only if last else None)
-        normed: Tensor = self.norm(h)
-        return normed
-
-    def layer_features(self, content: Tensor, query: Tensor, levels: Tensor) -> list[Tensor]:
-        """Computes what every layer of a causal network makes of the dimensions.
-
-        Args:
-            content: As in :meth:`forward`, as are the rest.
-            query: Query.
-            levels: Levels.
-
-        Returns:
-            Features (B, D, width) after every layer; only those of the last, which are those of
-            :meth:`forward`, have passed the final norm.
-
-        Raises:
-            UserError: As :meth:`forward`, or if the attention is ``full``.
-        """
-        if not self.level_causal:
-            raise UserError("the layers of full attention are not causal: set attention='causal'")
-        streams = self._layers(content, *check_causal(self, content, query, levels))
-        *earlier, last = (h[:, 1:] for h in streams)
-        return [*earlier, self.norm(last)]
+            yield h
 
     def _causal(self, content: Tensor, query: Tensor, levels: Tensor) -> Tensor:
         h = content
-        for stream in self._layers(content, query, levels):
-            h = stream
+        for layer in self._causal_layers(content, query, levels):
+            h = layer
         normed: Tensor = self.norm(h[:, 1:])
         return normed
 
-    def _layers(self, content: Tensor, query: Tensor, levels: Tensor) -> Iterator[Tensor]:
+    def _causal_layers(self, content: Tensor, query: Tensor, levels: Tensor) -> Iterator[Tensor]:
         """Yields the streams (B, 1 + D, width) of start and dimensions after every layer."""
         h = self._streams(query).expand(content.shape[0], -1, -1)
         places = self._places(content.shape[1], start=1)

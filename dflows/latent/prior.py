@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import Transform
 from torch.nn import functional as F
 
-from dflows.backbones.backbone import check_dropout, check_positive
+from dflows.arguments import check_dropout, check_positive
 from dflows.errors import UserError
 from dflows.latent.squared import NonlinearSquared
 
