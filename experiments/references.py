@@ -9,6 +9,7 @@ import yaml
 
 from datamodules import EnumerableDataModule
 from datamodules.module import StreamDataModule
+from dflows.bijections import Bijection
 from dflows.cli.configs import Parser
 from dflows.errors import UserError
 from dflows.exact import exhaustive_optimum, tabular_flow
@@ -63,13 +64,18 @@ def reference_settings(
         data.pop(key, None)
     return {
         "orderings": [repr(ordering) for ordering in reference.orderings],
-        "bijection": repr(reference.bijection(num_classes)),
+        "bijection": _described(reference.bijection(num_classes)),
         "base": None if reference.base is None else repr(reference.base),
         "restarts": reference.restarts,
         "sweeps": reference.sweeps,
         "greedy": task in reference.greedy,
         "data": {"class_path": config["class_path"], "init_args": data},
     }
+
+
+def _described(bijection: Bijection) -> str:
+    """Describes a map by its own arguments, without the rule, which a table does not use."""
+    return f"{type(bijection).__name__}({bijection.extra_repr()})"
 
 
 def write_reference(
@@ -109,7 +115,7 @@ def write_reference(
     )
     metrics = {
         "reference_nats": found.cross_entropy,
-        "in_turn_nats": found.in_turn,
+        "layerwise_nats": found.in_turn,
         "reference_kl": found.cross_entropy - data.entropy,
         "entropy": data.entropy,
         "factorized_entropy": data.factorized_entropy,

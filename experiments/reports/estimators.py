@@ -12,7 +12,7 @@ from experiments.reports.markdown import MISSING, mean_and_spread, number, table
 
 __all__ = ["describe_figure", "draw", "render"]
 
-ORDERINGS = "model.init_args.orderings"
+ORDERINGS = "model.init_args.flow.init_args.orderings"
 """Key of the list that has an entry for every flow."""
 
 _MEASURED = {
@@ -89,7 +89,7 @@ def _likelihoods(experiment: Experiment, group: Group, tasks: dict[int, str]) ->
         if any(cell != MISSING for cell in cells):
             lines.append([label, *cells])
     for label, metric in (
-        ("*tables, in turn*", "in_turn_nats"),
+        ("*tables, in turn*", "layerwise_nats"),
         ("*best tabular flow*", "reference_nats"),
     ):
         found = [_reference(experiment, task, metric) for task in tasks.values()]

@@ -62,7 +62,7 @@ def _task(experiment: Experiment, task: str) -> str:
 
 
 def _greedy(experiment: Experiment, task: str, row: Row) -> bool:
-    """Says whether the reference of a row was fitted in turn, and not ascended."""
+    """Says whether the reference of a row was fitted layerwise, and not ascended."""
     return row.reference is not None and task in experiment.plan.references[row.reference].greedy
 
 
@@ -81,7 +81,7 @@ def _row(experiment: Experiment, task: str, name: str, row: Row) -> list[str]:
         row.label,
         number(row.published.get(task), ".1f"),
         mean_and_spread(exact),
-        number(experiment.reference(row, task, "in_turn_nats")),
+        number(experiment.reference(row, task, "layerwise_nats")),
         number(None if _greedy(experiment, task, row) else reference),
         number(above, "+.3f"),
         number(share, ".0%"),

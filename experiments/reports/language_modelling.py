@@ -99,7 +99,7 @@ def _line(task: str, shown: Shown) -> list[str]:
         number(row.published.get(task), ".2f"),
         number(row.published_seconds.get(task), ".3g"),
         bits(record, metrics.get("test_bpc")),
-        bits(record, metrics.get("test_bpc_carried")),
+        bits(record, metrics.get("test_bpc_stateful")),
         bits(record, metrics.get("test_bpc_importance")),
         number(metrics.get("passes"), "d"),
         number(metrics.get("fixed_point_iterations"), ".4g"),
@@ -111,13 +111,13 @@ def _line(task: str, shown: Shown) -> list[str]:
 
 
 def _ngram_order(shown: Shown) -> int | None:
-    """Returns the length of the longest n-grams that a network is told of, if of any."""
-    order: int | None = setting(shown.record.config, "model.init_args.ngram_order")
+    """Returns the length of the longest n-grams that a network is conditioned on, if on any."""
+    order: int | None = setting(shown.record.config, "model.init_args.flow.init_args.ngram_order")
     return order
 
 
 def _class(shown: Shown, key: str) -> str:
-    """Returns the name of the class that an argument of a record's model is of, if of any."""
+    """Returns the name of the class that a part of a record's model is of, if of any."""
     part = setting(shown.record.config, f"model.init_args.{key}")
     path = part.get("class_path", "") if isinstance(part, dict) else part
     return path.rpartition(".")[2] if isinstance(path, str) else ""
@@ -146,8 +146,8 @@ def _few_passes(shown: Sequence[Shown]) -> list[str]:
     many = [one for one in scored if not _is_few(one.record)]
     alone = [one for one in few if not _ngram_order(one)]
     alone_too = [one for one in many if not _ngram_order(one)]
-    recipe = [one for one in few if _class(one, "estimator") == "SoftmaxStraightThrough"]
-    flows = [one for one in alone if _class(one, "base") == "FactorizedBase" and one not in recipe]
+    recipe = [one for one in few if _class(one, "objective") == "EndToEnd"]
+    flows = [one for one in alone if _class(one, "flow.init_args.base") == "FactorizedBase" and one not in recipe]
     rows = []
     for best, others in ((few, many), (alone, alone_too), (flows, recipe[:1])):
         for other in others if best else []:

@@ -38,12 +38,12 @@ def render(experiment: Experiment) -> str:
         entropy = experiment.first(task, "entropy")
         rows = []
         for name, row in experiment.rows(task):
-            in_turn = experiment.reference(row, task, "in_turn_nats")
+            layerwise = experiment.reference(row, task, "layerwise_nats")
             rows.append(
                 [
                     row.label,
                     mean_and_spread(experiment.values(name, task, "kl")),
-                    number(None if in_turn is None or entropy is None else in_turn - entropy),
+                    number(None if layerwise is None or entropy is None else layerwise - entropy),
                     number(experiment.reference(row, task, "reference_kl")),
                 ]
             )
