@@ -19,7 +19,8 @@ class SteppedLSTM:
 
     def __init__(self, lstm: nn.LSTM, batch_size: int) -> None:
         self.lstm = lstm
-        zeros = lstm.all_weights[0][0].new_zeros(batch_size, lstm.hidden_size)
+        self.weights = lstm.all_weights
+        zeros = self.weights[0][0].new_zeros(batch_size, lstm.hidden_size)
         self.hidden = [zeros] * lstm.num_layers
         self.cells = [zeros] * lstm.num_layers
 
@@ -29,7 +30,7 @@ class SteppedLSTM:
         # In the precision of a whole pass, which autocast leaves alone on a CPU.
         with torch.autocast("cpu", enabled=False):
             x = row.to(self.hidden[0].dtype)
-            for layer, weights in enumerate(lstm.all_weights):
+            for layer, weights in enumerate(self.weights):
                 state = self.hidden[layer], self.cells[layer]
                 x, self.cells[layer] = torch.lstm_cell(x, state, *weights)
                 self.hidden[layer] = x

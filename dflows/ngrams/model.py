@@ -6,6 +6,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from dflows.counted import Counted
 from dflows.errors import UserError
 from dflows.ngrams.counts import Packing, count_grams
 from dflows.ngrams.kneser_ney import Table, find, smooth
@@ -14,7 +15,7 @@ from dflows.ngrams.messages import right_context_messages
 __all__ = ["NGrams"]
 
 
-class NGrams(nn.Module):
+class NGrams(Counted):
     r"""Creates n-grams that are counted and not trained, smoothed by interpolated Kneser–Ney.
 
     .. math::
@@ -85,7 +86,6 @@ class NGrams(nn.Module):
 
     @property
     def num_counted(self) -> int:
-        """The classes that were counted; none before :meth:`count`."""
         return int(self.counts[: self.sizes[0]].sum())
 
     @torch.inference_mode(mode=False)
