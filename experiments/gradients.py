@@ -1,21 +1,20 @@
-"""The gradients of estimators against the exact one, at the same trained networks, as records."""
+"""Gradients of rules and objectives against the exact one, at the same networks, as records."""
 
-import copy
 import time
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from datamodules import EnumerableDataModule
 from dflows.cli.configs import FlowCLI
 from dflows.errors import UserError
-from dflows.estimators import Estimator
-from dflows.exact import compare_estimators
+from dflows.exact import compare_objectives
+from dflows.gradients import GradientRule
+from dflows.objectives import Objective
 from experiments.overlays import merge_configs
 from experiments.plan import Gradients, Plan, gradients_name
-from experiments.recording import write_exact_record
-from lightning_modules import DiscreteFlowModule
+from experiments.recording import described, write_exact_record
+from lightning_modules import FlowModule
 
 __all__ = ["write_gradients"]
 
@@ -31,10 +30,12 @@ def _trained(
     return cli
 
 
-def _estimator_of(plan: Plan, row: str, task: str, seed: int) -> Estimator:
+def _row(plan: Plan, row: str, task: str, seed: int) -> tuple[GradientRule | None, Objective]:
+    """Returns the rule of a row's bijections, where they have one, and its objective."""
     with plan.run(row, task, seed, {}).arguments() as line:
-        module: DiscreteFlowModule = FlowCLI(line).model
-    return module.flow.conditional_transforms[0].estimator
+        module = FlowCLI(line).model
+    rule: GradientRule | None = module.flow.conditional_transforms[0].bijection.rule
+    return rule, module.objective
 
 
 def write_gradients(
@@ -45,12 +46,12 @@ def write_gradients(
     over: Mapping[str, Any],
     seed: int = 0,
 ) -> Iterator[Path]:
-    """Compares the estimators of rows on a task, and writes a record for each.
+    """Compares the rules and objectives of rows on a task, and writes a record for each.
 
     Args:
         plan: The experiment.
         task: Name of the task.
-        rows: Names of the rows whose estimators are compared.
+        rows: Names of the rows that are compared.
         folder: Where the records go.
         over: Keys laid over those of the run that trains the networks.
         seed: The seed.
@@ -68,15 +69,15 @@ def write_gradients(
         raise UserError("the experiment compares no gradients: give it the key `gradients`")
     cli = _trained(plan, gradients, task, seed, over)
     module, data = cli.model, cli.datamodule
-    if not isinstance(module, DiscreteFlowModule) or not isinstance(data, EnumerableDataModule):
+    if not isinstance(module, FlowModule) or not isinstance(data, EnumerableDataModule):
         raise UserError(
             f"gradients are compared on {task}, which trains a {type(module).__name__} on a "
             f"{type(data).__name__}: give a flow and a distribution whose states are enumerated"
         )
-    estimators = {row: _estimator_of(plan, row, task, seed) for row in rows}
-    compared = compare_estimators(
+    trained_by = {row: _row(plan, row, task, seed) for row in rows}
+    compared = compare_objectives(
         module.flow,
-        {row: partial(copy.deepcopy, estimator) for row, estimator in estimators.items()},
+        trained_by,
         data.probabilities,
         batch_size=gradients.batch_size,
         draws=gradients.draws,
@@ -84,20 +85,18 @@ def write_gradients(
         seed=seed,
     )
     for row, comparison in compared.items():
+        rule, objective = trained_by[row]
         yield write_exact_record(
             folder,
             module,
             name=gradients_name(row, task),
             kind="gradients",
-            config={"trained": cli.resolved_config(), "estimator": repr(estimators[row])},
-            metrics={
-                "gradient_cosine": comparison.cosine,
-                "gradient_norm_ratio": comparison.norm_ratio,
-                "gradient_mixture_cosine": comparison.mixture_cosine,
-                "gradient_mixture_norm_ratio": comparison.mixture_norm_ratio,
-                "gradient_variance": comparison.variance,
-                "gradient_standard_error": comparison.standard_error,
+            config={
+                "trained": cli.resolved_config(),
+                "rule": None if rule is None else described(rule),
+                "objective": described(objective),
             },
+            metrics=comparison.metrics,
             begin=begin,
             seed=seed,
         )

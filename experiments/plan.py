@@ -111,9 +111,9 @@ class Gradients:
     Args:
         trained_by: The row whose run trains the networks.
         tasks: Tasks that gradients are compared on; nothing else is run on them.
-        rows: Rows whose estimators are compared; all by default.
+        rows: Rows whose rules and objectives are compared; all by default.
         config: Keys laid over those of the row: how long the networks are trained.
-        draws: Draws of an estimator's mean.
+        draws: Draws of the mean of a gradient that is sampled.
         batches: Batches of its variance.
         batch_size: Examples of such a batch.
     """
@@ -194,7 +194,7 @@ class Plan:
         smoke: What of it runs within a minute.
         configs: Configurations beneath all others.
         references: Best tabular flows, by their names.
-        gradients: How the gradients of the rows' estimators are compared, if they are.
+        gradients: How the gradients of the rows are compared, if they are.
         seeds: A run for each.
 
     Raises:

@@ -12,7 +12,17 @@ from dflows.cli.recording import without_machine
 from dflows.provenance import describe_device
 from dflows.records import Record, write_record
 
-__all__ = ["write_exact_record"]
+__all__ = ["described", "write_exact_record"]
+
+
+def described(module: nn.Module) -> str:
+    """Describes a module by its class and its own arguments, without its parts.
+
+    Example:
+        >>> described(nn.Sequential(nn.Linear(2, 3))), described(nn.Linear(2, 3))
+        ('Sequential()', 'Linear(in_features=2, out_features=3, bias=True)')
+    """
+    return f"{type(module).__name__}({module.extra_repr()})"
 
 
 def write_exact_record(

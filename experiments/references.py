@@ -9,12 +9,11 @@ import yaml
 
 from datamodules import EnumerableDataModule
 from datamodules.module import StreamDataModule
-from dflows.bijections import Bijection
 from dflows.cli.configs import Parser
 from dflows.errors import UserError
 from dflows.exact import exhaustive_optimum, tabular_flow
 from experiments.plan import Plan, Reference, reference_name
-from experiments.recording import write_exact_record
+from experiments.recording import described, write_exact_record
 
 __all__ = ["reference_settings", "task_data", "write_reference"]
 
@@ -64,18 +63,13 @@ def reference_settings(
         data.pop(key, None)
     return {
         "orderings": [repr(ordering) for ordering in reference.orderings],
-        "bijection": _described(reference.bijection(num_classes)),
+        "bijection": described(reference.bijection(num_classes)),
         "base": None if reference.base is None else repr(reference.base),
         "restarts": reference.restarts,
         "sweeps": reference.sweeps,
         "greedy": task in reference.greedy,
         "data": {"class_path": config["class_path"], "init_args": data},
     }
-
-
-def _described(bijection: Bijection) -> str:
-    """Describes a map by its own arguments, without the rule, which a table does not use."""
-    return f"{type(bijection).__name__}({bijection.extra_repr()})"
 
 
 def write_reference(

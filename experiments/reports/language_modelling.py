@@ -147,7 +147,11 @@ def _few_passes(shown: Sequence[Shown]) -> list[str]:
     alone = [one for one in few if not _ngram_order(one)]
     alone_too = [one for one in many if not _ngram_order(one)]
     recipe = [one for one in few if _class(one, "objective") == "EndToEnd"]
-    flows = [one for one in alone if _class(one, "flow.init_args.base") == "FactorizedBase" and one not in recipe]
+    flows = [
+        one
+        for one in alone
+        if _class(one, "flow.init_args.base") == "FactorizedBase" and one not in recipe
+    ]
     rows = []
     for best, others in ((few, many), (alone, alone_too), (flows, recipe[:1])):
         for other in others if best else []:

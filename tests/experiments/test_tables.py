@@ -64,7 +64,10 @@ SIZES = {"length": 2, "side": 3, "coupling": 0.1}
 def trained(flows, **data):
     """The configuration of a run of so many flows."""
     given = {"class_path": "datamodules.MixtureDataModule", "init_args": {"num_classes": 2, **data}}
-    return {"data": given, "model": {"init_args": {"flow": {"init_args": {"orderings": [{}] * flows}}}}}
+    return {
+        "data": given,
+        "model": {"init_args": {"flow": {"init_args": {"orderings": [{}] * flows}}}},
+    }
 
 
 def record(name, metrics, seed=0, kind="fit", config=None):
