@@ -7,7 +7,7 @@ import shlex
 import pytest
 import yaml
 
-from dflows.reproduce import EXPERIMENTS
+from experiments.reproduce import EXPERIMENTS
 from tests.commands import ROOT, run_apart, run_here, write_text
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -19,8 +19,8 @@ def blocks(language):
 
 def command_lines():
     lines = "\n".join(blocks("bash")).splitlines()
-    commands = [shlex.split(line, comments=True) for line in lines if "-m dflows." in line]
-    return [(words[2].removeprefix("dflows."), words[3:]) for words in commands]
+    commands = [shlex.split(line, comments=True) for line in lines if " -m " in line]
+    return [(words[2].partition(".")[2], words[3:]) for words in commands]
 
 
 def test_the_library_example_runs():
@@ -71,7 +71,7 @@ def test_the_five_choices_have_the_members_that_are_exported(choice, module, int
 def test_the_commands_are_taken(command, arguments, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     if command == "reproduce":
-        # tests/test_reproduce.py runs it.
+        # tests/experiments/test_reproduce.py runs it.
         assert arguments[0] in EXPERIMENTS
         assert arguments[1:] == ["--smoke"]
     elif command == "fit":
