@@ -5,7 +5,6 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from datamodules.chunks import Array, Chunks
@@ -13,6 +12,7 @@ from datamodules.counter_rng import CounterRNG
 from datamodules.module import StreamDataModule
 from datamodules.vocabulary import IntegerVocabulary
 from datamodules.windows import Reader, TrainingStream
+from dflows.categorical import cdf, search_cdf
 from dflows.errors import UserError
 from dflows.exact import check_enumerable, entropy, marginals
 
@@ -137,28 +137,24 @@ class EnumerableDataModule(StreamDataModule):
         return [read(0, self._eval_examples).reshape(-1)]
 
     @cached_property
-    def _cumulative(self) -> NDArray[np.float64]:
-        return np.cumsum(self.probabilities.numpy().reshape(-1))
+    def _cumulative(self) -> Tensor:
+        return cdf(self.probabilities.reshape(-1))
 
 
 class _TableSamples(TrainingStream):
     """Creates independent draws, each found in the cumulative distribution by one random number."""
 
-    def __init__(
-        self, cumulative: NDArray[np.float64], shape: tuple[int, ...], counter: CounterRNG
-    ) -> None:
+    def __init__(self, cumulative: Tensor, shape: tuple[int, ...], counter: CounterRNG) -> None:
         super().__init__(len(shape))
         self._cumulative = cumulative
         self._shape = shape
         self._counter = counter
-        # Rounding may not carry a draw beyond the last state that has any probability.
-        self._last = int(np.searchsorted(cumulative, cumulative[-1]))
 
     def open(self) -> Reader:
         """Returns what reads draws, of any number at any time."""
         return self._read
 
     def _read(self, first: int, rows: int) -> Array:
-        uniform = self._counter.uniform(np.arange(first, first + rows))
-        states = np.searchsorted(self._cumulative, uniform * self._cumulative[-1], side="right")
-        return np.stack(np.unravel_index(np.minimum(states, self._last), self._shape), axis=-1)
+        uniform = torch.from_numpy(self._counter.uniform(np.arange(first, first + rows)))
+        states = search_cdf(self._cumulative, uniform).numpy()
+        return np.stack(np.unravel_index(states, self._shape), axis=-1)
