@@ -5,8 +5,8 @@ from numpy.typing import NDArray
 
 from datamodules.chunks import Array
 from datamodules.counter_rng import CounterRNG
-from datamodules.samples import Samples
 from datamodules.lattice import PottsLattice
+from datamodules.samples import Samples
 from datamodules.vocabulary import compact_dtype
 
 __all__ = ["MOST_ROWS", "RowByRow"]
