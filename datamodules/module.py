@@ -187,7 +187,7 @@ class StreamDataModule(pl.LightningDataModule, ABC):
         return self._evaluation_loader("test")
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what a checkpoint keeps: the next training row, and the text of tokenizer.json."""
+        """Returns what a checkpoint keeps: a place of the training stream, and the vocabulary."""
         return {
             "row": self._row(),
             "batches": self._batches(),
