@@ -2,6 +2,7 @@
 
 from dflows.bases import AutoregressiveBase, FactorizedBase, NGramBase
 from dflows.flow import DiscreteFlow, FlowDistribution
+from dflows.loading import load
 from dflows.transforms import (
     AutoregressiveTransform,
     BipartiteTransform,
@@ -19,4 +20,5 @@ __all__ = [
     "FlowDistribution",
     "NGramBase",
     "PermutationTransform",
+    "load",
 ]

@@ -1,6 +1,6 @@
 """Errors that are the user's to mend."""
 
-__all__ = ["LengthError", "UserError"]
+__all__ = ["LengthError", "NonFiniteError", "UserError"]
 
 
 class UserError(ValueError):
@@ -9,3 +9,7 @@ class UserError(ValueError):
 
 class LengthError(UserError):
     """The refusal of an event by a part of a flow that takes events of one length only."""
+
+
+class NonFiniteError(UserError):
+    """The refusal of logits, a loss or a likelihood that are not finite."""

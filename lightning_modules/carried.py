@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dflows.flow import DiscreteFlow
 from dflows.metrics import BitsPerCharacter
+from dflows.reporting import Report
 from lightning_modules.base import DEFAULT_OPTIMIZATION, Batch, Optimization, compute
 from lightning_modules.flow import DiscreteFlowModule
 
@@ -61,6 +62,7 @@ class CarriedModule(DiscreteFlowModule, ABC):
         super().__init__(flow, optimization, base_count_windows=base_count_windows)
         self.carried = BitsPerCharacter()
         self._score: Score | None = None
+        self.bpc_carried: float | None = None
 
     @abstractmethod
     def text_score(self) -> Score | None:
@@ -83,6 +85,16 @@ class CarriedModule(DiscreteFlowModule, ABC):
         """Logs the test metrics."""
         super().on_test_epoch_end()
         if self._score is not None:
-            self.log("test_bpc_carried", compute(self.carried).float())
+            bits = compute(self.carried)
+            self.bpc_carried = float(bits)
+            self.log("test_bpc_carried", bits.float())
             self.carried.reset()
             self._score = None
+
+    def report(self, split: str) -> Report:
+        report = super().report(split)
+        if split == "test" and self.bpc_carried is not None:
+            report.metrics["test_bpc_carried"] = self.bpc_carried
+            remark = "every window after those before it"
+            report.row("test, context carried", f"{self.bpc_carried:.4f}", remark)
+        return report

@@ -1,5 +1,6 @@
 """Modules that train discrete flows: any one, and one that is made of five choices."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, Literal
@@ -19,10 +20,13 @@ from dflows.flow import DiscreteFlow
 from dflows.metrics import ExactMatch, LevelBits, ResidualEntropy
 from dflows.ngrams import NGrams
 from dflows.orderings import Ordering, alike
+from dflows.reporting import Report
 from dflows.transforms import ConditionalTransform
 from lightning_modules.base import DEFAULT_OPTIMIZATION, BaseModule, Batch, Optimization, compute
 
 __all__ = ["DiscreteFlowModule", "FlowModule"]
+
+FIXED_POINTS = 4
 
 
 def _shared_levels(flow: DiscreteFlow) -> Ordering | None:
@@ -95,6 +99,7 @@ class DiscreteFlowModule(BaseModule):
             that takes a context; or a number is out of range.
     """
 
+    takes_prompt = True
     started: Tensor
     base_counts: Tensor
 
@@ -150,6 +155,7 @@ class DiscreteFlowModule(BaseModule):
         self.level_bits = None if levels is None else LevelBits(levels)
         self.level_bpc: list[float] = []
         self.exact_match = ExactMatch()
+        self.accuracy: float | None = None
         self._step_before = 0
         self._done = 0.0
 
@@ -194,6 +200,50 @@ class DiscreteFlowModule(BaseModule):
         return any(
             isinstance(module, Conditioner) and module.context is not None
             for module in self.flow.modules()
+        )
+
+    @property
+    def evaluations(self) -> int:
+        return sum(self.flow.evaluations)
+
+    def accelerate(self, *, compile: bool = False, cuda_graph: bool = False) -> None:  # noqa: A002
+        self.flow.accelerate(compile=compile, cuda_graph=cuda_graph)
+
+    def report(self, split: str) -> Report:
+        report = super().report(split)
+        if split == "test" and self.accuracy is not None:
+            report.metrics["accuracy"] = self.accuracy
+            report.row("test, told exactly", f"{self.accuracy:.4f}", "share of examples")
+        return report
+
+    def report_structure(self) -> Report:
+        flow = self.flow
+        report = Report({"passes": flow.passes, "untransformed": flow.untransformed})
+        if self.residual_bpc:
+            report.metrics["residual_bpc"] = self.residual_bpc
+            bits = ", ".join(f"{bits:.3f}" for bits in self.residual_bpc)
+            report.row("entropy after each flow, bits", bits, "test, from data to base")
+        if self.level_bpc and all(map(math.isfinite, self.level_bpc)):
+            report.metrics["level_bpc"] = self.level_bpc
+            bits = ", ".join(f"{bits:.2f}" for bits in self.level_bpc)
+            report.row("bits of each level", bits, "test, in the order of generation")
+        of = f"{flow.length} characters at once" if flow.passes else "no network"
+        return report.row("passes to generate", str(flow.passes), of)
+
+    def report_generation(self, length: int) -> Report:
+        report = super().report_generation(length)
+        if not self.flow.passes:
+            return report
+        context = self.example_contexts(1)
+        generator = Generator(self.device).manual_seed(0)
+        counts = []
+        for _ in range(FIXED_POINTS):
+            self.sample(1, context=context, generator=generator, method="fixed_point")
+            counts.append(self.evaluations)
+        mean = sum(counts) / len(counts)
+        report.metrics["fixed_point_iterations"] = mean
+        return report.row(
+            "iterations of the fixed point", f"{mean:.4g}", f"1 sequence, mean of {FIXED_POINTS}"
         )
 
     def base_parameters(self) -> Iterable[nn.Parameter]:
@@ -279,7 +329,7 @@ class DiscreteFlowModule(BaseModule):
         with torch.inference_mode(mode=False):
             grams.count(self._training_rows(data) if text is None else text)
         if isinstance(self.flow.base, NGramBase) and not len(self.flow.transforms):
-            self.counted["characters"]["train"] = grams.num_counted
+            self.characters_read = grams.num_counted
         rank_zero_info(f"{grams}, counted on {grams.num_counted:,} characters")
 
     def _training_rows(self, data: Any) -> Iterator[Tensor]:
@@ -328,6 +378,10 @@ class DiscreteFlowModule(BaseModule):
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds a batch to the test metrics, those of every flow included."""
+        with self.located("test"):
+            self._test(batch)
+
+    def _test(self, batch: Batch) -> None:
         y, context = self.indices_of(batch), self.context_of(batch)
         if self.conditional:
             self.exact_match.update(self.flow.greedy(context, length=y.shape[-1]), y)
@@ -352,6 +406,7 @@ class DiscreteFlowModule(BaseModule):
             self.level_bits.reset()
         if self.conditional:
             accuracy = compute(self.exact_match)
+            self.accuracy = float(accuracy)
             self.log("test_accuracy", accuracy.float(), prog_bar=True, sync_dist=True)
             self.exact_match.reset()
 
