@@ -1,24 +1,23 @@
 """Discrete normalizing flows: exact-likelihood generative models of discrete data."""
 
+from dflows import flows
 from dflows.bases import AutoregressiveBase, FactorizedBase, NGramBase
+from dflows.conditioner import Conditioner
+from dflows.embedding import Context
 from dflows.flow import DiscreteFlow, FlowDistribution
 from dflows.loading import load
-from dflows.transforms import (
-    AutoregressiveTransform,
-    BipartiteTransform,
-    ConditionalTransform,
-    PermutationTransform,
-)
+from dflows.transforms import ConditionalTransform, PermutationTransform
 
 __all__ = [
     "AutoregressiveBase",
-    "AutoregressiveTransform",
-    "BipartiteTransform",
+    "Conditioner",
     "ConditionalTransform",
+    "Context",
     "DiscreteFlow",
     "FactorizedBase",
     "FlowDistribution",
     "NGramBase",
     "PermutationTransform",
+    "flows",
     "load",
 ]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dflows.backbones.backbone import check_positive
+from dflows.arguments import check_positive
 from dflows.errors import UserError
 
 __all__ = ["SequenceEncoder"]

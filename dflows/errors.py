@@ -12,4 +12,4 @@ class LengthError(UserError):
 
 
 class NonFiniteError(UserError):
-    """The refusal of logits, a loss or a likelihood that are not finite."""
+    """The refusal of numbers that are not finite: what is computed from them means nothing."""

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import pytorch_lightning as pl
 import yaml
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
+from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.callbacks import ProgressBar as AnyProgressBar
 
 from datamodules.module import StreamDataModule

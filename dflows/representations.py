@@ -1,4 +1,4 @@
-"""The two representations of a discrete value: indices and one-hot vectors.
+"""The two representations of a discrete value, indices and one-hot vectors, and logits of one.
 
 Indices are integer tensors (…, D) with values 0..K-1; one-hot vectors are floating tensors
 (…, D, K) that carry the same value where a gradient must pass. Every transform and base accepts
@@ -9,11 +9,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dflows.errors import UserError
+from dflows.errors import NonFiniteError, UserError
 
 __all__ = [
     "batch_shape",
+    "check_indices",
+    "check_logits",
     "flatten_batch",
+    "full_precision",
+    "is_at_hand",
     "is_one_hot",
     "repeat_context",
     "to_indices",
@@ -24,6 +28,34 @@ __all__ = [
 def is_one_hot(value: Tensor) -> bool:
     """Says whether a value is held as one-hot vectors (floating) rather than as indices."""
     return value.is_floating_point()
+
+
+def check_indices(y: Tensor, num_classes: int, length: int, *, wait: bool = False) -> Tensor:
+    """Returns indices as 64-bit integers.
+
+    Args:
+        y: Indices (…, d).
+        num_classes: K.
+        length: D, the most dimensions.
+        wait: Whether to look at the values even where that waits for a device.
+
+    Raises:
+        UserError: If they are no indices 0..K-1, or have more dimensions.
+    """
+    if y.is_floating_point() or y.dtype == torch.bool:
+        raise UserError(
+            f"values of dtype {y.dtype} were given: give indices 0..{num_classes - 1} as integers"
+        )
+    if y.ndim < 1 or not 1 <= y.shape[-1] <= length:
+        raise UserError(
+            f"an event of {y.shape[-1] if y.ndim else 0} dimensions was given, and the flow has "
+            f"{length}: give 1 to that many"
+        )
+    if wait or (y.device.type == "cpu" and not torch.compiler.is_compiling()):
+        outside = (y < 0) | (y >= num_classes)
+        if outside.any():
+            raise UserError(f"a value of {int(y[outside][0])} lies outside 0..{num_classes - 1}")
+    return y.long()
 
 
 def to_indices(value: Tensor) -> Tensor:
@@ -91,3 +123,56 @@ def flatten_batch(
         )
     repeats = flat.shape[0] // max(context.shape[0], 1)
     return flat, repeat_context(context, repeats), shape
+
+
+def full_precision(values: Tensor) -> Tensor:
+    """Returns floating values in float32, or in float64 where they are held so.
+
+    Example:
+        >>> full_precision(torch.ones(2, dtype=torch.bfloat16)).dtype
+        torch.float32
+    """
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+def is_at_hand(values: Tensor) -> bool:
+    """Says whether values can be looked at: not while they are traced or captured in a graph."""
+    if torch.compiler.is_compiling() or values.is_meta:
+        return False
+    return not (values.is_cuda and torch.cuda.is_current_stream_capturing())
+
+
+def check_logits(logits: Tensor, name: str) -> Tensor:
+    """Returns logits (…, M) in full precision, and refuses those that choose nothing.
+
+    A class may have the logit -inf, and so probability 0. A row must have a finite maximum.
+    While torch.compile traces or a CUDA graph is captured, values cannot be looked at, and nothing
+    is refused.
+
+    Args:
+        logits: Logits (…, M) of any floating type.
+        name: Who asks, for the message.
+
+    Raises:
+        NonFiniteError: If a row holds NaN or +inf, or nothing but -inf.
+
+    Example:
+        >>> check_logits(torch.tensor([0.0, -torch.inf]), "ModularShift")
+        tensor([0., -inf])
+        >>> check_logits(torch.tensor([0.0, torch.nan]), "ModularShift")
+        Traceback (most recent call last):
+        dflows.errors.NonFiniteError: ModularShift was given logits with NaN in 1 of 1 rows...
+    """
+    logits = full_precision(logits)
+    if not is_at_hand(logits):
+        return logits
+    largest = logits.detach().amax(dim=-1)
+    if not largest.isfinite().all():
+        bad = largest[~largest.isfinite()]
+        what = "NaN" if bad.isnan().any() else "+inf" if (bad > 0).any() else "nothing but -inf"
+        raise NonFiniteError(
+            f"{name} was given logits with {what} in {bad.numel()} of {largest.numel()} rows, and "
+            "would not be a bijection. The network has most likely diverged: lower the learning "
+            "rate, clip gradients, or use a precision of more range than float16"
+        )
+    return logits

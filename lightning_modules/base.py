@@ -20,6 +20,7 @@ from dflows.errors import NonFiniteError, UserError
 from dflows.metrics import BitsPerCharacter, NatsPerExample
 from dflows.reporting import Report, Score
 from lightning_modules.checkpoints import load_weights, read_content, rebuild
+from lightning_modules.data import TrainingData
 from lightning_modules.divergence import FiniteWatch, all_finite, located
 from lightning_modules.optimization import (
     DEFAULT_OPTIMIZATION,
@@ -88,7 +89,7 @@ class BaseModule(pl.LightningModule, ABC):
         self._rates_changed = False
 
     @abstractmethod
-    def objective(self, batch: Batch) -> Tensor:
+    def evaluate_objective(self, batch: Batch) -> Tensor:
         """Computes what training maximises, (B,), in nats: the log-likelihood, or an estimate."""
 
     @abstractmethod
@@ -142,16 +143,20 @@ class BaseModule(pl.LightningModule, ABC):
     def prepare(self) -> None:
         """Initialises and checks the model once the data are known, before a fit; a hook."""
 
-    def certify(self, batch: Batch | None) -> None:
-        """Checks trained weights before a figure of them is recorded; a hook.
+    def certify(self, *, trained: bool = True) -> None:
+        """Checks the model before a figure of it is recorded; a hook.
 
         Args:
-            batch: One of the batches that will be scored, on the device of the module; none where
-                this process has none.
+            trained: Whether the weights are to be taken as they are.
 
         Raises:
             CertificateError: If the model keeps no promise of its likelihoods.
         """
+
+    @property
+    def data(self) -> TrainingData:
+        """What is known of the data that the trainer has."""
+        return TrainingData(self.trainer)
 
     def report(self, split: str) -> Report:
         """Reports the likelihood of a split that was evaluated."""
@@ -268,7 +273,7 @@ class BaseModule(pl.LightningModule, ABC):
         """
         try:
             with self.located("training"):
-                loss = -self.objective(batch).mean() / self.indices_of(batch).shape[-1]
+                loss = -self.evaluate_objective(batch).mean() / self.indices_of(batch).shape[-1]
                 self._check_loss(loss.detach())
         except NonFiniteError:
             if not self._in_range_test():

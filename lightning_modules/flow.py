@@ -1,7 +1,7 @@
-"""Modules that train discrete flows: any one, and one that is made of five choices."""
+"""The module that trains a discrete flow."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -10,108 +10,103 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
-from dflows.bases import AutoregressiveBase, Base, FactorizedBase, NGramBase
-from dflows.bijections import Bijection, RankPermutation
+from dflows.bases import ClosedFormBase
 from dflows.checks import check_flow
-from dflows.conditioner import Conditioner, Execution
+from dflows.counted import Counted
 from dflows.errors import UserError
-from dflows.estimators import Estimator, LocalInTurn, LocalObjective
+from dflows.experts import Expert, leave_one_out
 from dflows.flow import DiscreteFlow
 from dflows.metrics import ExactMatch, LevelBits, ResidualEntropy
-from dflows.ngrams import NGrams
+from dflows.objectives import EndToEnd, Layerwise, Local, Objective
 from dflows.orderings import Ordering, alike
 from dflows.reporting import Report
-from dflows.transforms import ConditionalTransform
 from lightning_modules.base import DEFAULT_OPTIMIZATION, BaseModule, Batch, Optimization, compute
 
-__all__ = ["DiscreteFlowModule", "FlowModule"]
+__all__ = ["FlowModule"]
 
 FIXED_POINTS = 4
 
 
+def default_objective(flow: DiscreteFlow) -> Objective:
+    """Returns the objective that trains a flow well.
+
+    It is the likelihood of a base alone, the local objective of a single transform, and layerwise
+    training of several, unless they share a network.
+    """
+    conditional = flow.conditional_transforms
+    if not conditional:
+        return EndToEnd()
+    networks = {id(transform.conditioner.backbone) for transform in conditional}
+    layerwise = 1 < len(conditional) == len(networks)
+    return Layerwise() if layerwise else Local()
+
+
 def _shared_levels(flow: DiscreteFlow) -> Ordering | None:
     """Returns the one ordering of a flow, where levels of several dimensions are in it."""
-    orderings = [transform.ordering for transform in flow.conditional_transforms]
-    if isinstance(flow.base, AutoregressiveBase):
-        orderings.append(flow.base.conditioner.ordering)
+    parts = [*flow.transforms, flow.base]
+    orderings = [part.ordering for part in parts if part.ordering is not None]
     found = [ordering.levels(flow.length) for ordering in orderings]
     if not found or any(not torch.equal(levels, found[0]) for levels in found):
         return None
     return orderings[0] if int(found[0].max()) + 1 < flow.length else None
 
 
-def _grams(flow: DiscreteFlow) -> NGrams | None:
-    """Returns the n-grams that a network is told of, where there are such.
-
-    Raises:
-        UserError: If they are of what flows make of the data, which changes while they learn.
-    """
-    *inner, outer = [flow.base, *flow.transforms]
-    for part in inner:
-        for module in part.modules():
-            if isinstance(module, Conditioner) and module.grams is not None:
-                raise UserError(
-                    f"n-grams are added to the logits of a {type(part).__name__} that flows stand "
-                    "on, and they are counted on the data: give them to the flow next to the data, "
-                    "or to a base without flows"
-                )
-    found = [part.grams for part in outer.modules() if isinstance(part, Conditioner)]
-    return next(filter(None, found), None)
+def _counted(module: nn.Module) -> list[Counted]:
+    return [part for part in module.modules() if isinstance(part, Counted)]
 
 
-def _turns(flow: DiscreteFlow) -> set[int | None]:
-    """Returns of how many steps the turns are in which flows are trained."""
-    estimators = [transform.estimator for transform in flow.conditional_transforms]
-    return {part.steps for part in estimators if isinstance(part, LocalInTurn)}
-
-
-def _optimization(flow: DiscreteFlow, optimization: Optimization) -> Optimization:
-    """Makes the learning rate take its course once a turn, where flows share the training."""
-    settles = optimization.schedule != "constant" or optimization.warmup_steps
-    if _turns(flow) == {None} and optimization.cycles == 1 and settles:
-        return replace(optimization, cycles=flow.turns)
-    return optimization
-
-
-class DiscreteFlowModule(BaseModule):
+class FlowModule(BaseModule):
     """Creates a module that trains a discrete flow.
 
-    Before a fit it starts the base from the counts of the training data, once in the life of its
-    parameters, and runs :func:`dflows.checks.check_flow`. Testing finds the residual entropy of
-    every flow as well, and, given a context, logs `test_accuracy`: the share of examples that
-    :meth:`dflows.flow.DiscreteFlow.greedy` tells right, which is the mode on a factorized base.
+    Before a fit it initialises the base from the counts of the training data, once in the life of
+    its parameters, and runs :func:`dflows.checks.check_flow`. Testing finds the residual entropy of
+    every transform as well, and, given a context, logs `test_accuracy`: the share of examples that
+    :meth:`dflows.DiscreteFlow.greedy` tells right, which is the mode on a factorized base.
 
-    N-grams are counted where training begins: on the whole training split of a text, else on
-    draws. An n-gram base under flows is counted on what they leave of training windows, and anew
-    before every validation.
+    N-grams are counted where training begins: those of an expert on the training split; those of a
+    base under transforms on what these leave of training data, and anew before every validation.
 
-    Arguments:
+    Args:
         flow: The flow.
+        objective: What training maximises. By default the local objective, layerwise where there
+            are several transforms that do not share a network; the likelihood of a base alone.
         optimization: Settings of the optimizer.
-        base_refit_every: Where it is not 0, a factorized base is not trained by gradients, but set
-            in closed form every so many steps, from running counts.
+        base_refit_every: Where it is not 0, the base is not trained by gradients, but set in closed
+            form every so many steps, from running counts.
         base_refit_decay: What the counts are multiplied by before each further batch.
         base_count_windows: Training windows, or draws, on which an n-gram base is counted.
 
     Raises:
-        UserError: If a base that is no factorized one is to be refitted, or nothing is left to
-            train beside it; if n-grams are of what flows make of the data, or the base of a flow
-            that takes a context; or a number is out of range.
+        UserError: If the objective cannot train the flow; if a base without a closed form is to be
+            refitted, or nothing is left to train beside it; if n-grams are of what transforms make
+            of the data, or the base of a flow that takes a context; or a number is out of range.
+
+    Example:
+        >>> from dflows import flows
+        >>> module = FlowModule(flows.strided(num_classes=27, length=16, columns=4))
+        >>> module.passes
+        3
     """
 
     takes_prompt = True
-    started: Tensor
+    initialised: Tensor
     base_counts: Tensor
 
     def __init__(
         self,
         flow: DiscreteFlow,
+        objective: Objective | None = None,
         optimization: Optimization = DEFAULT_OPTIMIZATION,
         base_refit_every: int = 0,
         base_refit_decay: float = 0.99,
         base_count_windows: int = 4096,
     ) -> None:
-        super().__init__(_optimization(flow, optimization))
+        objective = objective or default_objective(flow)
+        objective.prepare(flow)
+        settles = optimization.schedule != "constant" or optimization.warmup_steps
+        if (stages := objective.num_stages(flow)) > 1 and optimization.cycles == 1 and settles:
+            optimization = replace(optimization, cycles=stages)
+        super().__init__(optimization)
         if base_count_windows < 1:
             raise UserError(f"base_count_windows is {base_count_windows}: give at least 1")
         if base_refit_every < 0 or not 0 <= base_refit_decay < 1:
@@ -120,47 +115,76 @@ class DiscreteFlowModule(BaseModule):
                 f"{base_refit_decay}: give at least 0 steps, and a factor from 0 to below 1"
             )
         self.flow = flow
-        _grams(flow)
-        if isinstance(flow.base, NGramBase) and self.conditional:
-            raise UserError(
-                "an NGramBase counts classes and knows nothing of a context, and the flows on it "
-                "are given one: choose an AutoregressiveBase with context_features, or a "
-                "FactorizedBase, or leave context_features away"
-            )
-        self.register_buffer("started", torch.tensor(False))
+        self.objective = objective
         self.base_refit_every = base_refit_every
         self.base_refit_decay = base_refit_decay
         self.base_count_windows = base_count_windows
+        self.register_buffer("initialised", torch.tensor(False))
+        self._check_counted()
         if base_refit_every:
-            if not isinstance(flow.base, FactorizedBase):
-                raise UserError(
-                    f"base_refit_every is {base_refit_every}, and a {type(flow.base).__name__} has "
-                    "no closed form: set it to 0, or choose FactorizedBase"
-                )
-            flow.base.requires_grad_(False)
-            if not any(parameter.requires_grad for parameter in flow.parameters()):
-                raise UserError(
-                    f"base_refit_every is {base_refit_every}, and beside the base the model has "
-                    "nothing to train: set it to 0, or give it flows"
-                )
-            counts = torch.zeros_like(flow.base.logits, dtype=torch.float64)
-            self.register_buffer("base_counts", counts)
+            self._prepare_refit(flow)
         orderings = [transform.ordering for transform in flow.conditional_transforms]
         self.residual_entropy = ResidualEntropy(
             len(flow.transforms), flow.num_classes, alike(orderings, flow.length)
         )
-        self.residual_bpc: list[float] = []
         self._ordering = _shared_levels(flow)
         levels = None if self._ordering is None else self._ordering.levels(flow.length)
         self.level_bits = None if levels is None else LevelBits(levels)
-        self.level_bpc: list[float] = []
         self.exact_match = ExactMatch()
         self.accuracy: float | None = None
+        self.residual_bpc: list[float] = []
+        self.level_bpc: list[float] = []
         self._step_before = 0
-        self._done = 0.0
+        self._done: float | None = None
 
-    def objective(self, batch: Batch) -> Tensor:
-        return self.flow.objective(self.indices_of(batch), self.context_of(batch))
+    def _prepare_refit(self, flow: DiscreteFlow) -> None:
+        if not isinstance(flow.base, ClosedFormBase):
+            raise UserError(
+                f"base_refit_every is {self.base_refit_every}, and a {type(flow.base).__name__} "
+                "has no closed form: set it to 0, or choose FactorizedBase"
+            )
+        flow.base.requires_grad_(False)
+        if not any(parameter.requires_grad for parameter in flow.parameters()):
+            raise UserError(
+                f"base_refit_every is {self.base_refit_every}, and beside the base the model has "
+                "nothing to train: set it to 0, or give it transforms"
+            )
+        nothing = torch.zeros(1, 1, dtype=torch.long)
+        self.register_buffer("base_counts", torch.zeros_like(flow.base.count(nothing)))
+
+    def _check_counted(self) -> None:
+        """Refuses what could not be counted on what it is to predict."""
+        flow = self.flow
+        *inner, outer = [flow.base, *flow.transforms]
+        for part in inner:
+            if any(isinstance(module, Expert) and _counted(module) for module in part.modules()):
+                raise UserError(
+                    f"n-grams are added to the logits of a {type(part).__name__} that transforms "
+                    "stand on, and they are counted on the data: give them to the transform next "
+                    "to the data, or to a base without transforms"
+                )
+        if outer is not flow.base and _counted(flow.base) and self.conditional:
+            raise UserError(
+                f"a {type(flow.base).__name__} counts classes and knows nothing of a context, and "
+                "the transforms on it are given one: choose an AutoregressiveBase with a context, "
+                "or a FactorizedBase, or leave the context away"
+            )
+
+    @property
+    def _counted_on_residuals(self) -> list[Counted]:
+        """What is counted on what the transforms leave of the data."""
+        return _counted(self.flow.base) if len(self.flow.transforms) else []
+
+    @property
+    def _counted_on_data(self) -> list[Counted]:
+        """What is counted on the data themselves."""
+        return _counted([self.flow.base, *self.flow.transforms][-1])
+
+    def evaluate_objective(self, batch: Batch) -> Tensor:
+        value: Tensor = self.objective(
+            self.flow, self.indices_of(batch), self.context_of(batch), self._done
+        )
+        return value
 
     def log_prob(self, batch: Batch) -> Tensor:
         return self.flow.log_prob(self.indices_of(batch), self.context_of(batch))
@@ -197,10 +221,7 @@ class DiscreteFlowModule(BaseModule):
     @property
     def conditional(self) -> bool:
         """Whether some part of the flow takes a context."""
-        return any(
-            isinstance(module, Conditioner) and module.context is not None
-            for module in self.flow.modules()
-        )
+        return self.flow.takes_context
 
     @property
     def evaluations(self) -> int:
@@ -213,7 +234,7 @@ class DiscreteFlowModule(BaseModule):
         report = super().report(split)
         if split == "test" and self.accuracy is not None:
             report.metrics["accuracy"] = self.accuracy
-            report.row("test, told exactly", f"{self.accuracy:.4f}", "share of examples")
+            report.row("test, predicted exactly", f"{self.accuracy:.4f}", "share of examples")
         return report
 
     def report_structure(self) -> Report:
@@ -222,7 +243,7 @@ class DiscreteFlowModule(BaseModule):
         if self.residual_bpc:
             report.metrics["residual_bpc"] = self.residual_bpc
             bits = ", ".join(f"{bits:.3f}" for bits in self.residual_bpc)
-            report.row("entropy after each flow, bits", bits, "test, from data to base")
+            report.row("entropy after each transform, bits", bits, "test, from data to base")
         if self.level_bpc and all(map(math.isfinite, self.level_bpc)):
             report.metrics["level_bpc"] = self.level_bpc
             bits = ", ".join(f"{bits:.2f}" for bits in self.level_bpc)
@@ -247,51 +268,35 @@ class DiscreteFlowModule(BaseModule):
         )
 
     def base_parameters(self) -> Iterable[nn.Parameter]:
-        # Without flows the base is the model.
+        # Without transforms the base is the model.
         return self.flow.base.parameters() if len(self.flow.transforms) else ()
 
-    def _check_turns(self) -> None:
-        """Refuses turns that do not fit the run.
+    def prepare(self) -> None:
+        stages = self.objective.num_stages(self.flow)
+        if stages > 1 and not self.has_end:
+            raise UserError(
+                f"the training has {stages} stages and no end: set trainer.max_steps, max_epochs "
+                "or max_time"
+            )
+        data = self.data
+        if not self.initialised:
+            self.flow.base.init_from_counts(data.class_counts(self.flow.num_classes))
+            self.initialised.fill_(True)
+        self.certify(trained=False)
+        rank_zero_info(self.describe())
+
+    def certify(self, *, trained: bool = True) -> None:
+        """Shows that the flow is what its likelihood presumes: :func:`dflows.checks.check_flow`.
+
+        Args:
+            trained: Whether the weights are to be taken as they are.
 
         Raises:
-            UserError: If flows are trained in turns of unequal length, or some never.
+            CertificateError: If it is not.
         """
-        flows = self.flow.conditional_transforms
-        steps = _turns(self.flow)
-        if len(steps) > 1:
-            raise UserError(
-                f"turns are of {' and '.join(sorted(map(str, steps)))} steps: give every flow the "
-                "same number, or none"
-            )
-        if None in steps and len(flows) > 1 and not self.has_end:
-            raise UserError(
-                "flows share the training in turn, and it has no end: set trainer.max_steps or "
-                "trainer.max_time, or give LocalInTurn the steps of a turn"
-            )
-        most, turns = self.trainer.max_steps, self.flow.turns
-        for length in filter(None, steps):
-            if 0 <= most <= length * (turns - 1):
-                raise UserError(
-                    f"trainer.max_steps is {most}, and with turns of {length} steps the last of "
-                    f"{turns} turns begins after {length * (turns - 1)}: give more steps, or "
-                    "shorter turns"
-                )
-
-    def prepare(self) -> None:
-        self._check_turns()
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if _grams(self.flow) is not None and data.training_chunks() is None:
-            raise UserError(
-                f"a network is told of n-grams, and a {type(data).__name__} has no text to count "
-                "them on: leave ngram_order away"
-            )
-        if not self.started:
-            self.flow.start(data.class_counts())
-            self.started.fill_(True)
-        batch = next(iter(data.train_dataloader())) if self.conditional else None
-        context = None if batch is None else self.context_of(batch)
-        check_flow(self.flow, context)
-        rank_zero_info(self.describe())
+        batch = self.data.first_batch()
+        y, context = self.indices_of(batch), self.context_of(batch)
+        check_flow(self.flow, context, batch=y, trained=trained)
 
     def describe(self) -> str:
         """Returns what the model is, in a line."""
@@ -308,59 +313,49 @@ class DiscreteFlowModule(BaseModule):
         return ", ".join(parts)
 
     def on_train_start(self) -> None:
-        """Counts n-grams that have not been counted: those that a network is told of first."""
-        base, grams = self.flow.base, _grams(self.flow)
-        if grams is not None and not grams.num_counted:
-            self._count(grams, left=False)
-        if isinstance(base, NGramBase) and not base.num_counted:
-            self._count(base.grams, left=len(self.flow.transforms) > 0)
+        """Counts what has not been counted: on the data first, for transforms depend on it."""
+        for part in self._counted_on_data:
+            if not part.num_counted:
+                self._count(part, self.data.chunks())
+        for part in self._counted_on_residuals:
+            if not part.num_counted:
+                self._count(part, self._residuals())
 
     def on_validation_start(self) -> None:
-        """Counts an n-gram base on what the flows have come to leave."""
-        base, trainer = self.flow.base, self.trainer
-        training = trainer.state.fn == "fit" and not trainer.sanity_checking
-        if training and isinstance(base, NGramBase) and len(self.flow.transforms):
-            self._count(base.grams, left=True)
+        """Counts a base on what the transforms have come to leave."""
+        trainer = self.trainer
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            for part in self._counted_on_residuals:
+                self._count(part, self._residuals())
 
-    def _count(self, grams: NGrams, left: bool) -> None:
-        """Counts the training split, or what flows have left of it."""
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        text = None if left else data.training_chunks()
+    def _count(self, part: Counted, chunks: Iterable[Any]) -> None:
         with torch.inference_mode(mode=False):
-            grams.count(self._training_rows(data) if text is None else text)
-        if isinstance(self.flow.base, NGramBase) and not len(self.flow.transforms):
-            self.characters_read = grams.num_counted
-        rank_zero_info(f"{grams}, counted on {grams.num_counted:,} characters")
+            part.count(chunks)
+        if not any(True for _ in self.flow.parameters()):
+            self.characters_read = part.num_counted
+        rank_zero_info(f"{part}, counted on {part.num_counted:,} characters")
 
-    def _training_rows(self, data: Any) -> Iterator[Tensor]:
-        """Yields what the flows leave of the first training windows."""
-        read, step = data.training_stream().open(), data.eval_batch_size
-        for first in range(0, self.base_count_windows, step):
-            rows = read(first, min(step, self.base_count_windows - first))
-            batch = data.batch_of(torch.from_numpy(rows.astype("int64")).to(self.device))
-            yield self._left(batch)
+    def _residuals(self) -> Iterator[Tensor]:
+        """Yields what the transforms leave of the first training windows."""
+        for batch in self.data.batches(self.base_count_windows):
+            yield self._left(self.transfer_batch_to_device(batch, self.device, 0))
 
     def _left(self, batch: Batch) -> Tensor:
-        """Returns what the flows leave of training data, to which they are as to unseen data."""
-        y, context = self.indices_of(batch), self.context_of(batch)
-        if not len(self.flow.transforms):
-            return y
-        with self.flow.without_own(True):
-            return self.flow.residuals(y, context)[-1]
+        """Returns what the transforms leave of training data, as they would of unseen data."""
+        with leave_one_out(counted=True):
+            return self.flow.residuals(self.indices_of(batch), self.context_of(batch))[-1]
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Notes the step, of accumulated batches only the last makes one, and how much is done."""
         super().on_train_batch_start(batch, batch_idx)
         self._step_before = self.trainer.global_step
         self._done = self.progress(self._step_before)
-        self.flow.at_step(self._step_before, self._done)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Keeps flows still whose turn it is not."""
+        """Keeps still what does not learn in this stage."""
         super().on_before_optimizer_step(optimizer)
-        for transform in self.flow.waiting:
-            for parameter in transform.parameters():
-                parameter.grad = None
+        for parameter in self.objective.frozen(self.flow, self._done):
+            parameter.grad = None
 
     def on_train_batch_end(self, outputs: object, batch: Batch, batch_idx: int) -> None:
         """Refits the base, unless it is held."""
@@ -370,14 +365,14 @@ class DiscreteFlowModule(BaseModule):
             return
         if step <= self.optimization.hold_base_steps:
             return
-        if isinstance(base, FactorizedBase):
+        if isinstance(base, ClosedFormBase):
             counts = base.count(self._left(batch))
             counts = self.trainer.strategy.reduce(counts, reduce_op="sum")
             self.base_counts = self.base_counts * self.base_refit_decay + counts
             base.refit(self.base_counts)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Adds a batch to the test metrics, those of every flow included."""
+        """Adds a batch to the test metrics, those of every transform included."""
         with self.located("test"):
             self._test(batch)
 
@@ -409,96 +404,3 @@ class DiscreteFlowModule(BaseModule):
             self.accuracy = float(accuracy)
             self.log("test_accuracy", accuracy.float(), prog_bar=True, sync_dist=True)
             self.exact_match.reset()
-
-
-class FlowModule(DiscreteFlowModule):
-    """Creates a flow from five choices, a key each, and trains it.
-
-    Arguments:
-        num_classes: K; taken from the data where a command builds the module.
-        length: D; likewise.
-        orderings: Which dimensions condition which: one a flow, in the order base → data.
-        backbone: The network: called once a flow without arguments, or once for all.
-        bijection: What is done to one variable: called with K.
-        estimator: How learning passes the discrete choice. By default the local objective, of
-            one flow after the other (:class:`dflows.estimators.LocalInTurn`) where there are
-            several that do not share a network.
-        base: The distribution of x: called with K, D and the orderings.
-        share_backbone: Whether all flows share one network; embeddings and heads are their own.
-        width: Features of one dimension, where the backbone does not tell its own.
-        execution: How the backbone is run: ``causal``, ``masked``, or ``auto``.
-        positions: Whether a learned embedding of positions is added.
-        context_encoder: Maps what the data are conditioned on to vectors (B, C) or sequences
-            (B, S, C).
-        context_features: C, of a conditional flow.
-        align_context: Whether position d of the context belongs to dimension d. A base that is
-            conditional too is told so by options of its own.
-        optimization: Settings of the optimizer.
-        ngram_order: Classes of the longest of the n-grams whose log-probabilities the network of
-            the flow next to the data is told; none where it is not given.
-        base_refit_every: As in :class:`DiscreteFlowModule`.
-        base_refit_decay: Likewise.
-        base_count_windows: Likewise.
-
-    Raises:
-        UserError: If the choices do not fit each other.
-
-    Example:
-        >>> from functools import partial
-        >>> from dflows.backbones import DilatedConvolution
-        >>> from dflows.orderings import Strided
-        >>> module = FlowModule(27, 16, [Strided(4)], partial(DilatedConvolution, width=8))
-        >>> module.flow.passes
-        3
-    """
-
-    def __init__(
-        self,
-        num_classes: int,
-        length: int,
-        orderings: list[Ordering],
-        backbone: Callable[[], nn.Module],
-        bijection: Callable[[int], Bijection] = RankPermutation,
-        estimator: Callable[[], Estimator] | None = None,
-        base: Callable[[int, int, Sequence[Ordering]], Base] = FactorizedBase,
-        *,
-        share_backbone: bool = False,
-        width: int | None = None,
-        execution: Execution = "auto",
-        positions: bool | None = None,
-        context_encoder: nn.Module | None = None,
-        context_features: int | None = None,
-        align_context: bool = False,
-        ngram_order: int | None = None,
-        optimization: Optimization = DEFAULT_OPTIMIZATION,
-        base_refit_every: int = 0,
-        base_refit_decay: float = 0.99,
-        base_count_windows: int = 4096,
-    ) -> None:
-        shared = backbone() if share_backbone else None
-        in_turn = len(orderings) > 1 and not share_backbone
-        estimator = estimator or (LocalInTurn if in_turn else LocalObjective)
-        grams = None if ngram_order is None else NGrams(num_classes, ngram_order)
-        if grams is not None and not orderings:
-            raise UserError(
-                f"ngram_order is {ngram_order}, and there is no flow that could be told: give "
-                "orderings, or leave it away"
-            )
-        transforms = [
-            ConditionalTransform(
-                length,
-                bijection(num_classes),
-                ordering,
-                backbone() if shared is None else shared,
-                estimator(),
-                width=width,
-                execution=execution,
-                positions=positions,
-                context_features=context_features,
-                align_context=align_context,
-                grams=grams if number == len(orderings) else None,
-            )
-            for number, ordering in enumerate(orderings, start=1)
-        ]
-        flow = DiscreteFlow(base(num_classes, length, orderings), transforms, context_encoder)
-        super().__init__(flow, optimization, base_refit_every, base_refit_decay, base_count_windows)

@@ -34,7 +34,7 @@ class LatentFlowModule(BaseModule):
     `train_bpc` is that of the weighted bound, lower than any likelihood while the weight is below
     1. Before a fit the prior is checked: what its two directions make of each other.
 
-    Arguments:
+    Args:
         num_classes: K; taken from the data where a command builds the module.
         length: D; likewise.
         prior: The density of the latent sequence: called without arguments.
@@ -114,7 +114,7 @@ class LatentFlowModule(BaseModule):
             return 0.0
         return min(1.0, rising / self.kl_rise_steps) if self.kl_rise_steps else 1.0
 
-    def objective(self, batch: Batch) -> Tensor:
+    def evaluate_objective(self, batch: Batch) -> Tensor:
         weight = self.kl_weight(self.global_step)
         return self.flow.terms(self.indices_of(batch), self.num_draws).bound(weight)
 
@@ -149,8 +149,7 @@ class LatentFlowModule(BaseModule):
         )
 
     def prepare(self) -> None:
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if data.row_length > data.length:
+        if self.context_of(self.data.first_batch()) is not None:
             raise UserError(
                 "a LatentFlowModule takes no context, and the data are conditioned on one: choose "
                 "a LanguageModel or a FlowModule with context_features"

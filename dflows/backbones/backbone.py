@@ -1,55 +1,57 @@
-"""What every backbone promises: the network that turns conditioning dimensions into features."""
+"""What a backbone can do: the network that turns conditioning dimensions into features."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, TypeAlias
 
-import torch
 from torch import Tensor, nn
 
-from dflows.errors import UserError
+from dflows.arguments import check_positive
 
-__all__ = ["Backbone", "SteppedBackbone"]
+__all__ = ["Backbone", "State", "StatefulBackbone", "SteppedBackbone"]
 
-T = TypeVar("T")
-MOST_REMEMBERED = 32
+State: TypeAlias = tuple[Tensor, ...]
+"""What a stateful backbone has made of all that it has read: tensors (…, B, features)."""
 
 
 class Backbone(nn.Module, ABC):
-    """Creates a network from features (B, D, width) to features (B, D, width).
+    """A network from features (B, D, width) to features (B, D, width).
 
-    It embeds no values and has no head; whoever uses it brings both. There are two kinds:
+    It embeds no values and has no head; the conditioner brings both. There are two kinds:
 
     - *Level-causal* (``level_causal`` is true), called as ``backbone(content, query, levels)``.
-      The content (B, D, width) says what the values are; the query (D, width) says what may be
-      known of a dimension beforehand, its level for example; the levels (D,) are integers. Where a
-      context is aligned with the dimensions, the query is one an example, (B, D, width). The
-      output at dimension d depends on the content of dimensions of a level strictly below
-      ``levels[d]`` only, hence never on its own, and on any row of the query. Dimensions of
-      level 0 see no content.
-    - Others, called as ``backbone(features)``, mix the dimensions as they like. Whoever calls one
-      has masked beforehand what it may not see. Any module of this signature will do and need not
-      be derived from this class, ``torch.nn.TransformerEncoder(..., batch_first=True)`` say.
+      The content (B, D, width) is what the values are; the query (D, width) is what may be known
+      of a dimension beforehand, its level for example; the levels (D,) are integers. Where a
+      context is aligned with the dimensions, each example has its own query, (B, D, width). The
+      output at dimension d depends only on the content of dimensions of a level strictly below
+      ``levels[d]``, hence never on its own, and on any row of the query. Dimensions of level 0 see
+      no content.
+    - Others, called as ``backbone(features)``, mix the dimensions freely. The conditioner masks
+      beforehand what they must not see. A module that is not derived from this class joins them
+      by :class:`~dflows.backbones.Masked`.
 
-    Context is handed to a level-causal backbone as further dimensions *in front*, of level -1:
-    they are visible to all others, their query is zero, and the output there means nothing.
+    A context that is not aligned is handed to a level-causal backbone as further dimensions *in
+    front*, of level -1: they are visible to all others, their query is zero, and the output there
+    means nothing.
 
     D may differ from call to call: the last window of a text is shorter. A backbone that has
     parameters for every position takes up to ``length`` dimensions, context included.
 
-    Arguments:
+    Args:
         width: Features of one dimension, in and out.
         level_causal: Which of the two kinds it is.
 
     Attributes:
-        embeds: Whether content is embedded by the caller, as it is everywhere but in
+        embeds: Whether the caller embeds the content, as everywhere but in
             :class:`~dflows.backbones.Table`, which takes the values themselves.
+        knows_positions: Whether it tells the positions apart by itself. To the features of a
+            backbone that does not, the conditioner adds a learned embedding of positions.
 
     Raises:
         UserError: If the width is below 1.
     """
 
     embeds: ClassVar[bool] = True
+    knows_positions: ClassVar[bool] = True
     width: int
     level_causal: bool
 
@@ -58,6 +60,11 @@ class Backbone(nn.Module, ABC):
         check_positive(width=width)
         self.width = width
         self.level_causal = level_causal
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers whose features :meth:`layer_features` gives."""
+        return 1
 
     @abstractmethod
     def forward(
@@ -87,13 +94,13 @@ class Backbone(nn.Module, ABC):
     ) -> Tensor:
         """Computes the features of some dimensions, which generation asks for level by level.
 
-        A backbone that can leave out work for the others does.
+        Override it where the work for the other dimensions can be left out.
 
         Args:
-            dimensions: Indices (n,) of the dimensions, those of a context included.
-            content: As in :meth:`forward`, as are the rest.
-            query: Query.
-            levels: Levels.
+            dimensions: Indices (n,) of the dimensions, counting those of a context.
+            content: As in :meth:`forward`.
+            query: As in :meth:`forward`.
+            levels: As in :meth:`forward`.
 
         Returns:
             Features (B, n, width), those of :meth:`forward` at these dimensions.
@@ -101,13 +108,31 @@ class Backbone(nn.Module, ABC):
         features: Tensor = self(content, query, levels)
         return features[:, dimensions]
 
+    def layer_features(
+        self, content: Tensor, query: Tensor | None = None, levels: Tensor | None = None
+    ) -> list[Tensor]:
+        """Computes the features after every layer, for losses that look at them.
+
+        They depend on what the features of :meth:`forward` depend on.
+
+        Args:
+            content: As in :meth:`forward`.
+            query: As in :meth:`forward`.
+            levels: As in :meth:`forward`.
+
+        Returns:
+            Features (B, D, width) after each of the :attr:`num_layers` layers; the last are those
+            of :meth:`forward`.
+        """
+        return [self(content, query, levels)]
+
 
 class SteppedBackbone(Backbone):
-    """Creates a level-causal backbone that can also compute one level after the other.
+    """A level-causal backbone that can also compute one level after the other.
 
-    Generation draws the values of a level, and needs the features of the next one. Evaluating the
-    whole network for every level does the work of the earlier ones again; a stepped backbone keeps
-    it in a cache. What the steps give equals the one evaluation of all levels::
+    Generation samples the values of a level and then needs the features of the next one. Evaluating
+    the whole network for every level repeats the work of the earlier ones; a stepped backbone keeps
+    it in a cache. The steps give what one evaluation of all levels gives::
 
         cache = backbone.begin(query, levels, batch_size)
         features = backbone.advance(cache, 0, None)  # (B, n0, width)
@@ -115,13 +140,11 @@ class SteppedBackbone(Backbone):
         ...
 
     Both run without gradients.
-
-    Attributes:
-        steps: Whether this one, as it was configured, is level-causal and hence offers the steps.
     """
 
     @property
     def steps(self) -> bool:
+        """Whether this one, as configured, is level-causal and hence offers the steps."""
         return self.level_causal
 
     @abstractmethod
@@ -134,7 +157,7 @@ class SteppedBackbone(Backbone):
             batch_size: B.
 
         Returns:
-            The cache, to be handed to :meth:`advance` and not looked into.
+            The cache: hand it to :meth:`advance` and do not look into it.
 
         Raises:
             UserError: If the backbone cannot follow these levels.
@@ -159,124 +182,47 @@ class SteppedBackbone(Backbone):
         """
 
 
-class Remembered(Generic[T]):
-    """Creates a memory of what was worked out from levels, told apart by their tensors' identity.
+class StatefulBackbone(SteppedBackbone):
+    """A stepped backbone that can go on in one window where it ended in another.
 
-    The levels of an ordering are the same tensor from call to call, and reading them would wait for
-    the device.
+    It reads the dimensions one after the other, and all that it knows of those it has read is a
+    state of fixed size. A language model trains on a text window by window and hands the state on
+    (truncated back-propagation through time).
 
-    Arguments:
-        function: What is worked out. It may be made in inference mode and be used in training.
+    Attributes:
+        start: What stands for the content before the first dimension, a parameter (width,).
     """
 
-    def __init__(self, function: Callable[[Tensor], T]) -> None:
-        self.function = function
-        self._entries: list[tuple[Tensor, int, T]] = []
+    start: nn.Parameter
 
-    def __call__(self, levels: Tensor) -> T:
-        for known, version, value in self._entries:
-            if known is levels and known._version == version:
-                return value
-        with torch.inference_mode(False):
-            # A tensor made in inference mode could not be saved for the gradient.
-            value = self.function(levels.clone() if levels.is_inference() else levels)
-        if not levels.is_inference():
-            self._entries = [
-                *self._entries[1 - MOST_REMEMBERED :],
-                (levels, levels._version, value),
-            ]
-        return value
+    @property
+    @abstractmethod
+    def stateful(self) -> bool:
+        """Whether this one, as configured, reads from left to right and can hand its state on."""
 
+    @abstractmethod
+    def resume(
+        self,
+        content: Tensor,
+        query: Tensor,
+        levels: Tensor,
+        before: Tensor,
+        state: State | None = None,
+    ) -> tuple[Tensor, State]:
+        """Computes the features of windows that go on where others ended.
 
-def check_positive(**sizes: int) -> None:
-    """Refuses sizes below 1.
+        Args:
+            content: Content (B, D, width).
+            query: Query (D, width) or (B, D, width).
+            levels: Levels (D,), those of the natural ordering.
+            before: Content (B, width) of the dimension before the first; :attr:`start` for windows
+                that begin anew.
+            state: The state after that dimension, tensors (…, B, features); zeros, the state of
+                windows that begin anew, where not given.
 
-    Raises:
-        UserError: If one is, named after its key.
-    """
-    for name, size in sizes.items():
-        if size < 1:
-            raise UserError(f"{name} is {size}: give at least 1")
+        Returns:
+            Features (B, D, width), and the state after the last dimension.
 
-
-def check_dropout(dropout: float, name: str = "dropout") -> None:
-    """Refuses probabilities that drop everything or are none.
-
-    Raises:
-        UserError: If the dropout is not in [0, 1), named after its key.
-    """
-    if not 0 <= dropout < 1:
-        raise UserError(f"{name} is {dropout}: give a probability from 0 to below 1")
-
-
-def check_features(backbone: Backbone, features: Tensor) -> None:
-    """Refuses features of another shape than (B, D, width).
-
-    Raises:
-        UserError: If the shape does not fit.
-    """
-    if features.ndim != 3 or features.shape[-1] != backbone.width:
-        raise UserError(
-            f"{type(backbone).__name__} takes features (batch, length, width={backbone.width}) "
-            f"and was given {tuple(features.shape)}"
-        )
-
-
-def check_causal(
-    backbone: Backbone, content: Tensor, query: Tensor | None, levels: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Refuses a call of a level-causal backbone whose three arguments do not fit together.
-
-    Returns:
-        The query and the levels, both there.
-
-    Raises:
-        UserError: If one is missing or its shape does not fit.
-    """
-    check_features(backbone, content)
-    name = type(backbone).__name__
-    if query is None or levels is None:
-        raise UserError(f"{name} is level-causal: call it with content, query and levels")
-    fits = query.shape in (content.shape[1:], content.shape)
-    if not fits or levels.shape != content.shape[1:2]:
-        raise UserError(
-            f"{name} was given content {tuple(content.shape)}, a query {tuple(query.shape)} and "
-            f"levels {tuple(levels.shape)}: the query must be {tuple(content.shape[1:])}, or one "
-            f"an example, and the levels {tuple(content.shape[1:2])}"
-        )
-    return query, levels
-
-
-def check_length(backbone: Backbone, length: int, largest: int) -> None:
-    """Refuses more dimensions than a backbone has parameters for.
-
-    Raises:
-        UserError: If there are more.
-    """
-    if length > largest:
-        raise UserError(
-            f"{type(backbone).__name__} was made for length={largest} and was given {length} "
-            "dimensions (context counts): raise its `length`"
-        )
-
-
-def check_next_level(level: int, expected: int, content: Tensor | None, shape: list[int]) -> None:
-    """Refuses a step that is not the next one, or content that is not that of the level before.
-
-    Args:
-        level: The level asked for.
-        expected: The level that comes next.
-        content: The content handed over.
-        shape: The shape (B, n, width) that it should have; n is 0 where there is none.
-
-    Raises:
-        UserError: If either does not fit.
-    """
-    if level != expected:
-        raise UserError(f"level {level} was asked for, and level {expected} is next")
-    given = [shape[0], 0, shape[2]] if content is None else list(content.shape)
-    if given != shape:
-        raise UserError(
-            f"level {level} needs the content {tuple(shape)} of level {level - 1} and was given "
-            f"{tuple(given)}"
-        )
+        Raises:
+            UserError: If the backbone reads in another direction, or the shapes do not fit.
+        """

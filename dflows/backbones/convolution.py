@@ -6,7 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dflows.backbones.backbone import Backbone, check_dropout, check_features, check_positive
+from dflows.arguments import check_dropout, check_positive
+from dflows.backbones.backbone import Backbone
+from dflows.backbones.checks import check_features
 from dflows.errors import UserError
 
 __all__ = ["DilatedConvolution"]
@@ -23,7 +25,7 @@ class DilatedConvolution(Backbone):
     A layer is one matrix product over shifted copies of its input set side by side, which is
     quicker on a CPU than PyTorch's own convolution of short sequences.
 
-    Arguments:
+    Args:
         width: Features of one dimension.
         layers: Number of layers.
         dilations: Distances of the neighbours, one entry a layer and repeated from the front when
@@ -105,7 +107,7 @@ class DilatedConvolution(Backbone):
 class GatedLayer(nn.Module):
     """Creates one residual layer over the neighbours at given offsets.
 
-    Arguments:
+    Args:
         width: Features of one dimension.
         offsets: Where the neighbours are; 0 is the dimension itself.
         dropout: Probability that a feature of the update is dropped.

@@ -10,15 +10,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dflows.acceleration import accelerated
-from dflows.backbones.backbone import (
-    Remembered,
-    SteppedBackbone,
-    check_causal,
-    check_dropout,
-    check_next_level,
-    check_positive,
-)
+from dflows.arguments import check_dropout, check_positive
+from dflows.backbones.backbone import SteppedBackbone
+from dflows.backbones.checks import check_causal, check_next_level
 from dflows.errors import UserError
+from dflows.remembered import Remembered
 
 __all__ = ["LevelConvolution"]
 
@@ -31,7 +27,7 @@ class LevelConvolution(SteppedBackbone):
     stream, and of neighbours of the same level the stream alone. One evaluation supervises all
     dimensions at once, which makes it the quickest to learn text with few passes on a CPU.
 
-    Arguments:
+    Args:
         width: Features of one dimension.
         layers: Number of layers.
         distances: Distances of the neighbours that a layer sees.
@@ -202,7 +198,7 @@ class Cache:
 class LevelGatedLayer(nn.Module):
     """Creates one residual layer over neighbours that the levels let it see.
 
-    Arguments:
+    Args:
         width: Features of one dimension.
         inputs: Neighbours, the dimension itself included.
         dropout: Probability that a gated feature is dropped.

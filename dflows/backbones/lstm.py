@@ -6,28 +6,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dflows.backbones.backbone import (
-    Remembered,
-    SteppedBackbone,
-    check_causal,
-    check_dropout,
-    check_features,
-    check_next_level,
-    check_positive,
-)
+from dflows.arguments import check_dropout, check_positive
+from dflows.backbones.backbone import State, StatefulBackbone
+from dflows.backbones.checks import check_causal, check_features, check_next_level
+from dflows.backbones.stepped_lstm import SteppedLSTM
 from dflows.errors import UserError
+from dflows.remembered import Remembered
 
 __all__ = ["LSTM"]
 
 
-class LSTM(SteppedBackbone):
+class LSTM(StatefulBackbone):
     """Creates an LSTM: level-causal in one direction, or bidirectional and seeing everything.
 
     In one direction the input of a step is the content of the dimension before plus the query of
     its own, so that the output knows the content of all earlier dimensions and of no other. It
     serves the orderings that are sequences of neighbours, natural and reversed, and refuses others.
 
-    Arguments:
+    Args:
         width: Features of one dimension.
         layers: Number of layers.
         bidirectional: Whether to read both ways; such a network is not level-causal and runs
@@ -118,50 +114,35 @@ class LSTM(SteppedBackbone):
         features: Tensor = self.linear(self._read(content)[0][:, dimensions])
         return features
 
-    def carry(
+    @property
+    def stateful(self) -> bool:
+        return self.level_causal
+
+    def resume(
         self,
         content: Tensor,
         query: Tensor,
         levels: Tensor,
         before: Tensor,
-        state: tuple[Tensor, Tensor] | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Computes the features of windows that go on where others ended.
-
-        Args:
-            content: Content (B, D, width).
-            query: Query (D, width).
-            levels: Levels (D,), those of the natural ordering.
-            before: Content (B, width) of the dimension before the first; :attr:`start` of windows
-                that go on from none.
-            state: Hidden and cell state (layers, B, hidden) after it; zeros where not given.
-
-        Returns:
-            Features (B, D, width), and the state after the last dimension.
-
-        Raises:
-            UserError: If the network reads in another direction, or the shapes do not fit.
-        """
+        state: State | None = None,
+    ) -> tuple[Tensor, State]:
         query, levels = check_causal(self, content, query, levels)
         order, context = self._order(levels)
-        if order is not None or context or not self.level_causal:
+        if order is not None or context or not self.stateful:
             raise UserError(
-                "an LSTM carries its state from left to right: choose the ordering Natural, "
+                "an LSTM goes on with its state from left to right: choose the ordering Natural, "
                 "bidirectional=False, and no context"
             )
         rows = torch.cat([before.unsqueeze(1), content[:, :-1]], dim=1)
         outputs, state = self._read(rows + query, state)
         return self.linear(outputs), state
 
-    def _read(
-        self, inputs: Tensor, state: tuple[Tensor, Tensor] | None = None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    def _read(self, inputs: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         # Processors without bfloat16 instructions have no LSTM for autocast to call.
         with torch.autocast("cpu", enabled=False):
             lstm, inputs = self.lstm, inputs.to(self.linear.weight.dtype)
             if not (self.training and self.weight_drop):
-                outputs, state = lstm(inputs, state)
-                return outputs, state
+                return lstm(inputs, state)
             if state is None:
                 directions = 2 if lstm.bidirectional else 1
                 shape = (directions * lstm.num_layers, len(inputs), lstm.hidden_size)
@@ -169,7 +150,7 @@ class LSTM(SteppedBackbone):
             weights = []
             for input_weight, hidden_weight, *biases in lstm.all_weights:
                 weights += [input_weight, F.dropout(hidden_weight, self.weight_drop), *biases]
-            outputs, hidden, cells = torch.lstm(
+            outputs, *after = torch.lstm(
                 inputs,
                 state,
                 weights,
@@ -180,25 +161,23 @@ class LSTM(SteppedBackbone):
                 lstm.bidirectional,
                 lstm.batch_first,
             )
-            return outputs, (hidden, cells)
+            return outputs, tuple(after)
 
     @torch.no_grad()
-    def begin(self, query: Tensor, levels: Tensor, batch_size: int) -> "State":
+    def begin(self, query: Tensor, levels: Tensor, batch_size: int) -> "Cache":
         if not self.level_causal:
             raise UserError("a bidirectional LSTM has no steps: set bidirectional=False")
         check_causal(self, query.expand(batch_size, -1, -1), query, levels)
         order, context = self._order(levels)
-        zeros = query.new_zeros(batch_size, self.lstm.hidden_size)
-        return State(
+        return Cache(
             query=query if order is None else query[..., order, :],
             context=context,
             before=self.start.expand(batch_size, -1),
-            hidden=[zeros] * self.lstm.num_layers,
-            cells=[zeros] * self.lstm.num_layers,
+            lstm=SteppedLSTM(self.lstm, batch_size),
         )
 
     @torch.no_grad()
-    def advance(self, cache: "State", level: int, content: Tensor | None) -> Tensor:
+    def advance(self, cache: "Cache", level: int, content: Tensor | None) -> Tensor:
         first = cache.done == 0
         expected = max(0, cache.done - cache.context)
         count = cache.context if first else 1
@@ -206,15 +185,10 @@ class LSTM(SteppedBackbone):
         if level + cache.context >= cache.query.shape[-2]:
             raise UserError(f"level {level} was asked for, and there are {level} levels")
         known = [] if content is None else list(content.unbind(1))
-        inputs = [cache.before, *known] if first else known
-        for row in inputs:
-            x = row + cache.query[..., cache.done, :]
-            for layer, weights in enumerate(self.lstm.all_weights):
-                state = cache.hidden[layer], cache.cells[layer]
-                cache.hidden[layer], cache.cells[layer] = torch.lstm_cell(x, state, *weights)
-                x = F.dropout(cache.hidden[layer], self.lstm.dropout, self.training)
+        for row in [cache.before, *known] if first else known:
+            hidden = cache.lstm.step(row + cache.query[..., cache.done, :])
             cache.done += 1
-        features: Tensor = self.linear(cache.hidden[-1])
+        features: Tensor = self.linear(hidden)
         return features.unsqueeze(1)
 
 
@@ -248,21 +222,19 @@ def reading_order(levels: Tensor) -> tuple[Tensor | None, int]:
 
 
 @dataclass
-class State:
+class Cache:
     """What an LSTM remembers between steps.
 
     Attributes:
         query: Query (D, width) or (B, D, width) in reading order.
         context: Number of context dimensions, which are read first.
-        before: What stands in for the content before the first dimension (B, width).
-        hidden: Hidden state (B, hidden) of every layer.
-        cells: Cell state (B, hidden) of every layer.
+        before: What stands for the content before the first dimension (B, width).
+        lstm: The LSTM and its state.
         done: Dimensions read.
     """
 
     query: Tensor
     context: int
     before: Tensor
-    hidden: list[Tensor]
-    cells: list[Tensor]
+    lstm: SteppedLSTM
     done: int = 0

@@ -7,12 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dflows.backbones.backbone import (
-    Backbone,
-    check_causal,
-    check_length,
-    check_positive,
-)
+from dflows.arguments import check_positive
+from dflows.backbones.backbone import Backbone
+from dflows.backbones.checks import check_causal, check_length
 
 __all__ = ["MADE"]
 
@@ -29,7 +26,7 @@ class MADE(Backbone):
     The masks follow from the levels of each call, so that one network serves every ordering. The
     last layer adds the query, and mixes the features of a dimension once more.
 
-    Arguments:
+    Args:
         width: Features of one dimension.
         length: D, the largest number of dimensions, context included.
         hidden: Hidden units of a layer; give several for every level.

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dflows.backbones.backbone import Backbone, check_positive
+from dflows.arguments import check_positive
+from dflows.backbones.backbone import Backbone
 from dflows.errors import LengthError, UserError
 from dflows.orderings import Natural, Ordering
 from dflows.representations import is_one_hot, to_indices
@@ -40,7 +41,7 @@ class Table(Backbone):
     query. Of the features as a multilinear function of the one-hot vectors it gives the value and
     the first derivatives, which needs only the rows that differ from the state in one dimension.
 
-    Arguments:
+    Args:
         width: Features of one dimension.
         num_classes: K.
         length: D; the table takes no other.

@@ -1,8 +1,8 @@
 """Distributions of x, on which the transforms stand."""
 
 from dflows.bases.autoregressive import AutoregressiveBase
-from dflows.bases.base import Base
+from dflows.bases.base import Base, ClosedFormBase
 from dflows.bases.factorized import FactorizedBase
 from dflows.bases.ngram import NGramBase
 
-__all__ = ["AutoregressiveBase", "Base", "FactorizedBase", "NGramBase"]
+__all__ = ["AutoregressiveBase", "Base", "ClosedFormBase", "FactorizedBase", "NGramBase"]

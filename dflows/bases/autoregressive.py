@@ -1,17 +1,15 @@
 """The autoregressive base over an ordering."""
 
-from collections.abc import Sequence
-from typing import Literal
-
 import torch
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from dflows.bases.base import Base
-from dflows.conditioner import Conditioner, Execution
+from dflows.categorical import inverse_cdf, select_log_prob
+from dflows.conditioner import Conditioner
+from dflows.decoding import decide_levels, solve_fixed_point
 from dflows.errors import UserError
-from dflows.ngrams import NGrams
-from dflows.orderings import Natural, Ordering
-from dflows.representations import is_one_hot
+from dflows.orderings import Ordering
+from dflows.representations import check_logits, is_one_hot
 
 __all__ = ["AutoregressiveBase"]
 
@@ -25,28 +23,17 @@ class AutoregressiveBase(Base):
     levels are drawn in parallel. Over an ordering of one level, ``Strided(1)``, its dimensions are
     independent given a context.
 
-    Arguments:
-        num_classes: K.
-        length: D.
-        orderings: Orderings of the flow's transforms; none of them matters here.
-        backbone: The network, from features (N, D, width) to features (N, D, width).
-        ordering: Which dimensions condition which; natural by default.
-        draw: What one training step of a backbone that runs masked evaluates: ``all`` levels, or
-            one ``level`` an example, an unbiased estimate in one evaluation.
-        width: As in :class:`dflows.conditioner.Conditioner`, as are the rest.
-        execution: How the backbone is run.
-        positions: Whether a learned embedding of positions is added.
-        context_features: Features of a context.
-        align_context: Whether position d of the context belongs to dimension d.
-        grams: N-grams of x that are added to the logits.
+    Args:
+        conditioner: The network over its ordering; its logits are those of the classes.
 
     Raises:
-        UserError: If the parts do not fit each other.
+        UserError: If the conditioner has other logits, or no dimension of level 0.
 
     Example:
         >>> _ = torch.manual_seed(0)
         >>> from dflows.backbones import LSTM
-        >>> base = AutoregressiveBase(num_classes=3, length=4, backbone=LSTM(width=8))
+        >>> from dflows.orderings import Natural
+        >>> base = AutoregressiveBase(Conditioner(3, 4, Natural(), LSTM(width=8)))
         >>> base.passes
         4
         >>> states = torch.cartesian_prod(*[torch.arange(3)] * 4)
@@ -56,48 +43,31 @@ class AutoregressiveBase(Base):
 
     scores_parts = False
 
-    def __init__(
-        self,
-        num_classes: int,
-        length: int,
-        orderings: Sequence[Ordering] = (),
-        *,
-        backbone: nn.Module,
-        ordering: Ordering | None = None,
-        draw: Literal["all", "level"] = "all",
-        width: int | None = None,
-        execution: Execution = "auto",
-        positions: bool | None = None,
-        context_features: int | None = None,
-        align_context: bool = False,
-        grams: NGrams | None = None,
-    ) -> None:
-        super().__init__(num_classes, length)
-        if draw not in ("all", "level"):
-            raise UserError(f"draw is {draw!r}: give 'all' or 'level'")
-        self.draw = draw
-        self.conditioner = Conditioner(
-            num_classes,
-            length,
-            num_classes,
-            ordering or Natural(),
-            backbone,
-            width=width,
-            execution=execution,
-            positions=positions,
-            context_features=context_features,
-            align_context=align_context,
-            conditions_first=True,
-            grams=grams,
-        )
+    def __init__(self, conditioner: Conditioner) -> None:
+        super().__init__(conditioner.num_classes, conditioner.length)
+        if conditioner.num_logits != conditioner.num_classes:
+            raise UserError(
+                f"a base reads the logits of {conditioner.num_classes} classes, and the "
+                f"conditioner has {conditioner.num_logits}: leave its num_logits away"
+            )
+        if int(conditioner.ordering.levels(conditioner.length).min()):
+            raise UserError(
+                f"{conditioner.ordering!r} has no dimension of level 0, and a base begins there, "
+                "with a context or without one: give it the ordering inside"
+            )
+        self.conditioner = conditioner
+
+    @property
+    def ordering(self) -> Ordering:
+        return self.conditioner.ordering
 
     @property
     def takes_context(self) -> bool:  # type: ignore[override]
-        return self.conditioner.context is not None
+        return self.conditioner.takes_context
 
     @property
     def passes(self) -> int:
-        return self.conditioner.passes
+        return self.conditioner.num_levels
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         return self.score(self.conditioner(x, context), x)
@@ -112,24 +82,24 @@ class AutoregressiveBase(Base):
 
         Returns:
             Log-likelihoods (…, d).
-        """
-        log_probs = logits.log_softmax(dim=-1)
-        if is_one_hot(x):
-            return (x * log_probs).sum(dim=-1)
-        return log_probs.gather(-1, x.unsqueeze(-1)).squeeze(-1)
 
-    def objective(
+        Raises:
+            NonFiniteError: If logits are not finite.
+        """
+        return select_log_prob(check_logits(logits, "AutoregressiveBase").log_softmax(dim=-1), x)
+
+    def sampled_log_prob(
         self, x: Tensor, context: Tensor | None = None, weight: Tensor | None = None
     ) -> Tensor:
-        if self.draw == "all" or self.conditioner.one_pass or is_one_hot(x):
-            return super().objective(x, context, weight)
-        _, members = self.conditioner.levels(x.shape[1], x.device)
-        level = torch.randint(len(members), x.shape[:1], device=x.device)
-        drawn, logits = self.conditioner.drawn_logits(x, level, context)
-        score = len(members) * self.score(logits, x[drawn])
+        if self.conditioner.one_pass or is_one_hot(x):
+            return super().sampled_log_prob(x, context, weight)
+        num_levels = len(self.conditioner.layout(x.shape[1], x.device).members)
+        level = torch.randint(num_levels, x.shape[:1], device=x.device)
+        sampled, logits = self.conditioner.sampled_level_logits(x, level, context)
+        score = num_levels * self.score(logits, x[sampled])
         if weight is not None:
-            score = score * weight[drawn]
-        return score.new_zeros(x.shape[0]).index_add(0, drawn.nonzero()[:, 0], score)
+            score = score * weight[sampled]
+        return score.new_zeros(x.shape[0]).index_add(0, sampled.nonzero()[:, 0], score)
 
     def noise(self, num_samples: int, length: int, generator: Generator | None = None) -> Tensor:
         device = self.conditioner.head.weight.device
@@ -142,26 +112,24 @@ class AutoregressiveBase(Base):
         *,
         temperature: float = 1.0,
         fixed_point: bool = False,
-        beginning: Tensor | None = None,
+        prefix: Tensor | None = None,
     ) -> tuple[Tensor, int]:
         def decide(dimensions: Tensor, logits: Tensor) -> Tensor:
-            # By the inverse of the distribution function: one number a dimension is all the
-            # randomness there is, whatever the order of the evaluations.
-            cumulative = (logits / temperature).softmax(dim=-1).cumsum(dim=-1)
-            threshold = noise[:, dimensions].unsqueeze(-1) * cumulative[..., -1:]
-            return (cumulative[..., :-1] <= threshold).sum(dim=-1)
+            logits = check_logits(logits, type(self).__name__)
+            return inverse_cdf(noise[:, dimensions], logits=logits, temperature=temperature)
 
         x = torch.zeros(noise.shape, dtype=torch.long, device=noise.device)
         known = 0
-        if beginning is not None:
-            known = beginning.shape[1]
-            x[:, :known] = beginning
+        if prefix is not None:
+            known = prefix.shape[1]
+            x[:, :known] = prefix
         if fixed_point:
-            return self.conditioner.fixed_point(x, decide, context, known)
-        return self.conditioner.by_levels(x, decide, context, known), self.passes
+            return solve_fixed_point(self.conditioner, x, decide, context, prefix_length=known)
+        x = decide_levels(self.conditioner, x, decide, context, prefix_length=known)
+        return x, self.passes
 
-    def keeps_beginning(self, number: int, length: int) -> bool:
-        return self.conditioner.keeps_beginning(number, length)
+    def supports_prefix(self, number: int, length: int) -> bool:
+        return self.conditioner.supports_prefix(number, length)
 
     @property
     def greedy_is_mode(self) -> bool:
@@ -169,18 +137,16 @@ class AutoregressiveBase(Base):
 
     def greedy(self, num_values: int, length: int, context: Tensor | None = None) -> Tensor:
         def decide(_: Tensor, logits: Tensor) -> Tensor:
-            return logits.argmax(dim=-1)
+            return check_logits(logits, type(self).__name__).argmax(dim=-1)
 
         device = self.conditioner.head.weight.device
         x = torch.zeros(num_values, length, dtype=torch.long, device=device)
-        return self.conditioner.by_levels(x, decide, context)
+        return decide_levels(self.conditioner, x, decide, context)
 
     @torch.no_grad()
-    def start(self, counts: Tensor) -> None:
-        # The head's bias starts at the marginal, and its weights at 0, so that the first
-        # likelihoods are those of the marginal; or at 0, and they are those of the n-grams.
+    def init_from_counts(self, counts: Tensor) -> None:
+        # The first likelihoods are those of the marginal, or else those of the expert.
         total = counts if counts.ndim == 1 else counts.sum(dim=0)
         marginal = (total + 1) / (total + 1).sum()
-        self.conditioner.head.weight.zero_()
-        bias = marginal.log() if self.conditioner.grams is None else torch.zeros_like(marginal)
-        self.conditioner.head.bias.copy_(bias.to(self.conditioner.head.bias))
+        known = self.conditioner.expert is not None
+        self.conditioner.init_head(torch.zeros_like(marginal) if known else marginal.log())

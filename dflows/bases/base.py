@@ -1,17 +1,20 @@
 """The interface of all bases: the distribution of x."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from typing import ClassVar
 
 from torch import Generator, Tensor, nn
 
-__all__ = ["Base"]
+from dflows.orderings import Ordering
+
+__all__ = ["Base", "ClosedFormBase"]
 
 
 class Base(nn.Module, ABC):
-    """Creates a distribution of x in {0, …, K-1}^D.
+    """A distribution of x in {0, …, K-1}^D.
 
-    Arguments:
+    Args:
         num_classes: K.
         length: D, the largest number of dimensions; fewer are an event of their own.
     """
@@ -22,13 +25,28 @@ class Base(nn.Module, ABC):
     differentiable: ClassVar[bool] = True
     """Whether log-probabilities have a gradient with respect to one-hot vectors."""
 
-    takes_context: bool = True
+    takes_context: bool = False
     """Whether the distribution may depend on a context."""
 
     def __init__(self, num_classes: int, length: int) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.length = length
+
+    def adapt(self, orderings: Sequence[Ordering]) -> None:
+        """Takes notice of the orderings of the transforms above; the flow calls it when it is made.
+
+        Args:
+            orderings: Those of the conditional transforms, base → data.
+
+        Raises:
+            UserError: If the distribution serves transforms of other orderings already.
+        """
+
+    @property
+    def ordering(self) -> Ordering | None:
+        """Which dimensions condition which, of a base over levels."""
+        return None
 
     @property
     @abstractmethod
@@ -47,10 +65,12 @@ class Base(nn.Module, ABC):
             Log-probabilities (N, d), whose sum is that of the event.
         """
 
-    def objective(
+    def sampled_log_prob(
         self, x: Tensor, context: Tensor | None = None, weight: Tensor | None = None
     ) -> Tensor:
-        """Computes what training maximises: an unbiased estimate of the event's log-probability.
+        """Computes an unbiased estimate of the event's log-probability, at one evaluation.
+
+        A base that takes an evaluation a level evaluates one of them, drawn for every example.
 
         Args:
             x: As in :meth:`log_prob`; right where the weight is not 0.
@@ -84,7 +104,7 @@ class Base(nn.Module, ABC):
         *,
         temperature: float = 1.0,
         fixed_point: bool = False,
-        beginning: Tensor | None = None,
+        prefix: Tensor | None = None,
     ) -> tuple[Tensor, int]:
         """Makes samples of noise.
 
@@ -94,15 +114,15 @@ class Base(nn.Module, ABC):
             temperature: Divides the logits; 1 samples the distribution itself.
             fixed_point: Whether to iterate over all positions at once in place of going level by
                 level. The samples are the same.
-            beginning: Indices (N, n), what the first dimensions are, for a sample of the others
-                given these; only where :meth:`keeps_beginning` says so.
+            prefix: Indices (N, n), what the first dimensions are, for a sample of the others given
+                these; only where :meth:`supports_prefix` says so.
 
         Returns:
             Indices (N, d), and the evaluations, one after the other, that they took.
         """
 
     @abstractmethod
-    def keeps_beginning(self, number: int, length: int) -> bool:
+    def supports_prefix(self, number: int, length: int) -> bool:
         """Says whether what follows so many dimensions can be drawn exactly, given these."""
 
     def sample(
@@ -150,9 +170,29 @@ class Base(nn.Module, ABC):
         """
 
     @abstractmethod
-    def start(self, counts: Tensor) -> None:
-        """Starts the distribution from the counts of the training data's classes, before training.
+    def init_from_counts(self, counts: Tensor) -> None:
+        """Initialises the distribution from the counts of the training data's classes, before training.
 
         Args:
             counts: Counts (K,), or (D, K) of every dimension's own.
         """
+
+
+class ClosedFormBase(Base):
+    """A base whose most likely distribution given data is known in closed form."""
+
+    @abstractmethod
+    def count(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Counts data.
+
+        Args:
+            x: Indices (N, d).
+            weight: Weights (N, d) of the dimensions; 1 where they are not given.
+
+        Returns:
+            Counts in float64, of the same shape for all data, which add up over batches.
+        """
+
+    @abstractmethod
+    def refit(self, counts: Tensor) -> None:
+        """Sets the distribution to the most likely one given counts, sums of :meth:`count`."""

@@ -6,10 +6,11 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor, nn
 
-from dflows.bases.base import Base
+from dflows.bases.base import ClosedFormBase
+from dflows.categorical import inverse_cdf, select_log_prob
 from dflows.errors import UserError
 from dflows.orderings import Ordering, alike, untransformed
-from dflows.representations import is_one_hot
+from dflows.representations import check_logits, full_precision, is_one_hot
 
 __all__ = ["FactorizedBase"]
 
@@ -17,7 +18,7 @@ PEAK = 0.5
 """Probability of class 0 at the start, where a flow transforms the dimension."""
 
 
-class FactorizedBase(Base):
+class FactorizedBase(ClosedFormBase):
     r"""Creates a base of independent dimensions.
 
     .. math:: p(x) = \prod_d \mathrm{softmax}(\theta_{g(d)})_{x_d}
@@ -26,10 +27,11 @@ class FactorizedBase(Base):
     a base that starts at the data's marginal would make the identity a local optimum of the flow.
     Those that none transforms start at the marginal.
 
-    Arguments:
+    A flow tells it the orderings of its transforms; by itself it is one that none transforms.
+
+    Args:
         num_classes: K.
         length: D.
-        orderings: Orderings of the flow's transforms, which tell the dimensions it treats alike.
         sharing: ``levels``: dimensions of equal levels in all orderings share their distribution;
             ``positions``: every dimension has its own.
 
@@ -38,7 +40,8 @@ class FactorizedBase(Base):
 
     Example:
         >>> from dflows.orderings import Strided
-        >>> base = FactorizedBase(num_classes=4, length=6, orderings=[Strided(columns=3)])
+        >>> base = FactorizedBase(num_classes=4, length=6)
+        >>> base.adapt([Strided(columns=3)])
         >>> base.groups
         tensor([0, 1, 2, 0, 1, 2])
         >>> base.log_prob(torch.zeros(1, 6, dtype=torch.long)).exp()
@@ -51,23 +54,38 @@ class FactorizedBase(Base):
     peaked: Tensor
 
     def __init__(
-        self,
-        num_classes: int,
-        length: int,
-        orderings: Sequence[Ordering] = (),
-        sharing: Literal["levels", "positions"] = "levels",
+        self, num_classes: int, length: int, sharing: Literal["levels", "positions"] = "levels"
     ) -> None:
         super().__init__(num_classes, length)
         if sharing not in ("levels", "positions"):
             raise UserError(f"sharing is {sharing!r}: give 'levels' or 'positions'")
-        own = sharing == "positions"
-        groups = torch.arange(length) if own else alike(orderings, length)
+        self.sharing = sharing
+        self._orderings: list[Ordering] = []
+        self._group()
+
+    def _group(self) -> None:
+        own = self.sharing == "positions"
+        groups = torch.arange(self.length) if own else alike(self._orderings, self.length)
         peaked = torch.ones(int(groups.max()) + 1, dtype=torch.bool)
-        peaked[groups[untransformed(orderings, length)]] = False
+        peaked[groups[untransformed(self._orderings, self.length)]] = False
         self.register_buffer("groups", groups)
         self.register_buffer("peaked", peaked, persistent=False)
-        self.logits = nn.Parameter(torch.empty(len(peaked), num_classes))
-        self.start(torch.ones(num_classes))
+        self.logits = nn.Parameter(torch.empty(len(peaked), self.num_classes))
+        self.init_from_counts(torch.ones(self.num_classes))
+
+    def adapt(self, orderings: Sequence[Ordering]) -> None:
+        orderings = list(orderings)
+        if orderings == self._orderings:
+            return
+        if self._orderings:
+            raise UserError(
+                f"a FactorizedBase under transforms over {self._orderings} was given to a flow of "
+                f"transforms over {orderings}: make a new one for each flow"
+            )
+        device, dtype = self.logits.device, self.logits.dtype
+        self._orderings = orderings
+        self._group()
+        self.to(device, dtype)
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, length={self.length}, groups={len(self.peaked)}"
@@ -77,9 +95,10 @@ class FactorizedBase(Base):
         return 0
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        table = self.logits.log_softmax(dim=-1)
+        logits = check_logits(full_precision(self.logits), type(self).__name__)
+        table = logits.log_softmax(dim=-1)
         if is_one_hot(x):
-            return (x * table[self.groups[: x.shape[1]]]).sum(dim=-1)
+            return select_log_prob(table[self.groups[: x.shape[1]]], x)
         # One flat look-up: a gather of (N, d, K) rows would cost K times as much.
         return table.flatten()[self.groups[: x.shape[1]] * self.num_classes + x]
 
@@ -95,16 +114,15 @@ class FactorizedBase(Base):
         *,
         temperature: float = 1.0,
         fixed_point: bool = False,
-        beginning: Tensor | None = None,
+        prefix: Tensor | None = None,
     ) -> tuple[Tensor, int]:
-        probs = (self.logits.double() / temperature).softmax(dim=-1)
-        edges = probs.cumsum(dim=-1)[self.groups[: noise.shape[1]], :-1].contiguous()
-        x = torch.searchsorted(edges, noise.T.contiguous(), right=True).T.contiguous()
-        if beginning is not None:
-            x[:, : beginning.shape[1]] = beginning
+        logits = check_logits(self.logits, type(self).__name__)[self.groups[: noise.shape[1]]]
+        x = inverse_cdf(noise, logits=logits, temperature=temperature).contiguous()
+        if prefix is not None:
+            x[:, : prefix.shape[1]] = prefix
         return x, 0
 
-    def keeps_beginning(self, number: int, length: int) -> bool:
+    def supports_prefix(self, number: int, length: int) -> bool:
         return True
 
     @property
@@ -115,7 +133,7 @@ class FactorizedBase(Base):
         return self.logits.argmax(dim=-1)[self.groups[:length]].expand(num_values, -1)
 
     @torch.no_grad()
-    def start(self, counts: Tensor) -> None:
+    def init_from_counts(self, counts: Tensor) -> None:
         marginal = ((counts + 1) / (counts + 1).sum(dim=-1, keepdim=True)).to(self.logits)
         if marginal.ndim == 2:  # of every dimension: a group's is the mean of its dimensions'
             size = self.groups.bincount().unsqueeze(-1)
@@ -125,15 +143,6 @@ class FactorizedBase(Base):
         self.logits.copy_(torch.where(self.peaked.unsqueeze(-1), peaked, marginal).log())
 
     def count(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Counts the classes of every group.
-
-        Args:
-            x: Indices (N, d).
-            weight: Weights (N, d) of the dimensions; 1 where they are not given.
-
-        Returns:
-            Counts (G, K) in float64, which add up over batches.
-        """
         cells = self.groups[: x.shape[1]] * self.num_classes + x
         weights = None if weight is None else weight.double().flatten()
         counts = cells.flatten().bincount(weights, minlength=self.logits.numel())

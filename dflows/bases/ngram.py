@@ -1,15 +1,15 @@
 """The n-gram base: interpolated Kneser–Ney over the natural order of positions."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
 from dflows.bases.base import Base
+from dflows.categorical import inverse_cdf
 from dflows.ngrams import NGrams
-from dflows.orderings import Ordering
-from dflows.representations import is_one_hot, to_indices
+from dflows.representations import to_indices
 
 __all__ = ["NGramBase"]
 
@@ -18,7 +18,7 @@ class NGramBase(Base):
     """Creates a base of n-grams, counted and not trained.
 
     Every dimension depends on the n - 1 before it, with interpolated Kneser–Ney smoothing
-    (:class:`dflows.ngrams.NGrams`). The same grams serve at all positions.
+    (:class:`dflows.ngrams.NGrams`). The same n-grams serve at all positions.
 
     An event begins anywhere in a text and not at its beginning. Its dimension i < n - 1 has seen i
     others, and is that of a model of order i + 1, the occurrences of whose grams are counted: every
@@ -26,13 +26,12 @@ class NGramBase(Base):
     probabilities that sum to 1. A whole text as one event is scored with its context carried.
 
     It has no parameters, and takes no network evaluation to draw from: a dimension is a table
-    look-up an order, in float64. It hands no gradient to the flows on it, which must have a loss of
-    their own (:class:`dflows.estimators.LocalObjective`). Before :meth:`count` it is uniform.
+    look-up an order, in float64. It hands no gradient to the transforms on it, which must have a
+    loss of their own (:class:`dflows.objectives.Local`). Before :meth:`count` it is uniform.
 
-    Arguments:
+    Args:
         num_classes: K.
         length: D.
-        orderings: Orderings of the flow's transforms; none of them matters here.
         order: n, as in :class:`dflows.ngrams.NGrams`.
         discount: Likewise.
 
@@ -55,13 +54,7 @@ class NGramBase(Base):
     takes_context = False
 
     def __init__(
-        self,
-        num_classes: int,
-        length: int,
-        orderings: Sequence[Ordering] = (),
-        *,
-        order: int = 6,
-        discount: float | None = None,
+        self, num_classes: int, length: int, *, order: int = 6, discount: float | None = None
     ) -> None:
         super().__init__(num_classes, length)
         self.grams = NGrams(num_classes, order, discount)
@@ -83,12 +76,7 @@ class NGramBase(Base):
         self.grams.count(chunks)
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        if is_one_hot(x):
-            indices = to_indices(x)
-            seen = torch.arange(x.shape[1], device=x.device).expand_as(indices)
-            probs = self.grams.following(self.grams.pack(indices).flatten(), seen.flatten())
-            return (x * probs.log().reshape(x.shape)).sum(dim=-1)
-        return self.grams.log_prob(x)
+        return self.grams.log_prob(to_indices(x))
 
     def noise(self, num_samples: int, length: int, generator: Generator | None = None) -> Tensor:
         shape = (length, num_samples)
@@ -102,18 +90,14 @@ class NGramBase(Base):
         *,
         temperature: float = 1.0,
         fixed_point: bool = False,
-        beginning: Tensor | None = None,
+        prefix: Tensor | None = None,
     ) -> tuple[Tensor, int]:
         def decide(dimension: int, probs: Tensor) -> Tensor:
-            if temperature != 1:
-                probs = (probs.log() / temperature).softmax(dim=-1)
-            cumulative = probs.cumsum(dim=-1)
-            threshold = noise[:, dimension, None] * cumulative[:, -1:]
-            return torch.searchsorted(cumulative[:, :-1].contiguous(), threshold, right=True)[:, 0]
+            return inverse_cdf(noise[:, dimension], probs=probs, temperature=temperature)
 
-        return self._in_order(len(noise), noise.shape[1], decide, beginning), 0
+        return self._left_to_right(len(noise), noise.shape[1], decide, prefix), 0
 
-    def keeps_beginning(self, number: int, length: int) -> bool:
+    def supports_prefix(self, number: int, length: int) -> bool:
         return True
 
     @property
@@ -121,28 +105,28 @@ class NGramBase(Base):
         return self.grams.order == 1
 
     def greedy(self, num_values: int, length: int, context: Tensor | None = None) -> Tensor:
-        return self._in_order(num_values, length, lambda _, probs: probs.argmax(dim=-1))
+        return self._left_to_right(num_values, length, lambda _, probs: probs.argmax(dim=-1))
 
-    def _in_order(
+    def _left_to_right(
         self,
         num_values: int,
         length: int,
         decide: Callable[[int, Tensor], Tensor],
-        beginning: Tensor | None = None,
+        prefix: Tensor | None = None,
     ) -> Tensor:
         """Decides one dimension after the other, each by its probabilities (N, K)."""
         values = torch.empty(num_values, length, dtype=torch.long, device=self.grams.keys.device)
         history = torch.zeros_like(values[:, 0])
         known = 0
-        if beginning is not None:
-            known = beginning.shape[1]
-            values[:, :known] = beginning
+        if prefix is not None:
+            known = prefix.shape[1]
+            values[:, :known] = prefix
         for dimension in range(length):
             if dimension >= known:
-                probs = self.grams.following(history, dimension)
+                probs = self.grams.next_probs(history, dimension)
                 values[:, dimension] = decide(dimension, probs)
             history = (history << self.grams.bits) | values[:, dimension]
         return values
 
-    def start(self, counts: Tensor) -> None:
+    def init_from_counts(self, counts: Tensor) -> None:
         """Does nothing: :meth:`count` finds the whole distribution."""

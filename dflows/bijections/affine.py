@@ -4,13 +4,14 @@ import torch
 from torch import Tensor
 
 from dflows import modular
-from dflows.bijections.bijection import INITIAL_MARGIN, Bijection, Choose
-from dflows.representations import to_one_hot
+from dflows.bijections.bijection import INITIAL_MARGIN, SoftmaxBijection
+from dflows.gradients import GradientRule
+from dflows.representations import full_precision, to_one_hot
 
 __all__ = ["ModularAffine"]
 
 
-class ModularAffine(Bijection):
+class ModularAffine(SoftmaxBijection):
     r"""Creates a location-scale map modulo K, the layer of the paper.
 
     .. math:: y = (\mu + \sigma x) \bmod K
@@ -18,11 +19,13 @@ class ModularAffine(Bijection):
     The first half of the logits chooses :math:`\mu`, the second :math:`\sigma`; those of scales
     that are no units are masked, so that every choice is a bijection.
 
-    Arguments:
+    Args:
         num_classes: K, at least 2.
         prime: Whether to compute modulo the next prime M, so that every scale but 0 is a unit. The
             residues K..M-1 are walked over (:mod:`dflows.modular`): they have no mass and are
             never generated.
+        rule: How the choices of location and scale are differentiated; by default the paper's
+            straight-through gradient.
 
     Raises:
         UserError: If K is below 2.
@@ -44,13 +47,14 @@ class ModularAffine(Bijection):
         tensor([4, 3, 2, 1, 0, 5])
     """
 
-    categorical = True
     needs_target = True
     unit: Tensor
 
-    def __init__(self, num_classes: int, prime: bool = False) -> None:
+    def __init__(
+        self, num_classes: int, prime: bool = False, rule: GradientRule | None = None
+    ) -> None:
         modulus = modular.next_prime(num_classes) if prime else num_classes
-        super().__init__(num_classes, num_logits=2 * modulus)
+        super().__init__(num_classes, 2 * modulus, rule)
         self.modulus = modulus
         self.register_buffer("unit", modular.unit_mask(modulus), persistent=False)
 
@@ -60,49 +64,25 @@ class ModularAffine(Bijection):
     def initial_logits(self) -> Tensor:
         return INITIAL_MARGIN * to_one_hot(torch.tensor([0, 1]), self.modulus).flatten()
 
-    def _split(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        loc, scale = logits.chunk(2, dim=-1)
-        return loc, scale.masked_fill(~self.unit, -torch.inf)
+    def choice_logits(self, logits: Tensor) -> tuple[Tensor, ...]:
+        loc, scale = self._checked(logits.unflatten(-1, (2, self.modulus))).unbind(-2)
+        return loc, self._checked(scale.masked_fill(~self.unit, -torch.inf))
 
-    def _parameters_of(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        loc, scale = self._split(logits)
-        return loc.argmax(dim=-1), scale.argmax(dim=-1)
+    def map_by(self, value: Tensor, choices: tuple[Tensor, ...], *, inverse: bool) -> Tensor:
+        mapping = modular.affine_inverse if inverse else modular.affine
+        loc, scale = choices
+        return mapping(value, loc, scale, self.num_classes, modulus=self.modulus)
 
-    def forward(self, x: Tensor, logits: Tensor) -> Tensor:
-        parameters = self._parameters_of(logits)
-        return modular.affine(x, *parameters, self.num_classes, modulus=self.modulus)
-
-    def inverse(self, y: Tensor, logits: Tensor) -> Tensor:
-        parameters = self._parameters_of(logits)
-        return modular.affine_inverse(y, *parameters, self.num_classes, modulus=self.modulus)
-
-    def _choose(
-        self, logits: Tensor, ladj: Tensor, choose: Choose
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        loc, scale = self._split(logits)
-        loc, ladj = choose(loc, ladj)
-        scale, ladj = choose(scale, ladj)
-        return loc, scale, ladj
-
-    def forward_through(
-        self, x: Tensor, logits: Tensor, ladj: Tensor, choose: Choose
-    ) -> tuple[Tensor, Tensor]:
-        loc, scale, ladj = self._choose(logits, ladj, choose)
-        return modular.affine(x, loc, scale, self.num_classes, modulus=self.modulus), ladj
-
-    def inverse_through(
-        self, y: Tensor, logits: Tensor, ladj: Tensor, choose: Choose
-    ) -> tuple[Tensor, Tensor]:
-        loc, scale, ladj = self._choose(logits, ladj, choose)
-        return modular.affine_inverse(y, loc, scale, self.num_classes, modulus=self.modulus), ladj
-
-    def local_log_likelihood(self, y: Tensor, logits: Tensor, target: Tensor | None) -> Tensor:
+    def local_log_likelihood(
+        self, y: Tensor, logits: Tensor, target: Tensor | None = None
+    ) -> Tensor:
         # The likelihood of a mixture over locations at the chosen scale, and of one over scales at
         # the chosen location: one map of M entries each, where the joint mixture takes M·φ(M).
         if target is None:
             raise ValueError("ModularAffine's local objective needs the target's log-probabilities")
-        loc_logits, scale_logits = self._split(logits)
-        loc, scale = self._parameters_of(logits)
+        target = full_precision(target)
+        loc_logits, scale_logits = self.choice_logits(logits)
+        loc, scale = loc_logits.argmax(dim=-1), scale_logits.argmax(dim=-1)
         residues = torch.arange(self.modulus, device=y.device)
         scales = torch.where(self.unit, residues, 1)
 

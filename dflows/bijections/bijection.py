@@ -1,38 +1,31 @@
 """The interface of all bijections: what is done to one K-class variable, given logits."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
-from typing import ClassVar, TypeAlias
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from dflows.errors import UserError
-from dflows.representations import to_indices, to_one_hot
+from dflows.gradients import GradientRule, SoftmaxStraightThrough, gumbel_like
+from dflows.representations import check_logits, is_one_hot
 
-__all__ = ["INITIAL_MARGIN", "Bijection", "Choose"]
+__all__ = ["INITIAL_MARGIN", "Bijection", "SoftmaxBijection"]
 
 INITIAL_MARGIN = 0.1
 """Lead of the identity's logits at initialisation: no tie, and a softmax of any usual temperature
 still spreads over all classes."""
 
-Choose: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Maps logits (…, D, M) and log-determinants (…) to one-hot vectors (…, D, M) and log-determinants
-(…), with the gradient of an estimator."""
-
-
-def gumbel_like(logits: Tensor) -> Tensor:
-    """Draws Gumbel noise: with it, the largest of logits is a draw from their softmax."""
-    return -torch.empty_like(logits).exponential_().log()
-
 
 class Bijection(nn.Module, ABC):
-    """Creates a bijection of {0, …, K-1} whose parameters are read off logits.
+    """A bijection of {0, …, K-1} whose parameters are read off logits.
 
-    A bijection knows nothing of orderings, networks or estimators: it maps values (…, D), given
-    logits (…, D, num_logits), one dimension at a time.
+    A bijection knows nothing of orderings, networks or objectives: it maps values, indices (…, D)
+    or one-hot vectors (…, D, K), given logits (…, D, num_logits), one dimension at a time. It
+    decides in float32 or better, whatever the type of the logits, and refuses logits that are not
+    finite; that of a class may be -inf.
 
-    Arguments:
+    Args:
         num_classes: K, at least 2.
         num_logits: Logits that choose the map of one dimension.
 
@@ -40,10 +33,10 @@ class Bijection(nn.Module, ABC):
         UserError: If K is below 2.
     """
 
-    categorical: ClassVar[bool]
-    """Whether the map is chosen by categorical variables, as rules over a softmax require."""
     needs_target: ClassVar[bool]
     """Whether the local objective needs a distribution of x to aim at."""
+    rule: GradientRule | None
+    """How the choice of the map is differentiated; None where no softmax chooses it."""
 
     def __init__(self, num_classes: int, num_logits: int) -> None:
         super().__init__()
@@ -54,6 +47,7 @@ class Bijection(nn.Module, ABC):
             )
         self.num_classes = num_classes
         self.num_logits = num_logits
+        self.rule = None
 
     @abstractmethod
     def initial_logits(self) -> Tensor:
@@ -61,36 +55,27 @@ class Bijection(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x: Tensor, logits: Tensor) -> Tensor:
-        """Maps indices base → data, (…, D) given logits (…, D, num_logits)."""
-
-    @abstractmethod
-    def inverse(self, y: Tensor, logits: Tensor) -> Tensor:
-        """Maps indices data → base, (…, D) given logits (…, D, num_logits)."""
-
-    @abstractmethod
-    def forward_through(
-        self, x: Tensor, logits: Tensor, ladj: Tensor, choose: Choose
-    ) -> tuple[Tensor, Tensor]:
-        """Maps one-hot vectors base → data, with a gradient for `x` and the logits.
+        """Maps base → data.
 
         Args:
-            x: One-hot vectors (…, D, K).
+            x: Indices (…, D) or one-hot vectors (…, D, K).
             logits: Logits (…, D, num_logits).
-            ladj: Log-determinants (…), zeros; see :mod:`dflows.estimators` for what they carry.
-            choose: The estimator's way from logits to one-hot vectors.
 
         Returns:
-            One-hot vectors (…, D, K) and log-determinants (…).
+            Values of the same kind. One-hot vectors have a gradient for `x` and the logits.
+
+        Raises:
+            NonFiniteError: If the logits are not finite.
         """
 
     @abstractmethod
-    def inverse_through(
-        self, y: Tensor, logits: Tensor, ladj: Tensor, choose: Choose
-    ) -> tuple[Tensor, Tensor]:
-        """Maps one-hot vectors data → base; the inverse of :meth:`forward_through`."""
+    def inverse(self, y: Tensor, logits: Tensor) -> Tensor:
+        """Maps data → base; the inverse of :meth:`forward`, in all else alike."""
 
     @abstractmethod
-    def local_log_likelihood(self, y: Tensor, logits: Tensor, target: Tensor | None) -> Tensor:
+    def local_log_likelihood(
+        self, y: Tensor, logits: Tensor, target: Tensor | None = None
+    ) -> Tensor:
         """Computes what the local objective maximises, in nats.
 
         Args:
@@ -100,34 +85,111 @@ class Bijection(nn.Module, ABC):
 
         Returns:
             Log-likelihoods (…, D).
+
+        Raises:
+            NonFiniteError: If the logits are not finite.
         """
 
-    def draw_inverse(
-        self, y: Tensor, logits: Tensor, draws: int, temperature: float
+    @abstractmethod
+    def sample_inverse(
+        self, y: Tensor, logits: Tensor, num_draws: int, temperature: float
     ) -> tuple[Tensor, Tensor]:
-        """Draws maps, and maps indices data → base by them.
+        """Samples maps, and maps indices data → base by them.
 
         Args:
             y: Indices (…, D).
             logits: Logits (…, D, num_logits).
-            draws: S, the maps that are drawn of every dimension.
-            temperature: That of the softmax that maps are drawn from.
+            num_draws: S, the maps that are sampled of every dimension.
+            temperature: That of the softmax that maps are sampled from.
 
         Returns:
-            Indices (S, …, D), and the log-probabilities (S, …, D) of the maps that were drawn.
+            Indices (S, …, D), and the log-probabilities (S, …, D) of the sampled maps.
+
+        Raises:
+            NonFiniteError: If the logits are not finite.
         """
-        chances: list[Tensor] = []
-
-        def choose(part: Tensor, ladj: Tensor) -> tuple[Tensor, Tensor]:
-            log_probs = (part / temperature).log_softmax(dim=-1)
-            choice = (log_probs.detach() + gumbel_like(log_probs)).argmax(dim=-1)
-            chances.append(log_probs.gather(-1, choice.unsqueeze(-1)).squeeze(-1))
-            return to_one_hot(choice, part.shape[-1], part.dtype), ladj
-
-        logits = logits.expand(draws, *logits.shape)
-        values = to_one_hot(y, self.num_classes, logits.dtype).expand(draws, *y.shape, -1)
-        x, _ = self.inverse_through(values, logits, logits.new_zeros(draws, *y.shape[:-1]), choose)
-        return to_indices(x), torch.stack(chances).sum(dim=0)
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}"
+
+    def _checked(self, logits: Tensor) -> Tensor:
+        return check_logits(logits, type(self).__name__)
+
+
+class SoftmaxBijection(Bijection):
+    """A bijection whose map is made of choices, each by a softmax over logits of its own.
+
+    Args:
+        num_classes: K, at least 2.
+        num_logits: Logits that choose the map of one dimension.
+        rule: How the choices are differentiated; by default the paper's straight-through gradient.
+
+    Raises:
+        UserError: If K is below 2.
+    """
+
+    rule: GradientRule
+
+    def __init__(self, num_classes: int, num_logits: int, rule: GradientRule | None) -> None:
+        super().__init__(num_classes, num_logits)
+        self.rule = rule or SoftmaxStraightThrough()
+
+    @abstractmethod
+    def choice_logits(self, logits: Tensor) -> tuple[Tensor, ...]:
+        """Computes the logits (…, D, M) of each choice; their largest is what is chosen.
+
+        Args:
+            logits: Logits (…, D, num_logits).
+
+        Raises:
+            NonFiniteError: If the logits are not finite.
+        """
+
+    @abstractmethod
+    def map_by(self, value: Tensor, choices: tuple[Tensor, ...], *, inverse: bool) -> Tensor:
+        """Maps values by choices that were made.
+
+        Args:
+            value: Indices (…, D), or one-hot vectors (…, D, K).
+            choices: What was chosen, of the kind of `value`: indices (…, D) or vectors (…, D, M).
+            inverse: Whether to map data → base.
+
+        Returns:
+            Values of the same kind. One-hot vectors have a gradient for `value` and `choices`.
+        """
+
+    def chosen(self, logits: Tensor) -> tuple[Tensor, ...]:
+        """Computes the indices (…, D) of the choices.
+
+        Args:
+            logits: Logits (…, D, num_logits).
+
+        Raises:
+            NonFiniteError: If the logits are not finite.
+        """
+        return tuple(part.argmax(dim=-1) for part in self.choice_logits(logits))
+
+    def forward(self, x: Tensor, logits: Tensor) -> Tensor:
+        return self._mapped(x, logits, inverse=False)
+
+    def inverse(self, y: Tensor, logits: Tensor) -> Tensor:
+        return self._mapped(y, logits, inverse=True)
+
+    def _mapped(self, value: Tensor, logits: Tensor, *, inverse: bool) -> Tensor:
+        if is_one_hot(value):
+            choices = tuple(self.rule(part) for part in self.choice_logits(logits))
+        else:
+            choices = self.chosen(logits)
+        return self.map_by(value, choices, inverse=inverse)
+
+    def sample_inverse(
+        self, y: Tensor, logits: Tensor, num_draws: int, temperature: float
+    ) -> tuple[Tensor, Tensor]:
+        choices, log_probs = [], []
+        for part in self.choice_logits(logits):
+            log_prob = (part / temperature).log_softmax(dim=-1).expand(num_draws, *part.shape)
+            choice = (log_prob.detach() + gumbel_like(log_prob)).argmax(dim=-1)
+            choices.append(choice)
+            log_probs.append(log_prob.gather(-1, choice.unsqueeze(-1)).squeeze(-1))
+        x = self.map_by(y.expand(num_draws, *y.shape), tuple(choices), inverse=True)
+        return x, torch.stack(log_probs).sum(dim=0)

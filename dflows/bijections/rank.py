@@ -5,11 +5,17 @@ import math
 import torch
 from torch import Tensor
 
-from dflows.bijections.bijection import INITIAL_MARGIN, Bijection, Choose, gumbel_like
+from dflows.bijections.bijection import INITIAL_MARGIN, Bijection
 from dflows.errors import UserError
-from dflows.representations import to_indices, to_one_hot
+from dflows.gradients import gumbel_like
+from dflows.representations import is_one_hot, to_indices, to_one_hot
 
 __all__ = ["RankPermutation"]
+
+
+def _finite(logits: Tensor) -> Tensor:
+    """Returns logits with the lowest number in place of -inf: differences of two are no NaN."""
+    return logits.clamp(min=torch.finfo(logits.dtype).min)
 
 
 class RankPermutation(Bijection):
@@ -21,10 +27,10 @@ class RankPermutation(Bijection):
     :math:`K \varphi(K)` of the K! permutations, this reaches all; ranking by a network's own
     probabilities makes the entropy of x the smallest that any bijection of one variable can.
 
-    Arguments:
+    Args:
         num_classes: K, at least 2.
-        temperature: Width of the soft ranks whose gradient stands in for that of the ranks, where
-            an estimator passes a gradient through the flow. The local objective does not use it.
+        temperature: Width of the soft ranks, whose gradient one-hot vectors have in place of that
+            of the ranks. The local objective does not use it.
 
     Raises:
         UserError: If K is below 2, or the temperature is not positive.
@@ -42,7 +48,6 @@ class RankPermutation(Bijection):
         tensor([3, 0, 1, 2])
     """
 
-    categorical = False
     needs_target = False
 
     def __init__(self, num_classes: int, temperature: float = 1.0) -> None:
@@ -59,47 +64,51 @@ class RankPermutation(Bijection):
         return logits.argsort(dim=-1, descending=True, stable=True)
 
     def forward(self, x: Tensor, logits: Tensor) -> Tensor:
-        return self._order(logits).gather(-1, x.unsqueeze(-1)).squeeze(-1)
+        logits = self._checked(logits)
+        order = self._order(logits)
+        if not is_one_hot(x):
+            return order.gather(-1, x.unsqueeze(-1)).squeeze(-1)
+        y = x.gather(-1, order.argsort(dim=-1))
+        soft = (-self._distances(y, logits).abs() / self.temperature).softmax(dim=-1)
+        return y + (soft - soft.detach()).to(y.dtype)
 
     def inverse(self, y: Tensor, logits: Tensor) -> Tensor:
-        y = y.unsqueeze(-1)
-        logit = logits.gather(-1, y)
-        classes = torch.arange(self.num_classes, device=y.device)
-        before = (logits > logit) | ((logits == logit) & (classes < y))
-        return before.sum(dim=-1)
-
-    def forward_through(
-        self, x: Tensor, logits: Tensor, ladj: Tensor, choose: Choose
-    ) -> tuple[Tensor, Tensor]:
-        order = self._order(logits)
-        y = x.gather(-1, order.argsort(dim=-1))
-        chosen = logits.gather(-1, to_indices(y).unsqueeze(-1))
-        soft = (-(logits - chosen).abs() / self.temperature).softmax(dim=-1)
-        return y + (soft - soft.detach()).to(y.dtype), ladj
-
-    def inverse_through(
-        self, y: Tensor, logits: Tensor, ladj: Tensor, choose: Choose
-    ) -> tuple[Tensor, Tensor]:
+        logits = self._checked(logits)
+        if not is_one_hot(y):
+            y = y.unsqueeze(-1)
+            logit = logits.gather(-1, y)
+            classes = torch.arange(self.num_classes, device=y.device)
+            before = (logits > logit) | ((logits == logit) & (classes < y))
+            return before.sum(dim=-1)
         x = y.gather(-1, self._order(logits))
         rank = to_indices(x)
-        chosen = logits.gather(-1, to_indices(y).unsqueeze(-1))
-        soft_rank = ((logits - chosen) / self.temperature).sigmoid().sum(dim=-1, keepdim=True)
+        soft_rank = self._distances(y, logits) / self.temperature
+        soft_rank = soft_rank.sigmoid().sum(dim=-1, keepdim=True)
         # The derivative of a function of the rank, by the difference between its neighbours.
         above, below = (rank + 1).clamp(max=self.num_classes - 1), (rank - 1).clamp(min=0)
         ends = [to_one_hot(end, self.num_classes, x.dtype) for end in (above, below)]
         slope = (ends[0] - ends[1]) / (above - below).unsqueeze(-1)
-        return x + (soft_rank - soft_rank.detach()).to(x.dtype) * slope, ladj
+        return x + (soft_rank - soft_rank.detach()).to(x.dtype) * slope
 
-    def draw_inverse(
-        self, y: Tensor, logits: Tensor, draws: int, temperature: float
+    @staticmethod
+    def _distances(y: Tensor, logits: Tensor) -> Tensor:
+        """Computes the logits less that of the class of one-hot vectors, all of them finite."""
+        logits = _finite(logits)
+        return logits - logits.gather(-1, to_indices(y).unsqueeze(-1))
+
+    def sample_inverse(
+        self, y: Tensor, logits: Tensor, num_draws: int, temperature: float
     ) -> tuple[Tensor, Tensor]:
         # Sorted with Gumbel noise, classes are in the order of choices without replacement.
-        scaled = (logits / temperature).expand(draws, *logits.shape)
+        scaled = _finite(self._checked(logits) / temperature).expand(num_draws, *logits.shape)
         order = self._order(scaled.detach() + gumbel_like(scaled))
-        x = order.argsort(dim=-1).gather(-1, y.expand(draws, *y.shape).unsqueeze(-1))
+        x = order.argsort(dim=-1).gather(-1, y.expand(num_draws, *y.shape).unsqueeze(-1))
         chosen = scaled.gather(-1, order)
         left = chosen.flip(-1).logcumsumexp(dim=-1).flip(-1)
         return x.squeeze(-1), (chosen - left).sum(dim=-1)
 
-    def local_log_likelihood(self, y: Tensor, logits: Tensor, target: Tensor | None) -> Tensor:
+    def local_log_likelihood(
+        self, y: Tensor, logits: Tensor, target: Tensor | None = None
+    ) -> Tensor:
+        logits = self._checked(logits)
         return logits.log_softmax(dim=-1).gather(-1, y.unsqueeze(-1)).squeeze(-1)

@@ -4,19 +4,22 @@ import torch
 from torch import Tensor
 
 from dflows import modular
-from dflows.bijections.bijection import INITIAL_MARGIN, Bijection, Choose
-from dflows.representations import to_one_hot
+from dflows.bijections.bijection import INITIAL_MARGIN, SoftmaxBijection
+from dflows.gradients import GradientRule
+from dflows.representations import is_one_hot, to_one_hot
 
 __all__ = ["ModularShift"]
 
 
-class ModularShift(Bijection):
+class ModularShift(SoftmaxBijection):
     r"""Creates a shift modulo K, the location-scale map without a scale.
 
     .. math:: y = (\mu + x) \bmod K
 
-    Arguments:
+    Args:
         num_classes: K, at least 2.
+        rule: How the choice of the location is differentiated; by default the paper's
+            straight-through gradient.
 
     Raises:
         UserError: If K is below 2.
@@ -32,37 +35,28 @@ class ModularShift(Bijection):
         tensor([1])
     """
 
-    categorical = True
     needs_target = False
 
-    def __init__(self, num_classes: int) -> None:
-        super().__init__(num_classes, num_logits=num_classes)
+    def __init__(self, num_classes: int, rule: GradientRule | None = None) -> None:
+        super().__init__(num_classes, num_classes, rule)
 
     def initial_logits(self) -> Tensor:
         return INITIAL_MARGIN * to_one_hot(torch.tensor(0), self.num_classes)
 
-    def forward(self, x: Tensor, logits: Tensor) -> Tensor:
-        return torch.remainder(x + logits.argmax(dim=-1), self.num_classes)
+    def choice_logits(self, logits: Tensor) -> tuple[Tensor, ...]:
+        return (self._checked(logits),)
 
-    def inverse(self, y: Tensor, logits: Tensor) -> Tensor:
-        return torch.remainder(y - logits.argmax(dim=-1), self.num_classes)
+    def map_by(self, value: Tensor, choices: tuple[Tensor, ...], *, inverse: bool) -> Tensor:
+        (loc,) = choices
+        if not is_one_hot(value):
+            return torch.remainder(value - loc if inverse else value + loc, self.num_classes)
+        no_scale = torch.ones(loc.shape[:-1], dtype=torch.long, device=loc.device)
+        mapping = modular.affine_inverse if inverse else modular.affine
+        return mapping(value, loc, no_scale, self.num_classes)
 
-    def forward_through(
-        self, x: Tensor, logits: Tensor, ladj: Tensor, choose: Choose
-    ) -> tuple[Tensor, Tensor]:
-        loc, ladj = choose(logits, ladj)
-        return modular.affine(x, loc, self._no_scale(loc), self.num_classes), ladj
-
-    def inverse_through(
-        self, y: Tensor, logits: Tensor, ladj: Tensor, choose: Choose
-    ) -> tuple[Tensor, Tensor]:
-        loc, ladj = choose(logits, ladj)
-        return modular.affine_inverse(y, loc, self._no_scale(loc), self.num_classes), ladj
-
-    @staticmethod
-    def _no_scale(loc: Tensor) -> Tensor:
-        return torch.ones(loc.shape[:-1], dtype=torch.long, device=loc.device)
-
-    def local_log_likelihood(self, y: Tensor, logits: Tensor, target: Tensor | None) -> Tensor:
+    def local_log_likelihood(
+        self, y: Tensor, logits: Tensor, target: Tensor | None = None
+    ) -> Tensor:
         # Cross-entropy: the most probable class is moved to class 0, where the base is peaked.
+        logits = self._checked(logits)
         return logits.log_softmax(dim=-1).gather(-1, y.unsqueeze(-1)).squeeze(-1)

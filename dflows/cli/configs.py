@@ -188,6 +188,8 @@ class FlowCLI(LightningCLI):
                     subclass_mode_data=True,
                     run=False,
                     auto_configure_optimizers=False,
+                    # Checkpoints say themselves how their module is made.
+                    load_from_checkpoint_support=False,
                     parser_kwargs={"prog": "python -m dflows.fit"},
                 )
             finally:

@@ -3,15 +3,14 @@
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Transform
-from torch.nn import functional as F
 
-from dflows.backbones.backbone import check_dropout, check_positive
+from dflows.arguments import check_dropout, check_positive
+from dflows.backbones.stepped_lstm import SteppedLSTM
 from dflows.errors import UserError
 from dflows.latent.squared import NonlinearSquared
 
@@ -195,34 +194,10 @@ class FlowPrior(nn.Module, ABC):
     def _joined(kept: Tensor, changed: Tensor, number: int) -> Tensor:
         return torch.cat((kept, changed) if number % 2 == 0 else (changed, kept), dim=-1)
 
-    def _steps(self, batch_size: int) -> "_Steps":
-        zeros = self.start.new_zeros(batch_size, self.lstm.hidden_size)
-        layers = self.lstm.num_layers
-        return _Steps(self.lstm, self.dropout, [zeros] * layers, [zeros] * layers)
-
-
-@dataclass
-class _Steps:
-    """The LSTM of a prior, taken a position at a time.
-
-    PyTorch's own LSTM would begin a sequence anew at every position, at many times the cost.
-    """
-
-    lstm: nn.LSTM
-    dropout: nn.Module
-    hidden: list[Tensor]
-    cells: list[Tensor]
-
-    def step(self, x: Tensor) -> Tensor:
-        """Reads a row (B, features) and returns the state (B, hidden)."""
-        for layer, weights in enumerate(self.lstm.all_weights):
-            before = self.hidden[layer], self.cells[layer]
-            x, self.cells[layer] = torch.lstm_cell(x, before, *weights)
-            self.hidden[layer] = x
-            if layer < self.lstm.num_layers - 1:
-                x = F.dropout(x, self.lstm.dropout, self.lstm.training)
-        state: Tensor = self.dropout(x)
-        return state
+    def _steps(self, batch_size: int) -> Callable[[Tensor], Tensor]:
+        """Returns what :meth:`_states` computes, one row (B, features) after the other."""
+        lstm = SteppedLSTM(self.lstm, batch_size)
+        return lambda row: self.dropout(lstm.step(row))
 
 
 class AutoregressivePrior(FlowPrior):
@@ -245,11 +220,11 @@ class AutoregressivePrior(FlowPrior):
         return False
 
     def transform(self, noise: Tensor) -> Tensor:
-        steps = self._steps(len(noise))
+        state = self._steps(len(noise))
         before = self.start.expand(len(noise), -1)
         sequence = []
         for row in noise.unbind(1):
-            before = self._from_noise(row, steps.step(before))
+            before = self._from_noise(row, state(before))
             sequence.append(before)
         return torch.stack(sequence, dim=1)
 
@@ -280,11 +255,11 @@ class InverseAutoregressivePrior(FlowPrior):
         return self._from_noise(noise, self._states(noise))
 
     def inv(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        steps = self._steps(len(z))
+        state = self._steps(len(z))
         before = self.start.expand(len(z), -1)
         noise, log_det = [], []
         for row in z.unbind(1):
-            before, change = self._to_noise(row, steps.step(before))
+            before, change = self._to_noise(row, state(before))
             noise.append(before)
             log_det.append(change)
         return torch.stack(noise, dim=1), torch.stack(log_det, dim=1)

@@ -7,16 +7,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dflows.representations import batch_shape
 from dflows.transforms.transform import DiscreteTransform
 
-__all__ = ["Composition", "beginnings"]
+__all__ = ["Composition", "invert_prefix"]
 
 
 class Composition(DiscreteTransform):
     """Creates a transform that applies others one after the other.
 
-    Arguments:
+    Args:
         transforms: Transforms in the order base → data.
     """
 
@@ -32,63 +31,63 @@ class Composition(DiscreteTransform):
     def passes(self) -> int:
         return sum(transform.passes for transform in self.transforms)
 
-    def call_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        total = torch.zeros(batch_shape(x), device=x.device)
+    @property
+    def parts(self) -> list[DiscreteTransform]:
+        return [part for transform in self.transforms for part in transform.parts]
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         for transform in self.transforms:
-            x, ladj = transform.call_and_ladj(x, context)
-            total = total + ladj
-        return x, total
+            x = transform(x, context)
+        return x
 
-    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        total = torch.zeros(batch_shape(y), device=y.device)
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> Tensor:
         for transform in reversed(self.transforms):
-            y, ladj = transform.inverse_and_ladj(y, context)
-            total = total + ladj
-        return y, total
+            y = transform.inverse(y, context)
+        return y
 
-    def keeps_beginning(self, number: int, length: int) -> bool:
-        return all(transform.keeps_beginning(number, length) for transform in self.transforms)
+    def supports_prefix(self, number: int, length: int) -> bool:
+        return all(transform.supports_prefix(number, length) for transform in self.transforms)
 
     def generate(
         self,
         x: Tensor,
         context: Tensor | None = None,
         *,
-        beginning: Tensor | None = None,
+        prefix: Tensor | None = None,
         fixed_point: bool = False,
     ) -> tuple[Tensor, int]:
         known: list[Tensor | None] = [None] * len(self.transforms)
-        if beginning is not None:
-            known[:] = beginnings(self.transforms, beginning, x.shape[-1], context)[1:]
+        if prefix is not None:
+            known[:] = invert_prefix(self.transforms, prefix, x.shape[-1], context)[1:]
         evaluations = 0
         for transform, part in zip(self.transforms, known, strict=True):
-            x, count = transform.generate(x, context, beginning=part, fixed_point=fixed_point)
+            x, count = transform.generate(x, context, prefix=part, fixed_point=fixed_point)
             evaluations += count
         return x, evaluations
 
 
 @torch.no_grad()
-def beginnings(
+def invert_prefix(
     transforms: Sequence[DiscreteTransform],
-    beginning: Tensor,
+    prefix: Tensor,
     length: int,
     context: Tensor | None = None,
 ) -> list[Tensor]:
-    """Finds how x and what every transform makes of it begin, from how y does.
+    """Finds the prefix of x, and of what every transform makes of it, given that of y.
 
     Args:
-        transforms: Transforms in the order base → data, all of which keep the beginning.
-        beginning: The first dimensions of y (…, n).
+        transforms: Transforms in the order base → data, all of which support the prefix.
+        prefix: The first dimensions of y (…, n).
         length: Dimensions of y.
         context: As the transforms take it.
 
     Returns:
-        Indices (…, n): of x, and then of every transform's value; the last is `beginning`.
+        Indices (…, n): of x, and then of every transform's value; the last is `prefix`.
     """
-    number = beginning.shape[-1]
-    found = [beginning]
+    number = prefix.shape[-1]
+    found = [prefix]
     for transform in reversed(transforms):
-        # What follows is anything, for the beginning does not depend on it.
+        # What follows may be anything, for the prefix does not depend on it.
         anything = F.pad(found[-1], (0, length - number))
         found.append(transform.inverse(anything, context)[..., :number])
     return found[::-1]

@@ -17,7 +17,7 @@ class PermutationTransform(DiscreteTransform):
 
     An event of fewer dimensions keeps those entries of the order that it has.
 
-    Arguments:
+    Args:
         order: A permutation of 0..D-1.
 
     Raises:
@@ -48,9 +48,8 @@ class PermutationTransform(DiscreteTransform):
     def passes(self) -> int:
         return 0
 
-    def _apply_order(self, value: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        shape = batch_shape(value)
-        dim = len(shape)
+    def _permute(self, value: Tensor, inverse: bool) -> Tensor:
+        dim = len(batch_shape(value))
         order = self.order
         if value.shape[dim] != len(order):
             order = order[order < value.shape[dim]]
@@ -58,15 +57,14 @@ class PermutationTransform(DiscreteTransform):
             raise UserError(
                 f"the permutation orders {len(order)} dimensions, and there are {value.shape[dim]}"
             )
-        order = order.argsort() if inverse else order
-        return value.index_select(dim, order), torch.zeros(shape, device=value.device)
+        return value.index_select(dim, order.argsort() if inverse else order)
 
-    def keeps_beginning(self, number: int, length: int) -> bool:
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self._permute(x, inverse=False)
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> Tensor:
+        return self._permute(y, inverse=True)
+
+    def supports_prefix(self, number: int, length: int) -> bool:
         order = [dimension for dimension in self.order.tolist() if dimension < length]
         return max(order[:number]) < number
-
-    def call_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._apply_order(x, inverse=False)
-
-    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._apply_order(y, inverse=True)

@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from dflows.orderings import Ordering
 from dflows.representations import batch_shape
 
 __all__ = ["DiscreteTransform", "Inverse"]
 
 
 class DiscreteTransform(nn.Module, ABC):
-    """Creates a bijection of {0, …, K-1}^D, after `torch.distributions.Transform`.
+    """A bijection of {0, …, K-1}^D, after `torch.distributions.Transform`.
 
     ``transform(x)`` maps base → data and ``transform.inv(y)`` data → base. Both take indices
-    (…, D) or one-hot vectors (…, D, K) and return the kind that they were given. Fewer dimensions
-    than D are an event of their own. A context, where the transform takes one, has the shape
-    (B, C) or (B, S, C), with B the last batch dimension.
+    (…, D) or one-hot vectors (…, D, K) and return the kind that they were given; on one-hot vectors
+    they have a gradient, that of the bijections' rules. Fewer dimensions than D are an event of
+    their own. A context, where the transform takes one, has the shape (B, C) or (B, S, C), with B
+    the last batch dimension.
     """
 
-    takes_context: bool = True
+    takes_context: bool = False
     """Whether the map may depend on a context."""
 
     @property
@@ -29,24 +32,23 @@ class DiscreteTransform(nn.Module, ABC):
     def passes(self) -> int:
         """Network evaluations, one after the other, that base → data takes."""
 
+    @property
+    def ordering(self) -> Ordering | None:
+        """Which dimensions condition which, of a transform that is conditional on them."""
+        return None
+
+    @property
+    def parts(self) -> Sequence[DiscreteTransform]:
+        """The transforms that it applies one after the other, base → data: mostly itself."""
+        return [self]
+
     @abstractmethod
-    def call_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Maps base → data, and returns the log-determinants (…) beside.
-
-        They are zeros that may carry a gradient (:mod:`dflows.estimators`).
-        """
-
-    @abstractmethod
-    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Maps data → base, and returns the log-determinants (…) beside, likewise."""
-
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Maps base → data."""
-        return self.call_and_ladj(x, context)[0]
 
+    @abstractmethod
     def inverse(self, y: Tensor, context: Tensor | None = None) -> Tensor:
         """Maps data → base."""
-        return self.inverse_and_ladj(y, context)[0]
 
     @property
     def inv(self) -> DiscreteTransform:
@@ -57,19 +59,7 @@ class DiscreteTransform(nn.Module, ABC):
         """Returns zeros of the batch shape: a bijection of a finite set changes no volume."""
         return torch.zeros(batch_shape(y), device=y.device)
 
-    def fixed_point(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, int]:
-        """Maps base → data over all positions at once, by iteration until nothing changes.
-
-        Args:
-            x: Indices (…, D).
-            context: As in :meth:`forward`.
-
-        Returns:
-            The same indices as ``transform(x, context)``, and the number of evaluations.
-        """
-        return self.generate(x, context, fixed_point=True)
-
-    def keeps_beginning(self, number: int, length: int) -> bool:
+    def supports_prefix(self, number: int, length: int) -> bool:
         """Says whether the first of so many dimensions of y and those of x tell each other."""
         return False
 
@@ -78,7 +68,7 @@ class DiscreteTransform(nn.Module, ABC):
         x: Tensor,
         context: Tensor | None = None,
         *,
-        beginning: Tensor | None = None,
+        prefix: Tensor | None = None,
         fixed_point: bool = False,
     ) -> tuple[Tensor, int]:
         """Maps base → data, the first dimensions of which may be known.
@@ -86,23 +76,24 @@ class DiscreteTransform(nn.Module, ABC):
         Args:
             x: Indices (…, D).
             context: As in :meth:`forward`.
-            beginning: The first dimensions of y (…, n), those that the first of x are mapped to;
-                only where :meth:`keeps_beginning` says so.
-            fixed_point: Whether to go as :meth:`fixed_point` does.
+            prefix: The first dimensions of y (…, n), those that the first of x are mapped to; only
+                where :meth:`supports_prefix` says so.
+            fixed_point: Whether to iterate over all dimensions at once until nothing changes, in
+                place of going level by level. The values are the same.
 
         Returns:
             Indices (…, D), and the evaluations, one after the other, that they took.
         """
         y = self(x, context)
-        if beginning is not None:
-            y = torch.cat([beginning, y[..., beginning.shape[-1] :]], dim=-1)
+        if prefix is not None:
+            y = torch.cat([prefix, y[..., prefix.shape[-1] :]], dim=-1)
         return y, self.passes
 
 
 class Inverse(DiscreteTransform):
     """Creates the inverse of a transform.
 
-    Arguments:
+    Args:
         transform: The transform, whose parameters become the inverse's.
     """
 
@@ -114,19 +105,20 @@ class Inverse(DiscreteTransform):
     def takes_context(self) -> bool:  # type: ignore[override]
         return self.transform.takes_context
 
-    def keeps_beginning(self, number: int, length: int) -> bool:
-        return self.transform.keeps_beginning(number, length)
+    @property
+    def passes(self) -> int:
+        return 1 if self.transform.passes else 0
 
     @property
     def inv(self) -> DiscreteTransform:
         return self.transform
 
-    @property
-    def passes(self) -> int:
-        return 1 if self.transform.passes else 0
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        return self.transform.inverse(x, context)
 
-    def call_and_ladj(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.transform.inverse_and_ladj(x, context)
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> Tensor:
+        x: Tensor = self.transform(y, context)
+        return x
 
-    def inverse_and_ladj(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self.transform.call_and_ladj(y, context)
+    def supports_prefix(self, number: int, length: int) -> bool:
+        return self.transform.supports_prefix(number, length)

@@ -29,9 +29,7 @@ CAUSAL: dict[str, Callable[[], Backbone]] = {
     "made": lambda: MADE(WIDTH, length=LENGTH, hidden=40, layers=3),
     "lstm": lambda: LSTM(WIDTH, layers=2, hidden=6),
     "transformer": lambda: Transformer(WIDTH, layers=3, heads=2),
-    "transformer-learned": lambda: Transformer(
-        WIDTH, heads=2, positions="learned", length=LENGTH, feedforward=2
-    ),
+    "transformer-learned": lambda: Transformer(WIDTH, heads=2, positions="learned", length=LENGTH),
     "transformer-local": lambda: Transformer(
         WIDTH, heads=2, positions="none", length=LENGTH, locality="distance"
     ),

@@ -95,7 +95,7 @@ def test_dropout_is_between_layers():
     assert torch.equal(backbone(content, query, levels), backbone(content, query, levels))
 
 
-class TestCarry:
+class TestResume:
     @pytest.mark.parametrize(("layers", "hidden"), [(1, None), (2, 5)])
     def test_windows_that_go_on_are_one_sequence(self, layers, hidden):
         backbone = LSTM(WIDTH, layers, hidden=hidden).double()
@@ -105,7 +105,7 @@ class TestCarry:
         before, state = backbone.start.expand(2, WIDTH), None
         for part in (slice(0, 4), slice(4, 5), slice(5, 9)):
             levels = torch.arange(part.stop - part.start)
-            features, state = backbone.carry(content[:, part], query[part], levels, before, state)
+            features, state = backbone.resume(content[:, part], query[part], levels, before, state)
             torch.testing.assert_close(features, whole[:, part])
             before = content[:, part.stop - 1]
 
@@ -114,7 +114,7 @@ class TestCarry:
         backbone = LSTM(WIDTH)
         content, query = torch.randn(2, 3, WIDTH), torch.randn(3, WIDTH)
         with pytest.raises(UserError, match="from left to right"):
-            backbone.carry(content, query, torch.tensor(levels), content[:, 0])
+            backbone.resume(content, query, torch.tensor(levels), content[:, 0])
 
 
 class TestWeightDrop:

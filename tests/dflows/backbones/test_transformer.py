@@ -3,7 +3,8 @@ import torch
 from torch import nn
 
 from dflows.backbones import Transformer
-from dflows.backbones.transformer import Locality, rotate, rotation
+from dflows.backbones.attention import Locality
+from dflows.backbones.rotary import rotary_table, rotate
 from dflows.errors import UserError
 from dflows.orderings import CoarseToFine, Natural, Reversed, Strided
 
@@ -18,9 +19,9 @@ def example(levels, batch=2):
 def plain(backbone, content, query, levels):
     """The causal network of one example written with loops over dimensions and heads."""
     size = WIDTH // HEADS
-    turn = None
+    rotary = None
     if backbone.positions == "rotary":
-        turn = rotation(torch.arange(len(levels) + 1), size, content.dtype)
+        rotary = rotary_table(torch.arange(len(levels) + 1), size, content.dtype)
     rows = [backbone.start, *query]
     told = [torch.zeros_like(backbone.start), *content]
     known = [-2, *levels.tolist()]
@@ -39,9 +40,9 @@ def plain(backbone, content, query, levels):
                 for e in seen:
                     both = block.key_value(memory[e]).view(2, HEADS, size)[:, head]
                     key, ask = both[0], asked[head]
-                    if turn is not None:
-                        key = rotate(key.view(1, 1, 1, -1), turn[:, e : e + 1]).flatten()
-                        ask = rotate(ask.view(1, 1, 1, -1), turn[:, d : d + 1]).flatten()
+                    if rotary is not None:
+                        key = rotate(key.view(1, 1, 1, -1), rotary[:, e : e + 1]).flatten()
+                        ask = rotate(ask.view(1, 1, 1, -1), rotary[:, d : d + 1]).flatten()
                     score = key @ ask / size**0.5
                     if block.locality is not None and d > 0 and e > 0 and known[e] >= 0:
                         score = score + block.locality.bias[head, block.locality.length - 1 + e - d]
@@ -101,9 +102,9 @@ def test_full_sees_everything():
 
 
 def test_rotated_products_depend_on_the_distance_only():
-    turn = rotation(torch.arange(20), 6, torch.float64)
+    rotary = rotary_table(torch.arange(20), 6, torch.float64)
     a, b = torch.randn(2, 1, 1, 1, 6, dtype=torch.float64)
-    turned = rotate(a.expand(1, 20, 1, 6), turn), rotate(b.expand(1, 20, 1, 6), turn)
+    turned = rotate(a.expand(1, 20, 1, 6), rotary), rotate(b.expand(1, 20, 1, 6), rotary)
     products = torch.einsum("bqhf,bkhf->qk", *turned)
     for offset in range(-19, 20):
         diagonal = products.diagonal(offset)
@@ -168,16 +169,17 @@ def test_positions_are_added_once_or_at_every_layer(attention):
             backbone(*example(torch.arange(6)))
 
 
-def test_the_layers_can_be_looked_at():
-    backbone = Transformer(WIDTH, 3, HEADS).double()
-    given = example(torch.tensor([0, 1, 1, 2]))
+@pytest.mark.parametrize("attention", ["causal", "full"])
+def test_the_layers_can_be_looked_at(attention):
+    backbone = Transformer(WIDTH, 3, HEADS, attention=attention).double()
+    content, query, levels = example(torch.tensor([0, 1, 1, 2]))
+    given = (content, query, levels) if attention == "causal" else (content,)
+    assert backbone.num_layers == 3
     features = backbone.layer_features(*given)
     assert [one.shape for one in features] == [(2, 4, WIDTH)] * 3
     torch.testing.assert_close(features[-1], backbone(*given))
     backbone.blocks = backbone.blocks[:2]
     torch.testing.assert_close(backbone.norm(features[1]), backbone(*given))
-    with pytest.raises(UserError, match="not causal"):
-        Transformer(WIDTH, 1, HEADS, attention="full").layer_features(*given)
 
 
 @pytest.mark.parametrize("positions", ["rotary", "learned", "layers"])
@@ -207,7 +209,7 @@ def test_context_is_visible_to_all_and_sees_nothing():
 
 
 def test_dropout_reaches_attention_and_updates():
-    backbone = Transformer(WIDTH, 1, HEADS, dropout=0.5, feedforward=1)
+    backbone = Transformer(WIDTH, 1, HEADS, dropout=0.5)
     assert backbone.blocks[0].attention_dropout == 0.5
     content, query, levels = example(torch.arange(4))
     content, query = content.float(), query.float()
@@ -225,7 +227,6 @@ def test_dropout_reaches_attention_and_updates():
         ({"positions": "learned"}, "give `length`"),
         ({"locality": "distance"}, "give `length`"),
         ({"length": 0}, "length is 0"),
-        ({"feedforward": 0}, "feedforward is 0"),
         ({"dropout": 1}, "dropout is 1"),
     ],
 )

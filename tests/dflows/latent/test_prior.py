@@ -107,9 +107,9 @@ def test_what_one_does_in_parallel_the_other_does_in_steps():
     found, change = one._to_noise(z, states)
     assert torch.equal(found, noise)
     assert torch.equal(change, log_det)
-    steps = one._steps(B)
+    step = one._steps(B)
     before = torch.cat([one.start.expand(B, 1, -1), z[:, :-1]], dim=1)
-    stepped = torch.stack([steps.step(row) for row in before.unbind(1)], dim=1)
+    stepped = torch.stack([step(row) for row in before.unbind(1)], dim=1)
     assert torch.allclose(stepped, states, atol=1e-10)
     assert torch.allclose(other._states(z), states, atol=1e-10)
 

@@ -1,9 +1,9 @@
-r"""Estimators that draw the maps while training.
+r"""Rules that sample the choice while training.
 
-They estimate the gradient of :math:`\mathbb{E}\,\log p(y)`, the mean over maps that are drawn from
-the softmax of their logits. A drawn map is a bijection as much as the chosen one, so that every
-value of the objective is a log-likelihood, of the flow that was drawn. In evaluation mode, without
-gradients, on indices and in generation the map is that of the largest logit, as ever.
+They estimate the gradient of :math:`\mathbb{E}\,\log p(y)`, the mean over maps that are sampled
+from the softmax of their logits. A sampled map is a bijection as much as the likeliest one, so that
+every value is a log-likelihood, of the flow that was sampled. In evaluation mode and on indices the
+choice is the largest logit.
 """
 
 from abc import abstractmethod
@@ -13,17 +13,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dflows.bijections import Bijection
-from dflows.bijections.bijection import gumbel_like
-from dflows.estimators.estimator import check_positive, check_softmax
-from dflows.estimators.through import Through
+from dflows.gradients.rule import GradientRule, check_positive, gumbel_like
 from dflows.representations import to_one_hot
 
 __all__ = ["GumbelStraightThrough", "ReinMax"]
 
 
-class _Drawn(Through):
-    draws_maps = True
+class _Stochastic(GradientRule):
+    stochastic = True
 
     def __init__(self, temperature: float = 1.0) -> None:
         super().__init__()
@@ -32,29 +29,26 @@ class _Drawn(Through):
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}"
 
-    def check(self, bijection: Bijection) -> None:
-        check_softmax(self, bijection)
-
-    def choose(self, logits: Tensor, ladj: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, logits: Tensor) -> Tensor:
         perturbed = logits
-        if self.training:  # the argmax with Gumbel noise is a draw from the softmax
+        if self.training:  # the argmax with Gumbel noise is a sample from the softmax
             perturbed = logits + gumbel_like(logits)
         hard = to_one_hot(perturbed.argmax(dim=-1), logits.shape[-1], logits.dtype)
-        return self._with_gradient(hard, logits, perturbed), ladj
+        return self._with_gradient(hard, logits, perturbed)
 
     @abstractmethod
     def _with_gradient(self, hard: Tensor, logits: Tensor, perturbed: Tensor) -> Tensor:
-        """Returns the drawn one-hot vectors, with the gradient of the estimator."""
+        """Returns the sampled one-hot vectors, with the gradient of the rule."""
 
 
-class GumbelStraightThrough(_Drawn):
-    r"""Creates the straight-through Gumbel-softmax: a draw forward, its own softmax backward.
+class GumbelStraightThrough(_Stochastic):
+    r"""Creates the straight-through Gumbel-softmax: a sample forward, its own softmax backward.
 
     With Gumbel noise g, forward is the argmax of :math:`\theta + g`, backward the gradient of
     :math:`\mathrm{softmax}((\theta + g) / \tau)`. The lower the temperature, the smaller the bias
     and the larger the variance.
 
-    Arguments:
+    Args:
         temperature: :math:`\tau`.
 
     Raises:
@@ -67,11 +61,10 @@ class GumbelStraightThrough(_Drawn):
     Example:
         >>> _ = torch.manual_seed(0)
         >>> logits = torch.tensor([0.0, 1.0]).expand(10_000, 1, 2)
-        >>> estimator = GumbelStraightThrough()
-        >>> drawn, _ = estimator.choose(logits, torch.zeros(10_000))
-        >>> drawn.mean(0).sub(logits[0].softmax(-1)).abs().max() < 0.02
+        >>> rule = GumbelStraightThrough()
+        >>> rule(logits).mean(0).sub(logits[0].softmax(-1)).abs().max() < 0.02
         tensor(True)
-        >>> estimator.eval().choose(logits, torch.zeros(10_000))[0].mean(0)
+        >>> rule.eval()(logits).mean(0)
         tensor([[0., 1.]])
     """
 
@@ -98,16 +91,16 @@ class _SecondOrder(torch.autograd.Function):
         return None, 2 * through(middle) - through(p) / 2, None
 
 
-class ReinMax(_Drawn):
-    r"""Creates ReinMax: a draw forward, a gradient of second order backward.
+class ReinMax(_Stochastic):
+    r"""Creates ReinMax: a sample forward, a gradient of second order backward.
 
-    With :math:`p = \mathrm{softmax}(\theta)`, a draw D from it,
+    With :math:`p = \mathrm{softmax}(\theta)`, a sample D from it,
     :math:`\pi = (D + \mathrm{softmax}(\theta / \tau)) / 2` and A the log-likelihood's gradient at
     D, the logits receive :math:`2 \pi \odot (A - \pi^\top A) - \tfrac12 p \odot (A - p^\top A)`. At
     temperature 1 its mean is the exact gradient of the expectation of any function that is
     quadratic in D, where straight-through's is exact for linear ones.
 
-    Arguments:
+    Args:
         temperature: :math:`\tau`.
 
     Raises:
@@ -119,12 +112,12 @@ class ReinMax(_Drawn):
 
     Example:
         >>> logits = torch.tensor([[0.0, 1.0]], requires_grad=True)
-        >>> one_hot, _ = ReinMax().eval().choose(logits, torch.zeros(()))
+        >>> one_hot = ReinMax().eval()(logits)
         >>> one_hot[0, 0].backward()
         >>> logits.grad
         tensor([[ 0.1345, -0.1345]])
     """
 
     def _with_gradient(self, hard: Tensor, logits: Tensor, perturbed: Tensor) -> Tensor:
-        drawn: Tensor = _SecondOrder.apply(hard, logits, self.temperature)
-        return drawn
+        sampled: Tensor = _SecondOrder.apply(hard, logits, self.temperature)
+        return sampled

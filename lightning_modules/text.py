@@ -11,18 +11,18 @@ from dflows.flow import DiscreteFlow
 from dflows.metrics import BitsPerCharacter
 from dflows.reporting import Report
 from lightning_modules.base import DEFAULT_OPTIMIZATION, Batch, Optimization, compute
-from lightning_modules.flow import DiscreteFlowModule
+from lightning_modules.flow import FlowModule
 
-__all__ = ["Carried", "CarriedModule", "Score"]
+__all__ = ["Overlapping", "Score", "TextModule"]
 
 Score: TypeAlias = Callable[[Tensor], Tensor]
 """Takes the next characters (n,) of a text and returns the log-likelihood (n,) of each."""
 
 
-class Carried:
+class Overlapping:
     """Creates what scores a text part by part, and keeps the end of what it has read.
 
-    Arguments:
+    Args:
         log_prob: Takes a text (m,) and how many of its characters are known; returns the
             log-likelihoods of the others, each given what comes before it.
         most: Characters that are kept.
@@ -40,17 +40,17 @@ class Carried:
         return self._log_prob(text, known)
 
 
-class CarriedModule(DiscreteFlowModule, ABC):
-    """Creates a flow that also scores the test split as one text, from its first character on.
+class TextModule(FlowModule, ABC):
+    """A flow that also scores the test split as one text, from its first character on.
 
-    Where the data are a text, testing logs `test_bpc_carried` beside `test_bpc`: bits per character
+    Where the data are a text, testing logs `test_bpc_stateful` beside `test_bpc`: bits per character
     of the same characters where windows do not begin anew, each counted once. It is found by one
     process alone.
 
-    Arguments:
+    Args:
         flow: The flow.
         optimization: Settings of the optimizer.
-        base_count_windows: As in :class:`lightning_modules.DiscreteFlowModule`.
+        base_count_windows: As in :class:`lightning_modules.FlowModule`.
     """
 
     def __init__(
@@ -59,10 +59,10 @@ class CarriedModule(DiscreteFlowModule, ABC):
         optimization: Optimization = DEFAULT_OPTIMIZATION,
         base_count_windows: int = 4096,
     ) -> None:
-        super().__init__(flow, optimization, base_count_windows=base_count_windows)
-        self.carried = BitsPerCharacter()
+        super().__init__(flow, optimization=optimization, base_count_windows=base_count_windows)
+        self.stateful_bits = BitsPerCharacter()
         self._score: Score | None = None
-        self.bpc_carried: float | None = None
+        self.bpc_stateful: float | None = None
 
     @abstractmethod
     def text_score(self) -> Score | None:
@@ -70,8 +70,7 @@ class CarriedModule(DiscreteFlowModule, ABC):
 
     def on_test_start(self) -> None:
         """Begins the text, if there is one."""
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        text = data is not None and data.is_text and self.trainer.world_size == 1
+        text = self.data.is_text and self.trainer.world_size == 1
         self._score = self.text_score() if text else None
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
@@ -79,22 +78,22 @@ class CarriedModule(DiscreteFlowModule, ABC):
         super().test_step(batch, batch_idx)
         if self._score is not None:
             text = self.indices_of(batch).flatten()
-            self.carried.update(self._score(text), len(text))
+            self.stateful_bits.update(self._score(text), len(text))
 
     def on_test_epoch_end(self) -> None:
         """Logs the test metrics."""
         super().on_test_epoch_end()
         if self._score is not None:
-            bits = compute(self.carried)
-            self.bpc_carried = float(bits)
-            self.log("test_bpc_carried", bits.float())
-            self.carried.reset()
+            bits = compute(self.stateful_bits)
+            self.bpc_stateful = float(bits)
+            self.log("test_bpc_stateful", bits.float())
+            self.stateful_bits.reset()
             self._score = None
 
     def report(self, split: str) -> Report:
         report = super().report(split)
-        if split == "test" and self.bpc_carried is not None:
-            report.metrics["test_bpc_carried"] = self.bpc_carried
+        if split == "test" and self.bpc_stateful is not None:
+            report.metrics["test_bpc_stateful"] = self.bpc_stateful
             remark = "every window after those before it"
-            report.row("test, context carried", f"{self.bpc_carried:.4f}", remark)
+            report.row("test, stateful", f"{self.bpc_stateful:.4f}", remark)
         return report

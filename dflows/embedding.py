@@ -1,0 +1,204 @@
+"""What a backbone is told of every dimension: its value, its level and position, the context."""
+
+from dataclasses import dataclass
+from typing import NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dflows.backbones import Backbone
+from dflows.errors import UserError
+from dflows.representations import is_one_hot
+
+__all__ = ["Context", "Embedding", "Layout"]
+
+
+@dataclass(frozen=True)
+class Context:
+    """Creates the description of what a flow is conditioned on.
+
+    Args:
+        features: C, the features of an encoded context, a vector (B, C) or a sequence (B, S, C).
+        aligned: Whether position d of a sequence belongs to dimension d, to whose query it is
+            added. Otherwise a context of any length is set in front, as tokens that all see.
+        encoder: Maps what the user conditions on to such vectors or sequences; without one the
+            context comes encoded.
+
+    Raises:
+        UserError: If there are no features.
+    """
+
+    features: int
+    aligned: bool = False
+    encoder: nn.Module | None = None
+
+    def __post_init__(self) -> None:
+        if self.features < 1:
+            raise UserError(f"a context of {self.features} features says nothing: give at least 1")
+
+
+class Layout(NamedTuple):
+    """What an ordering makes of so many dimensions.
+
+    `levels` (d,) and the `members` of every level, `placed` the same as numbers. A backbone knows
+    no empty level 0, and is handed the levels `shifted` by the `lowest`, behind the -1 of context
+    tokens. All is worked out before it goes to a device, which nothing then waits for.
+    """
+
+    levels: Tensor
+    members: list[Tensor]
+    placed: list[list[int]]
+    lowest: int
+    shifted: Tensor
+
+    @classmethod
+    def of(cls, levels: Tensor, device: torch.device, tokens: int = 0) -> Self:
+        """Works it out from levels (d,), for so many context tokens in front."""
+        with torch.inference_mode(False):
+            levels = levels.clone()
+            members = [
+                (levels == level).nonzero().squeeze(-1) for level in range(int(levels.max()) + 1)
+            ]
+            lowest = int(levels.min())
+            shifted = torch.cat([levels.new_full((tokens,), -1), levels - lowest])
+            return cls(
+                levels.to(device),
+                [numbers.to(device) for numbers in members],
+                [numbers.tolist() for numbers in members],
+                lowest,
+                shifted.to(device),
+            )
+
+
+class Embedding(nn.Module):
+    """Creates the embeddings of values, levels, positions and context that a backbone reads.
+
+    Args:
+        num_classes: K.
+        length: D, the largest number of dimensions.
+        num_levels: Levels of the ordering.
+        backbone: The backbone, which says what it needs to be told.
+        context: What it is conditioned on beside.
+
+    Raises:
+        UserError: If the backbone can be told of no context.
+    """
+
+    def __init__(
+        self,
+        num_classes: int,
+        length: int,
+        num_levels: int,
+        backbone: Backbone,
+        context: Context | None = None,
+    ) -> None:
+        super().__init__()
+        self.length = length
+        self.width = width = backbone.width
+        self.name = type(backbone).__name__
+        self.aligned = context is not None and context.aligned
+        self.embeds = backbone.embeds
+        if not self.embeds:
+            if context is not None:
+                raise UserError(
+                    f"{self.name} has a row for every state of the dimensions and none for a "
+                    "context: choose another backbone"
+                )
+            self.register_module("context", None)
+            return
+        self.values = nn.Parameter(torch.randn(num_classes, width))
+        self.query = nn.Parameter(torch.randn(num_levels, width) * 0.1)
+        if backbone.knows_positions:
+            self.register_parameter("positions", None)
+        else:
+            self.positions = nn.Parameter(torch.randn(length, width) * 0.1)
+        if backbone.level_causal:
+            self.register_parameter("hidden", None)
+            self.register_parameter("current", None)
+        else:
+            self.hidden = nn.Parameter(torch.randn(width))
+            self.current = nn.Parameter(torch.randn(num_levels, width) * 0.1)
+        self.context = None if context is None else nn.Linear(context.features, width)
+
+    def content(self, y: Tensor) -> Tensor:
+        """Embeds indices (N, d) or one-hot vectors (N, d, K) to (N, d, width)."""
+        if not self.embeds:
+            return y
+        if is_one_hot(y):
+            return y.to(self.values.dtype) @ self.values
+        return F.embedding(y, self.values)
+
+    def check_context(self, context: Tensor | None) -> None:
+        """Refuses a context that is missing or too many.
+
+        Raises:
+            UserError: If it is.
+        """
+        if (context is None) == (self.context is None):
+            return
+        if context is None:
+            raise UserError("the flow is conditional, and no context was given: call it with one")
+        remedy = "give the conditioner a Context" if self.embeds else "choose another backbone"
+        raise UserError(f"a context was given to a {self.name} that takes none: {remedy}")
+
+    def causal(self, layout: Layout, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Computes what a level-causal backbone may know of dimensions beforehand.
+
+        Args:
+            layout: The dimensions.
+            context: Vectors (N, C) or sequences (N, S, C); (N, D, C) where it is aligned.
+
+        Returns:
+            The query of all that it sees, (S + d, width), or (N, d, width) where a context is
+            aligned; and the tokens (N, S, width) of a context that is set in front.
+        """
+        query, tokens = self._known(layout.levels, context)
+        if tokens is not None:
+            query = torch.cat([query.new_zeros(tokens.shape[1], self.width), query])
+        return query, tokens
+
+    def masked(
+        self, y: Tensor, layout: Layout, level: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, int]:
+        """Computes the features (N, S + d, width) of all that lies below a level, and S.
+
+        Args:
+            y: Indices (N, d) or one-hot vectors (N, d, K).
+            layout: The dimensions.
+            level: The level (N,) or (1,) from which on values are hidden.
+            context: As in :meth:`causal`.
+        """
+        content = self.content(y)
+        query, tokens = self._known(layout.levels, context)
+        visible = (layout.levels < level.unsqueeze(-1)).unsqueeze(-1)
+        content = torch.where(visible, content, self.hidden.to(content.dtype))
+        content = content + (query + self.current[level].unsqueeze(1))
+        return behind(tokens, content), 0 if tokens is None else tokens.shape[1]
+
+    def _known(self, levels: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        query = self.query[levels]
+        if self.positions is not None:
+            query = query + self.positions[: len(levels)]
+        self.check_context(context)
+        if context is None or self.context is None:
+            return query, None
+        if context.shape[-1] != self.context.in_features:
+            raise UserError(
+                f"a context {tuple(context.shape)} has {context.shape[-1]} features, and the "
+                f"conditioner expects {self.context.in_features}: make the two the same"
+            )
+        vectors: Tensor = self.context(context.to(self.context.weight.dtype))
+        if not self.aligned:
+            return query, vectors.unsqueeze(1) if vectors.ndim == 2 else vectors
+        if context.ndim != 3 or context.shape[1] not in (len(levels), self.length):
+            raise UserError(
+                f"a context {tuple(context.shape)} is to be aligned with {len(levels)} dimensions: "
+                "give a vector for each, (batch, length, features), or unset `aligned`"
+            )
+        return query + vectors[:, : len(levels)], None
+
+
+def behind(tokens: Tensor | None, content: Tensor) -> Tensor:
+    """Sets context tokens (N, S, width), where there are any, in front of content (N, d, width)."""
+    return content if tokens is None else torch.cat([tokens.to(content.dtype), content], dim=1)

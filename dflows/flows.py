@@ -1,0 +1,324 @@
+"""Ready-made flows: the classes, the length and the orderings are said once.
+
+Each is a function that returns a :class:`~dflows.flow.DiscreteFlow`; in a configuration it is the
+`class_path` of a flow, which takes `num_classes` and `length` from the data.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+from torch import nn
+
+from dflows.backbones import LSTM, DilatedConvolution, LevelConvolution
+from dflows.bases import AutoregressiveBase, Base, FactorizedBase
+from dflows.bijections import Bijection, RankPermutation
+from dflows.conditioner import Conditioner
+from dflows.embedding import Context
+from dflows.errors import UserError
+from dflows.flow import DiscreteFlow
+from dflows.ngrams import NGramExpert
+from dflows.orderings import Halves, Natural, Ordering, Parity, Reversed, Strided
+from dflows.transforms import ConditionalTransform
+
+__all__ = [
+    "AutoregressiveFactory",
+    "autoregressive",
+    "bipartite",
+    "language_model",
+    "stack",
+    "strided",
+]
+
+WIDTH = 96
+"""Features of a dimension in the networks that are made where none are given."""
+
+
+class AutoregressiveFactory:
+    """Creates what makes an autoregressive base of its choices, once K and D are known.
+
+    Args:
+        backbone: Makes the network.
+        ordering: Which dimensions condition which; natural by default.
+        context: What it is conditioned on; its encoder is the flow's to give.
+        ngram_order: As in :func:`stack`; only for a base without transforms.
+
+    Example:
+        >>> from functools import partial
+        >>> AutoregressiveFactory(partial(LSTM, width=8))(num_classes=3, length=4).passes
+        4
+    """
+
+    def __init__(
+        self,
+        backbone: Callable[[], nn.Module],
+        ordering: Ordering | None = None,
+        context: Context | None = None,
+        ngram_order: int | None = None,
+    ) -> None:
+        self.backbone = backbone
+        self.ordering = ordering or Natural()
+        self.context = context
+        self.ngram_order = ngram_order
+
+    def __call__(self, num_classes: int, length: int) -> AutoregressiveBase:
+        """Makes the base."""
+        return AutoregressiveBase(
+            Conditioner(
+                num_classes,
+                length,
+                self.ordering,
+                self.backbone(),
+                context=self.context,
+                expert=_expert(num_classes, self.ngram_order),
+            )
+        )
+
+
+def _expert(num_classes: int, ngram_order: int | None) -> NGramExpert | None:
+    return None if ngram_order is None else NGramExpert(num_classes, ngram_order)
+
+
+def stack(
+    num_classes: int,
+    length: int,
+    orderings: list[Ordering],
+    backbone: Callable[[], nn.Module],
+    bijection: Callable[[int], Bijection] = RankPermutation,
+    base: Callable[[int, int], Base] = FactorizedBase,
+    *,
+    share_backbone: bool = False,
+    context: Context | None = None,
+    ngram_order: int | None = None,
+) -> DiscreteFlow:
+    """Makes a flow of one conditional transform an ordering.
+
+    Args:
+        num_classes: K.
+        length: D.
+        orderings: Which dimensions condition which: one a transform, base → data.
+        backbone: Makes the network of a transform.
+        bijection: Makes what is done to one variable, given K.
+        base: Makes the distribution of x, given K and D.
+        share_backbone: Whether one network serves all transforms; embeddings and heads are their
+            own.
+        context: What the transforms are conditioned on.
+        ngram_order: Classes of the longest of the n-grams on which the network of the transform
+            next to the data is conditioned (:class:`dflows.ngrams.NGramExpert`).
+
+    Raises:
+        UserError: If the choices do not fit each other.
+
+    Example:
+        >>> from functools import partial
+        >>> network = partial(DilatedConvolution, width=8)
+        >>> stack(27, 16, [Strided(4)], network).passes
+        3
+    """
+    if ngram_order is not None and not orderings:
+        raise UserError(
+            f"ngram_order is {ngram_order}, and there is no transform that could be conditioned on "
+            "n-grams: give orderings, or leave it away"
+        )
+    shared = backbone() if share_backbone else None
+    transforms = []
+    for number, ordering in enumerate(orderings, start=1):
+        mapping = bijection(num_classes)
+        conditioner = Conditioner(
+            num_classes,
+            length,
+            ordering,
+            backbone() if shared is None else shared,
+            num_logits=mapping.num_logits,
+            context=context,
+            expert=_expert(num_classes, ngram_order) if number == len(orderings) else None,
+        )
+        transforms.append(ConditionalTransform(mapping, conditioner))
+    encoder = None if context is None else context.encoder
+    return DiscreteFlow(base(num_classes, length), transforms, encoder)
+
+
+def bipartite(
+    num_classes: int,
+    length: int,
+    backbone: Callable[[], nn.Module] | None = None,
+    *,
+    num_transforms: int = 2,
+    parts: Literal["parity", "halves"] = "parity",
+    bijection: Callable[[int], Bijection] = RankPermutation,
+    base: Callable[[int, int], Base] = FactorizedBase,
+    context: Context | None = None,
+) -> DiscreteFlow:
+    """Makes the paper's bipartite flow: one part of the dimensions given the other, in turns.
+
+    Generation takes one network evaluation a transform.
+
+    Args:
+        num_classes: K.
+        length: D.
+        backbone: Makes the network of a transform, of any kind; a dilated convolution by default.
+        num_transforms: Transforms; which part conditions the other alternates.
+        parts: Even and odd dimensions (``parity``), or the left and the right half (``halves``).
+        bijection: Makes what is done to one variable, given K.
+        base: Makes the distribution of x, given K and D.
+        context: What the transforms are conditioned on.
+
+    Raises:
+        UserError: If the choices do not fit each other.
+
+    Example:
+        >>> flow = bipartite(num_classes=27, length=16)
+        >>> flow.sample((2,)).shape, flow.passes
+        (torch.Size([2, 16]), 2)
+    """
+    if parts not in ("parity", "halves"):
+        raise UserError(f"parts is {parts!r}: give 'parity' or 'halves'")
+    part = Parity if parts == "parity" else Halves
+    return stack(
+        num_classes,
+        length,
+        [part(first=number % 2) for number in range(_positive(num_transforms))],
+        backbone or _dilated_convolution,
+        bijection,
+        base,
+        context=context,
+    )
+
+
+def autoregressive(
+    num_classes: int,
+    length: int,
+    backbone: Callable[[], nn.Module] | None = None,
+    *,
+    num_transforms: int = 1,
+    bijection: Callable[[int], Bijection] = RankPermutation,
+    base: Callable[[int, int], Base] = FactorizedBase,
+    context: Context | None = None,
+    ngram_order: int | None = None,
+) -> DiscreteFlow:
+    """Makes the paper's autoregressive flow: every dimension given all before it.
+
+    The orderings alternate, from left to right next to the data. The likelihood takes one network
+    evaluation a transform, generation D - 1.
+
+    Args:
+        num_classes: K.
+        length: D.
+        backbone: Makes the network of a transform; an LSTM by default.
+        num_transforms: Transforms.
+        bijection: Makes what is done to one variable, given K.
+        base: Makes the distribution of x, given K and D.
+        context: What the transforms are conditioned on.
+        ngram_order: As in :func:`stack`.
+
+    Raises:
+        UserError: If the choices do not fit each other.
+
+    Example:
+        >>> autoregressive(num_classes=27, length=16).passes
+        15
+    """
+    count = _positive(num_transforms)
+    orderings: list[Ordering] = [Reversed() if left % 2 else Natural() for left in range(count)]
+    return stack(
+        num_classes,
+        length,
+        orderings[::-1],
+        backbone or _lstm,
+        bijection,
+        base,
+        context=context,
+        ngram_order=ngram_order,
+    )
+
+
+def strided(
+    num_classes: int,
+    length: int,
+    columns: int,
+    backbone: Callable[[], nn.Module] | None = None,
+    *,
+    bijection: Callable[[int], Bijection] = RankPermutation,
+    base: Callable[[int, int], Base] = FactorizedBase,
+    context: Context | None = None,
+    ngram_order: int | None = None,
+) -> DiscreteFlow:
+    """Makes a few-pass flow: dimensions as rows of so many columns, column by column.
+
+    Generation takes `columns` - 1 network evaluations, whatever the length.
+
+    Args:
+        num_classes: K.
+        length: D.
+        columns: Columns, which are the levels.
+        backbone: Makes the network; a level-causal convolution by default.
+        bijection: Makes what is done to one variable, given K.
+        base: Makes the distribution of x, given K and D.
+        context: What the transform is conditioned on.
+        ngram_order: As in :func:`stack`.
+
+    Raises:
+        UserError: If the choices do not fit each other.
+
+    Example:
+        >>> strided(num_classes=27, length=64, columns=8).passes
+        7
+    """
+    return stack(
+        num_classes,
+        length,
+        [Strided(columns)],
+        backbone or _level_convolution,
+        bijection,
+        base,
+        context=context,
+        ngram_order=ngram_order,
+    )
+
+
+def language_model(
+    num_classes: int,
+    length: int,
+    backbone: Callable[[], nn.Module] | None = None,
+    *,
+    ordering: Ordering | None = None,
+    context: Context | None = None,
+    ngram_order: int | None = None,
+) -> DiscreteFlow:
+    """Makes an autoregressive base without a transform: over the natural ordering, a language model.
+
+    Args:
+        num_classes: K.
+        length: D.
+        backbone: Makes the network; an LSTM by default.
+        ordering: Which dimensions condition which; natural by default.
+        context: What it is conditioned on.
+        ngram_order: Classes of the longest of the n-grams on which the network is conditioned.
+
+    Raises:
+        UserError: If the choices do not fit each other.
+
+    Example:
+        >>> language_model(num_classes=27, length=16).passes
+        16
+    """
+    make = AutoregressiveFactory(backbone or _lstm, ordering, context, ngram_order)
+    encoder = None if context is None else context.encoder
+    return DiscreteFlow(make(num_classes, length), (), encoder)
+
+
+def _positive(num_transforms: int) -> int:
+    if num_transforms < 1:
+        raise UserError(f"num_transforms is {num_transforms}: give at least 1")
+    return num_transforms
+
+
+def _dilated_convolution() -> nn.Module:
+    return DilatedConvolution(WIDTH)
+
+
+def _level_convolution() -> nn.Module:
+    return LevelConvolution(WIDTH, window=8)
+
+
+def _lstm() -> nn.Module:
+    return LSTM(2 * WIDTH)

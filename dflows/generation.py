@@ -1,0 +1,111 @@
+"""From noise to samples: through the base and the transforms, with or without a prompt."""
+
+import math
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from dflows.acceleration import Acceleration
+from dflows.bases import Base
+from dflows.errors import UserError
+from dflows.transforms import DiscreteTransform
+from dflows.transforms.composition import invert_prefix
+
+__all__ = ["Method", "check_sampling", "expand_prompt", "generate"]
+
+Method = Literal["levels", "fixed_point"]
+
+
+def check_sampling(temperature: float, method: str, acceleration: Acceleration) -> None:
+    """Refuses options of sampling that cannot be honoured.
+
+    Raises:
+        UserError: If one is.
+    """
+    if not 0 < temperature < math.inf:
+        raise UserError(f"temperature is {temperature}: give a positive number")
+    if method not in get_args(Method):
+        raise UserError(f"method is {method!r}: give 'levels' or 'fixed_point'")
+    if method == "fixed_point" and acceleration.cuda_graph:
+        raise UserError(
+            "method is 'fixed_point', which looks whether the values have settled, and a CUDA "
+            "graph cannot: take 'levels', or leave cuda_graph away"
+        )
+
+
+def expand_prompt(
+    prompt: Tensor, shape: torch.Size, length: int, parts: Sequence[Base | DiscreteTransform]
+) -> Tensor:
+    """Repeats a prompt, one for every sample.
+
+    Args:
+        prompt: Indices (n,), or one a sample (*shape, n).
+        shape: Shape of the samples.
+        length: Dimensions of a sample.
+        parts: The base and the transforms that it is to go through.
+
+    Returns:
+        Indices (N, n).
+
+    Raises:
+        UserError: If the prompt does not fit the samples, or a part cannot condition on it exactly.
+    """
+    number = prompt.shape[-1] if prompt.ndim else 0
+    if not 1 <= number <= length:
+        raise UserError(
+            f"a prompt {tuple(prompt.shape)} was given, and samples have {length} dimensions: "
+            "give it 1 to that many"
+        )
+    if prompt.shape[:-1] not in (torch.Size(), shape):
+        raise UserError(
+            f"a prompt {tuple(prompt.shape)} was given for samples {(*shape, length)}: give "
+            f"one for all, ({number},), or one a sample, {(*shape, number)}"
+        )
+    for part in parts:
+        if not part.supports_prefix(number, length):
+            over = "" if part.ordering is None else f" over {part.ordering!r}"
+            raise UserError(
+                f"a prompt of {number} dimensions cannot be conditioned on exactly: in "
+                f"{type(part).__name__}{over} they depend on dimensions behind them; give no "
+                "prompt, or train a model over the natural ordering"
+            )
+    return prompt.expand(*shape, number).reshape(-1, number)
+
+
+def generate(
+    base: Base,
+    transforms: Sequence[DiscreteTransform],
+    noise: Tensor,
+    context: Tensor | None,
+    prompt: Tensor | None,
+    *,
+    temperature: float,
+    fixed_point: bool,
+) -> tuple[Tensor, list[int]]:
+    """Makes samples of noise.
+
+    Args:
+        base: The distribution of x.
+        transforms: Transforms base → data.
+        noise: What the base's `noise` drew (N, d).
+        context: Vectors (N, C) or sequences (N, S, C).
+        prompt: Indices (N, n) that the samples begin with.
+        temperature: Divides the base's logits.
+        fixed_point: Whether to iterate over all dimensions in place of going level by level.
+
+    Returns:
+        Indices (N, d), and the evaluations that the base and every transform took.
+    """
+    known: list[Tensor | None] = [None] * (1 + len(transforms))
+    if prompt is not None:
+        known[:] = invert_prefix(transforms, prompt, noise.shape[1], context)
+    value, count = base.from_noise(
+        noise, context, temperature=temperature, fixed_point=fixed_point, prefix=known[0]
+    )
+    evaluations = [count]
+    for transform, prefix in zip(transforms, known[1:], strict=True):
+        value, count = transform.generate(value, context, prefix=prefix, fixed_point=fixed_point)
+        evaluations.append(count)
+    return value, evaluations

@@ -1,0 +1,241 @@
+"""The n-gram model: counts, smoothed, and looked up."""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from dflows.counted import Counted
+from dflows.errors import UserError
+from dflows.ngrams.counts import Packing, count_grams
+from dflows.ngrams.kneser_ney import Table, find, smooth
+from dflows.ngrams.messages import right_context_messages
+
+__all__ = ["NGrams"]
+
+
+class NGrams(Counted):
+    r"""Creates n-grams that are counted and not trained, smoothed by interpolated Kneser–Ney.
+
+    .. math::
+        p_m(w \mid h) = \frac{c_m(hw) - \delta_m(c_m(hw))}{c_m(h)}
+            + \gamma_m(h)\, p_{m-1}(w \mid h')
+
+    where h is a context of m - 1 classes, h' is h without its first, :math:`p_0 = 1/K`, and
+    :math:`\gamma_m(h)` what the discounts :math:`\delta_m` leave over. At the order that is asked
+    for, c is how often a gram occurs; below it, in how many different classes it follows. A context
+    that was never seen hands over to the next lower order. After fewer than n - 1 classes the model
+    is that of a lower order, the occurrences of whose grams are counted.
+
+    Tables are in float64. Before :meth:`count` everything is uniform.
+
+    Args:
+        num_classes: K.
+        order: n, the classes of the longest gram. A gram is held in 64 bits: 8 of 256 classes.
+        discount: What is taken off every count; by default three amounts an order, for counts of 1,
+            2 and more, found from counts of counts.
+
+    Raises:
+        UserError: If a number is out of range.
+
+    References:
+        | Improved backing-off for m-gram language modeling (Kneser & Ney, 1995)
+        | https://doi.org/10.1109/ICASSP.1995.479394
+        | An empirical study of smoothing techniques for language modeling (Chen & Goodman, 1999),
+          section 3
+        | https://doi.org/10.1006/csla.1999.0128
+
+    Example:
+        >>> grams = NGrams(num_classes=3, order=2, discount=0.5)
+        >>> grams.count([torch.tensor([0, 1, 0]), torch.tensor([1, 0, 1, 2])])
+        >>> grams.log_prob(torch.tensor([[0, 1, 0, 1]])).exp()
+        tensor([[0.4286, 0.8889, 0.6111, 0.8889]], dtype=torch.float64)
+        >>> grams.next_probs(torch.tensor([0]), torch.tensor([1])).sum(dim=-1)
+        tensor([1.], dtype=torch.float64)
+    """
+
+    keys: Tensor
+    counts: Tensor
+    sizes: Tensor
+
+    def __init__(self, num_classes: int, order: int = 6, discount: float | None = None) -> None:
+        super().__init__()
+        self._packing = Packing.of(num_classes, order)
+        if discount is not None and not 0 < discount < 1:
+            raise UserError(
+                f"discount is {discount}: give a number between 0 and 1, or none to have it found"
+            )
+        self.num_classes = num_classes
+        self.order = order
+        self.discount = discount
+        # The grams of all orders, one order after the other, each sorted; and their occurrences.
+        self.register_buffer("keys", torch.empty(0, dtype=torch.long))
+        self.register_buffer("counts", torch.empty(0, dtype=torch.long))
+        self.register_buffer("sizes", torch.zeros(order, dtype=torch.long))
+        self._tables: list[Table] | None = None
+        self._messages: Tensor | None = None
+
+    def extra_repr(self) -> str:
+        return f"num_classes={self.num_classes}, order={self.order}, grams={len(self.keys)}"
+
+    @property
+    def bits(self) -> int:
+        """The bits of one class in a packed history."""
+        return self._packing.bits
+
+    @property
+    def num_counted(self) -> int:
+        return int(self.counts[: self.sizes[0]].sum())
+
+    @torch.inference_mode(mode=False)
+    @torch.no_grad()
+    def count(self, chunks: Iterable[Any]) -> None:
+        """Counts data anew, in one pass.
+
+        Args:
+            chunks: Tensors or arrays of classes: of shape (d,), consecutive pieces of one text,
+                however it is cut; or (N, d), events that do not go on in one another.
+
+        Raises:
+            UserError: If there is nothing to count, or a value is no class.
+        """
+        found = count_grams(chunks, self.num_classes, self._packing, self.keys.device)
+        keys, counts = zip(*found, strict=True)
+        self.keys, self.counts = torch.cat(keys), torch.cat(counts)
+        self.sizes = torch.tensor([len(part) for part in keys], device=self.keys.device)
+        self._tables = self._messages = None
+
+    def _smoothed(self) -> list[Table]:
+        """Returns the table of every order; none where nothing was counted."""
+        if self._tables is None:
+            self._tables = []
+            if len(self.keys):
+                sizes = self.sizes.tolist()
+                with torch.inference_mode(mode=False), torch.no_grad():
+                    keys, counts = self.keys.split(sizes), self.counts.split(sizes)
+                    self._tables = smooth(keys, counts, self._packing, self.discount)
+        return self._tables
+
+    def log_prob(self, x: Tensor) -> Tensor:
+        """Computes the log-probability of every class given those before it, in nats.
+
+        Args:
+            x: Indices (N, d).
+
+        Returns:
+            Log-probabilities (N, d), in float64.
+        """
+        probs = torch.full(x.shape, 1 / self.num_classes, dtype=torch.double, device=x.device)
+        for (m, grams), table in zip(self._packing.grams(x), self._smoothed(), strict=False):
+            # The first of them has no gram of the next order.
+            kind = torch.full(grams.shape[1:], len(table.shares) - 1, device=x.device)
+            kind[0] = 0
+            share = table.shares[kind, find(table.keys, grams)]
+            rest = table.rests[kind, find(table.contexts, grams >> self.bits)]
+            probs[:, m - 1 :] = share + rest * probs[:, m - 1 :]
+        return probs.log()
+
+    def next_probs(
+        self, history: Tensor, seen: Tensor | int, leave_out: Tensor | None = None
+    ) -> Tensor:
+        """Computes the probabilities of all classes to come next.
+
+        Args:
+            history: The classes before (N,), packed as :meth:`pack` does, the last in the lowest
+                bits; what is in the bits of more classes than were seen does not matter.
+            seen: How many classes before are known, (N,) or of all rows; more than n - 1 make no
+                difference.
+            leave_out: Classes that did come next (N,) in the text that was counted: the counts that
+                such an occurrence has added are taken off again, for its own probabilities alone,
+                as though the rest of the text had been counted.
+
+        Returns:
+            Probabilities (N, K), in float64.
+        """
+        classes = torch.arange(self.num_classes, device=history.device)
+        probs = torch.full(
+            (len(history), self.num_classes),
+            1 / self.num_classes,
+            dtype=torch.double,
+            device=history.device,
+        )
+        tables, packing = self._smoothed(), self._packing
+        for m, table in enumerate(tables):
+            kind: Tensor | int
+            of_grams: Tensor | int
+            if isinstance(seen, int):
+                # Sampling comes by here once a class: no look-ups in vain, and none by rows.
+                if m > seen:
+                    break
+                kind = of_grams = 0 if m == seen else -1
+            else:
+                kind = torch.where(seen == m, 0, len(table.shares) - 1)
+                of_grams = kind.unsqueeze(-1)
+            context = (history & packing.mask(m)) << self.bits >> self.bits
+            place = find(table.contexts, context)
+            first, end = table.starts[place, None], table.starts[place + 1, None]
+            # The grams of a context stand together; those beyond its last are those of no gram.
+            grams = torch.where(first + classes < end, first + classes, len(table.keys))
+            rests, shares = table.rests[kind, place], table.shares[of_grams, grams]
+            lost: Tensor | None = None
+            if leave_out is not None:
+                gram = find(table.keys, (context << self.bits) | leave_out)
+                counted = kind == 0
+                if m + 1 < len(tables):
+                    # It is one of the classes that a gram follows by this occurrence alone.
+                    longer = ((history & packing.mask(m + 1)) << self.bits) | leave_out
+                    occurrences = tables[m + 1].counts[0, find(tables[m + 1].keys, longer)]
+                    counted = counted | (occurrences == 1)
+                rests, shares, lost = table.leave_out(kind, place, gram, counted, rests, shares)
+            found = (probs * rests.unsqueeze(-1)).scatter_add(1, table.last[grams], shares)
+            if leave_out is not None and lost is not None:
+                found = found.scatter_add(1, leave_out.unsqueeze(-1), lost.unsqueeze(-1))
+            if isinstance(seen, int):
+                probs = found
+            else:
+                probs = torch.where((seen >= m).unsqueeze(-1), found, probs)
+        return probs
+
+    def pack(self, x: Tensor) -> Tensor:
+        """Packs the n - 1 classes before every dimension.
+
+        Args:
+            x: Indices (N, d).
+
+        Returns:
+            Numbers (N, d), the class right before in the lowest bits; 0 where there is none.
+        """
+        return self._packing.histories(x)
+
+    def trigrams(self) -> Tensor:
+        """Computes the probabilities (K, K, K) of every class after every two, in float64."""
+        classes = torch.arange(self.num_classes, device=self.keys.device)
+        history = self.pack(torch.cartesian_prod(classes, classes, classes[:1]))[:, 2]
+        return self.next_probs(history, 2).unflatten(0, (self.num_classes, self.num_classes))
+
+    def messages(self) -> Tensor:
+        """Returns the :func:`~dflows.ngrams.messages.right_context_messages` of the trigrams."""
+        if self._messages is None:
+            with torch.inference_mode(mode=False), torch.no_grad():
+                self._messages = right_context_messages(self.trigrams().float())
+        return self._messages
+
+    def _apply(self, *args: Any, **options: Any) -> Self:
+        super()._apply(*args, **options)
+        if self._tables and self._tables[0].keys.device != self.keys.device:
+            self._tables = None
+        if self._messages is not None and self._messages.device != self.keys.device:
+            self._messages = None
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **options: Any
+    ) -> None:
+        # How many grams there are is for the data to say.
+        for name in ("keys", "counts", "sizes"):
+            own = getattr(self, name)
+            saved = own if name == "sizes" else state_dict.get(prefix + name, own)
+            setattr(self, name, own.new_zeros(saved.shape))
+        super()._load_from_state_dict(state_dict, prefix, *args, **options)
+        self._tables = self._messages = None
