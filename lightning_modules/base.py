@@ -143,10 +143,11 @@ class BaseModule(pl.LightningModule, ABC):
     def prepare(self) -> None:
         """Initialises and checks the model once the data are known, before a fit; a hook."""
 
-    def certify(self, *, trained: bool = True) -> None:
+    def certify(self, batch: Batch | None = None, *, trained: bool = True) -> None:
         """Checks the model before a figure of it is recorded; a hook.
 
         Args:
+            batch: One of the batches that will be scored, on the device of the module.
             trained: Whether the weights are to be taken as they are.
 
         Raises:

@@ -285,16 +285,17 @@ class FlowModule(BaseModule):
         self.certify(trained=False)
         rank_zero_info(self.describe())
 
-    def certify(self, *, trained: bool = True) -> None:
+    def certify(self, batch: Batch | None = None, *, trained: bool = True) -> None:
         """Shows that the flow is what its likelihood presumes: :func:`dflows.checks.check_flow`.
 
         Args:
+            batch: Examples; the first of the training data where they are not given.
             trained: Whether the weights are to be taken as they are.
 
         Raises:
             CertificateError: If it is not.
         """
-        batch = self.data.first_batch()
+        batch = self.data.first_batch() if batch is None else batch
         y, context = self.indices_of(batch), self.context_of(batch)
         check_flow(self.flow, context, batch=y, trained=trained)
 

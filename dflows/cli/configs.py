@@ -1,5 +1,6 @@
 """Configurations: shipped ones found by their bare names, and dflows' own defaults."""
 
+import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -142,7 +143,8 @@ LINKED: dict[str, Callable[[StreamDataModule], int]] = {
 }
 """Keys of the model, and of a flow that it is given, that are those of the data."""
 
-Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", 2**32)], docstring="A seed.")
+SEEDS = 2**32
+Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", SEEDS)], docstring="A seed.")
 """What seeds all generators: a number from 0 to below 2**32."""
 
 PLACES = ("model.init_args", "model.init_args.flow.init_args")
@@ -228,6 +230,15 @@ class FlowCLI(LightningCLI):
         for key, read in LINKED.items():
             for place in PLACES:
                 parser.link_arguments("data", f"{place}.{key}", read, apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses, and refuses a seed that no generator takes, before one is asked for it."""
+        super().parse_arguments(parser, args)
+        seed = self.config.seed_everything
+        if not isinstance(seed, bool) and not 0 <= seed < SEEDS:
+            raise argparse.ArgumentError(
+                None, f"seed_everything is {seed}: give a number from 0 to {SEEDS - 1}"
+            )
 
     def before_instantiate_classes(self) -> None:
         """Settles where the run is kept: in a folder of its own, or in that which it goes on in."""
