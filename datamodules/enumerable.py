@@ -2,6 +2,7 @@
 
 from abc import abstractmethod
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,12 +14,15 @@ from datamodules.module import StreamDataModule
 from datamodules.vocabulary import IntegerVocabulary
 from datamodules.windows import Reader, TrainingStream
 from dflows.categorical import cdf, search_cdf
+from dflows.checks import check_above_entropy
 from dflows.errors import UserError
-from dflows.exact import check_enumerable, entropy, marginals
+from dflows.exact import check_enumerable, entropy, expected_loss, marginals, states
+from dflows.reporting import Report
 
 __all__ = ["EnumerableDataModule"]
 
 EXPECTED_SAMPLES = 1_000_000
+SHOWN_STATES = 10_000
 
 
 class EnumerableDataModule(StreamDataModule):
@@ -109,6 +113,51 @@ class EnumerableDataModule(StreamDataModule):
     def factorized_entropy(self) -> float:
         """The expected loss in nats of the best model with independent dimensions."""
         return float(torch.special.entr(self.marginals).sum())
+
+    def expected_nats(self, model: Any) -> float:
+        """Sums the loss of a model over all states, weighted by their true probabilities.
+
+        Args:
+            model: A module with a `log_prob` of indices, without a context.
+
+        Returns:
+            The exact cross-entropy, nats per example.
+
+        Raises:
+            CertificateError: If it lies below the entropy, as it can only where the model is no
+                distribution.
+        """
+        nll = expected_loss(model, model.log_prob, self.probabilities)
+        check_above_entropy(nll, self.entropy)
+        return nll
+
+    def report_expected(self, model: Any, max_states: int) -> Report:
+        """Reports the exact expected loss of a model, where there are not too many states.
+
+        Args:
+            model: A module with exact likelihoods, `log_prob`, without a context.
+            max_states: Distributions of more states are not summed over.
+
+        Raises:
+            CertificateError: If it lies below the entropy.
+        """
+        report = Report({"factorized_entropy": self.factorized_entropy})
+        count = self.num_classes**self.length
+        if count > max_states or model.likelihood != "exact":
+            return report
+        nats = self.expected_nats(model)
+        report.metrics |= {
+            "exact_nats": nats,
+            "kl": nats - self.entropy,
+            "factorized_kl": self.factorized_entropy - self.entropy,
+        }
+        if self.length == 2 and count <= SHOWN_STATES:
+            y = states(self.num_classes, self.length).to(model.device)
+            with torch.no_grad():
+                table = model.log_prob(y).double().exp().cpu()
+            report.metrics["probabilities"] = [float(f"{value:.4g}") for value in table.tolist()]
+        remark = f"entropy {self.entropy:.4f}, best factorized {self.factorized_entropy:.4f}"
+        return report.row(f"all {count:,} states, nats", f"{nats:.4f}", remark)
 
     def class_counts(self, split: str = "train") -> Tensor:
         """Returns how often each class occurs in a split, a LongTensor of shape (K,).

@@ -1,5 +1,6 @@
 """What all datamodules share: loaders for any number of processes and workers, and exact resume."""
 
+import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
@@ -16,7 +17,10 @@ from torch.utils.data import DataLoader
 from datamodules.chunks import Chunks
 from datamodules.vocabulary import Vocabulary, parse_vocabulary
 from datamodules.windows import EvaluationBatches, TrainingBatches, TrainingStream
+from dflows.checks import check_above_entropy
 from dflows.errors import UserError
+from dflows.metrics import entropy_in_bits
+from dflows.reporting import Report, Score
 
 __all__ = ["StreamDataModule"]
 
@@ -116,6 +120,43 @@ class StreamDataModule(pl.LightningDataModule, ABC):
         """The exact entropy of an example in nats, given what it is conditioned on, where known."""
         return None
 
+    def report(self, score: Score) -> Report:
+        """Reports the unigram entropy of a split that was scored, and the entropy where known.
+
+        Raises:
+            CertificateError: If the score lies below the entropy by more than chance explains.
+        """
+        split = score.split
+        unigram = float(entropy_in_bits(self.class_counts(split).unsqueeze(0)))
+        name = "unigram_bpc" if split == "test" else f"{split}_unigram_bpc"
+        report = Report({name: unigram})
+        report.row(f"{split}, unigram entropy", f"{unigram:.4f}", "bits per character")
+        if self.entropy is None:
+            return report
+        report.metrics["entropy"] = self.entropy
+        if split == "test":
+            report.metrics["standard_error_nats"] = score.standard_error
+        # What no example showed is in no deviation either: a share of 1/N of the distribution, over
+        # all states at the most.
+        states = self.length * math.log(self.num_classes)
+        unseen = (math.log(score.examples) + states) / score.examples
+        check_above_entropy(score.nats, self.entropy, math.hypot(score.standard_error, unseen))
+        remark = f"{score.examples:,} examples; entropy {self.entropy:.3f}"
+        return report.row(f"{split}, nats per example", f"{score.nats:.4f}", remark)
+
+    def report_expected(self, model: Any, max_states: int) -> Report:
+        """Reports the exact expected loss of a model, where the distribution is known; a hook.
+
+        Args:
+            model: A module with exact likelihoods, `log_prob`, without a context.
+            max_states: Distributions of more states are not summed over.
+        """
+        return Report()
+
+    def report_samples(self, samples: list[str]) -> Report:
+        """Reports generated events, where they are text; a hook."""
+        return Report()
+
     @property
     def row_length(self) -> int:
         """The numbers of a row: D, and those of what it is conditioned on."""
@@ -187,7 +228,7 @@ class StreamDataModule(pl.LightningDataModule, ABC):
         return self._evaluation_loader("test")
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what a checkpoint keeps: the next training row, and the text of tokenizer.json."""
+        """Returns what a checkpoint keeps: a place of the training stream, and the vocabulary."""
         return {
             "row": self._row(),
             "batches": self._batches(),

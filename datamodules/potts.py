@@ -15,6 +15,7 @@ from dflows.exact import MOST_STATES
 
 __all__ = ["PottsDataModule"]
 
+
 class PottsDataModule(EnumerableDataModule):
     r"""Creates exact samples from the Potts model on a square lattice, without an external field.
 

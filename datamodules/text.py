@@ -25,6 +25,8 @@ from datamodules.windows import (
     TrainingStream,
 )
 from dflows.errors import UserError
+from dflows.metrics import entropy_in_bits
+from dflows.reporting import Report, Score
 
 __all__ = ["TextDataModule"]
 
@@ -170,6 +172,23 @@ class TextDataModule(StreamDataModule):
     def is_complete(self, split: str) -> bool:
         """Returns whether all of a split is used: `max_eval_characters` cuts nothing off."""
         return self._bounds(split) == self._bounds(split, limited=False)
+
+    def bigram_bpc(self, split: str) -> float:
+        """Returns the entropy of a character given the one before, in bits, in a split."""
+        classes = np.concatenate(list(self.evaluation_chunks(split))).astype(np.int64)
+        counts = torch.zeros(self.num_classes, self.num_classes, dtype=torch.double)
+        pairs = torch.from_numpy(classes[:-1] * self.num_classes + classes[1:])
+        counts.view(-1).index_add_(0, pairs, torch.ones(len(pairs), dtype=torch.double))
+        return float(entropy_in_bits(counts))
+
+    def report(self, score: Score) -> Report:
+        report = super().report(score)
+        if score.split == "test" and score.characters > 1:
+            report.metrics["bigram_bpc"] = self.bigram_bpc(score.split)
+        return report
+
+    def report_samples(self, samples: list[str]) -> Report:
+        return Report({"samples": samples})
 
     def training_stream(self) -> TrainingStream:
         """Returns the endless windows of the training split."""

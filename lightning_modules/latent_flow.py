@@ -12,6 +12,7 @@ from dflows.checks import CertificateError
 from dflows.errors import UserError
 from dflows.latent import FlowPrior, LatentFlow
 from dflows.metrics import BitsPerCharacter
+from dflows.reporting import Report
 from lightning_modules.base import DEFAULT_OPTIMIZATION, BaseModule, Batch, Optimization, compute
 
 __all__ = ["LatentFlowModule"]
@@ -95,6 +96,7 @@ class LatentFlowModule(BaseModule):
         self.kl_zero_steps = kl_zero_steps
         self.kl_rise_steps = kl_rise_steps
         self.importance = BitsPerCharacter()
+        self.bpc_importance: float | None = None
         self._generator: Generator | None = None
 
     @property
@@ -116,7 +118,7 @@ class LatentFlowModule(BaseModule):
         weight = self.kl_weight(self.global_step)
         return self.flow.terms(self.indices_of(batch), self.num_draws).bound(weight)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         """Returns the loss, and logs the weight of the divergence in it."""
         self.log("kl_weight", self.kl_weight(self.global_step))
         return super().training_step(batch, batch_idx)
@@ -195,18 +197,30 @@ class LatentFlowModule(BaseModule):
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds a batch to the metrics of both bounds, which are of the same draws."""
         y = self.indices_of(batch)
-        terms = self.flow.terms(y, self.importance_draws, self._generator)
-        self._update("test", batch, terms.bound())
-        self.importance.update(terms.importance_bound(), y.numel())
+        with self.located("test"):
+            terms = self.flow.terms(y, self.importance_draws, self._generator)
+            self._update("test", batch, terms.bound())
+            self.importance.update(terms.importance_bound(), y.numel())
 
     def on_test_epoch_end(self) -> None:
         """Logs both bounds."""
         super().on_test_epoch_end()
         self._generator = None
-        self.log("test_bpc_importance", compute(self.importance).float(), sync_dist=True)
+        bits = compute(self.importance)
+        self.bpc_importance = float(bits)
+        self.log("test_bpc_importance", bits.float(), sync_dist=True)
         self.importance.reset()
 
     def on_validation_epoch_end(self) -> None:
         """Logs the bound."""
         super().on_validation_epoch_end()
         self._generator = None
+
+    def report(self, split: str) -> Report:
+        report = super().report(split)
+        if split == "test" and self.bpc_importance is not None:
+            draws, bits = self.importance_draws, self.bpc_importance
+            report.metrics |= {"test_bpc_importance": bits, "importance_draws": draws}
+            remark = f"bound of {draws} draws a window"
+            report.row("test, importance-weighted", f"{bits:.4f}", remark)
+        return report

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dflows.flow import DiscreteFlow
 from dflows.metrics import BitsPerCharacter
+from dflows.reporting import Report
 from lightning_modules.base import DEFAULT_OPTIMIZATION, Batch, Optimization, compute
 from lightning_modules.flow import FlowModule
 
@@ -61,6 +62,7 @@ class TextModule(FlowModule, ABC):
         super().__init__(flow, optimization=optimization, base_count_windows=base_count_windows)
         self.stateful_bits = BitsPerCharacter()
         self._score: Score | None = None
+        self.bpc_stateful: float | None = None
 
     @abstractmethod
     def text_score(self) -> Score | None:
@@ -82,6 +84,16 @@ class TextModule(FlowModule, ABC):
         """Logs the test metrics."""
         super().on_test_epoch_end()
         if self._score is not None:
-            self.log("test_bpc_stateful", compute(self.stateful_bits).float())
+            bits = compute(self.stateful_bits)
+            self.bpc_stateful = float(bits)
+            self.log("test_bpc_stateful", bits.float())
             self.stateful_bits.reset()
             self._score = None
+
+    def report(self, split: str) -> Report:
+        report = super().report(split)
+        if split == "test" and self.bpc_stateful is not None:
+            report.metrics["test_bpc_stateful"] = self.bpc_stateful
+            remark = "every window after those before it"
+            report.row("test, stateful", f"{self.bpc_stateful:.4f}", remark)
+        return report

@@ -90,14 +90,13 @@ class LSTM(StatefulBackbone):
     ) -> Tensor:
         if not self.level_causal:
             check_features(self, content)
-            features: Tensor = self.linear(self._read(content)[0])
-            return features
+            return self._features(self._read(content)[0])
         query, levels = check_causal(self, content, query, levels)
         order, _ = self._order(levels)
         if order is not None:
             content, query = content[:, order], query[..., order, :]
         before = torch.cat([self.start.expand(len(content), 1, -1), content[:, :-1]], dim=1)
-        features = self.linear(self._read(before + query)[0])
+        features = self._features(self._read(before + query)[0])
         # The order is its own inverse: it leaves the dimensions, or turns round a part of them.
         return features if order is None else features[:, order]
 
@@ -111,8 +110,7 @@ class LSTM(StatefulBackbone):
         if self.level_causal:
             return super().features_at(dimensions, content, query, levels)
         check_features(self, content)
-        features: Tensor = self.linear(self._read(content)[0][:, dimensions])
-        return features
+        return self._features(self._read(content)[0][:, dimensions])
 
     @property
     def stateful(self) -> bool:
@@ -135,7 +133,7 @@ class LSTM(StatefulBackbone):
             )
         rows = torch.cat([before.unsqueeze(1), content[:, :-1]], dim=1)
         outputs, state = self._read(rows + query, state)
-        return self.linear(outputs), state
+        return self._features(outputs), state
 
     def _read(self, inputs: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         # Processors without bfloat16 instructions have no LSTM for autocast to call.
@@ -163,6 +161,12 @@ class LSTM(StatefulBackbone):
             )
             return outputs, tuple(after)
 
+    def _features(self, hidden: Tensor) -> Tensor:
+        # Where rows are not contiguous PyTorch adds the bias apart, and rounds once more than in the
+        # steps of generation: in bfloat16 a third of the features would differ.
+        features: Tensor = self.linear(hidden if self.training else hidden.contiguous())
+        return features
+
     @torch.no_grad()
     def begin(self, query: Tensor, levels: Tensor, batch_size: int) -> "Cache":
         if not self.level_causal:
@@ -188,8 +192,7 @@ class LSTM(StatefulBackbone):
         for row in [cache.before, *rows] if first else rows:
             hidden = cache.lstm.step(row + cache.query[..., cache.done, :])
             cache.done += 1
-        features: Tensor = self.linear(hidden)
-        return features.unsqueeze(1)
+        return self._features(hidden).unsqueeze(1)
 
 
 def reading_order(levels: Tensor) -> tuple[Tensor | None, int]:
