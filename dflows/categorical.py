@@ -71,8 +71,12 @@ def cdf(probs: Tensor) -> Tensor:
     cumulative = probs.cumsum(dim=-1)
     if cumulative.device.type == "cpu":
         return cumulative  # summed one after the other
-    # A parallel scan may round neighbours in different ways.
-    return cumulative.masked_fill_(probs == 0, 0).cummax(dim=-1).values
+    return _never_falling(cumulative, probs)
+
+
+def _never_falling(cumulative: Tensor, probs: Tensor) -> Tensor:
+    """Mends the sums of a parallel scan, which may round neighbours in different ways."""
+    return cumulative.masked_fill(probs == 0, 0).cummax(dim=-1).values
 
 
 def search_cdf(cumulative: Tensor, noise: Tensor) -> Tensor:

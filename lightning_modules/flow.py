@@ -10,7 +10,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
-from dflows.bases import ClosedFormBase
+from dflows.bases import Base, ClosedFormBase
 from dflows.checks import check_flow
 from dflows.counted import Counted
 from dflows.errors import UserError
@@ -20,6 +20,7 @@ from dflows.metrics import ExactMatch, LevelBits, ResidualEntropy
 from dflows.objectives import EndToEnd, Layerwise, Local, Objective
 from dflows.orderings import Ordering, alike
 from dflows.reporting import Report
+from dflows.transforms import DiscreteTransform
 from lightning_modules.base import DEFAULT_OPTIMIZATION, BaseModule, Batch, Optimization, compute
 
 __all__ = ["FlowModule"]
@@ -43,7 +44,7 @@ def default_objective(flow: DiscreteFlow) -> Objective:
 
 def _shared_levels(flow: DiscreteFlow) -> Ordering | None:
     """Returns the one ordering of a flow, where levels of several dimensions are in it."""
-    parts = [*flow.transforms, flow.base]
+    parts: list[DiscreteTransform | Base] = [*flow.transforms, flow.base]
     orderings = [part.ordering for part in parts if part.ordering is not None]
     found = [ordering.levels(flow.length) for ordering in orderings]
     if not found or any(not torch.equal(levels, found[0]) for levels in found):
@@ -155,7 +156,8 @@ class FlowModule(BaseModule):
     def _check_counted(self) -> None:
         """Refuses what could not be counted on what it is to predict."""
         flow = self.flow
-        *inner, outer = [flow.base, *flow.transforms]
+        parts: list[nn.Module] = [flow.base, *flow.transforms]
+        *inner, outer = parts
         for part in inner:
             if any(isinstance(module, Expert) and _counted(module) for module in part.modules()):
                 raise UserError(

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dflows.categorical import cdf, inverse_cdf, search_cdf, select_log_prob
+from dflows.categorical import _never_falling, cdf, inverse_cdf, search_cdf, select_log_prob
 from dflows.representations import to_one_hot
 
 PRECISIONS = [torch.float32, torch.float64]
@@ -120,6 +120,17 @@ def test_a_table_serves_noise_of_any_precision():
     for dtype in PRECISIONS:
         noise = torch.tensor([0.0, 0.25, 0.7499, 0.75, last_below_1(dtype)], dtype=dtype)
         assert search_cdf(table, noise).tolist() == [0, 2, 2, 3, 3]
+
+
+def test_sums_of_a_parallel_scan_are_mended():
+    probs = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25, 0.0, 0.0])
+    rounded = torch.tensor([0.01, 0.24, 0.26, 0.76, 0.75, 1.01, 0.99])
+    table = _never_falling(rounded, probs)
+    assert (table.diff() >= 0).all()
+    noise = torch.linspace(0, last_below_1(torch.float32), 1000)
+    assert search_cdf(table, noise).unique().tolist() == [1, 3]
+    exact = probs.cumsum(-1)
+    assert torch.equal(_never_falling(exact, probs), exact)
 
 
 class TestSelectLogProb:
