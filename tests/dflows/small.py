@@ -37,7 +37,7 @@ BIJECTIONS = {
     "affine": ModularAffine,
     "affine-prime": lambda num_classes, rule=None: ModularAffine(num_classes, True, rule),
     "matched": MatchedAffine,
-    "rank": lambda num_classes, rule=None: RankPermutation(num_classes),
+    "rank": lambda num_classes, rule=None: RankPermutation(num_classes),  # noqa: ARG005
 }
 """Called with the number of classes, and a rule."""
 
