@@ -79,6 +79,7 @@ def write_gradients(
         module.flow,
         trained_by,
         data.probabilities,
+        trained=module.objective,
         batch_size=gradients.batch_size,
         draws=gradients.draws,
         batches=gradients.batches,

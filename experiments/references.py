@@ -109,7 +109,7 @@ def write_reference(
     )
     metrics = {
         "reference_nats": found.cross_entropy,
-        "layerwise_nats": found.in_turn,
+        "layerwise_nats": found.layerwise,
         "reference_kl": found.cross_entropy - data.entropy,
         "entropy": data.entropy,
         "factorized_entropy": data.factorized_entropy,

@@ -40,7 +40,6 @@ class LatentFlowModule(BaseModule):
         prior: The density of the latent sequence: called without arguments.
         inference: The network behind the posterior: called without arguments.
         emission: The network behind the characters given the latent sequence: likewise.
-        width: Features of one position, where a network does not tell its own.
         num_draws: Latent sequences drawn for a window in training and validation.
         importance_draws: Those of the bounds on the test split, drawn at once: memory grows with
             them and with `eval_batch_size`.
@@ -74,7 +73,6 @@ class LatentFlowModule(BaseModule):
         inference: Callable[[], nn.Module],
         emission: Callable[[], nn.Module],
         *,
-        width: int | None = None,
         num_draws: int = 1,
         importance_draws: int = 16,
         kl_zero_steps: int = 0,
@@ -90,7 +88,7 @@ class LatentFlowModule(BaseModule):
         ):
             if value < least:
                 raise UserError(f"{name} is {value}: give at least {least}")
-        self.flow = LatentFlow(num_classes, length, prior(), inference(), emission(), width=width)
+        self.flow = LatentFlow(num_classes, length, prior(), inference(), emission())
         self.num_draws = num_draws
         self.importance_draws = importance_draws
         self.kl_zero_steps = kl_zero_steps

@@ -162,8 +162,8 @@ class LSTM(StatefulBackbone):
             return outputs, tuple(after)
 
     def _features(self, hidden: Tensor) -> Tensor:
-        # Where rows are not contiguous PyTorch adds the bias apart, and rounds once more than in the
-        # steps of generation: in bfloat16 a third of the features would differ.
+        # Where rows are not contiguous PyTorch adds the bias apart, with one rounding more than in
+        # the steps of generation: in bfloat16 a third of the features would differ.
         features: Tensor = self.linear(hidden if self.training else hidden.contiguous())
         return features
 
