@@ -8,7 +8,7 @@ initialisation a flow is the identity and hides what its network does.
 
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import TypeVar
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dflows.backbones import Backbone
 from dflows.conditioner import Conditioner
+from dflows.decoding import decide_levels
 from dflows.errors import LengthError, UserError
 from dflows.flow import DiscreteFlow
 from dflows.orderings import Natural, Ordering
@@ -85,8 +86,8 @@ def _stirred(module: _ModuleT) -> _ModuleT:
     for part in module.modules():
         if isinstance(part, Conditioner):
             part.head.weight.add_(torch.randn_like(part.head.weight), alpha=part.width**-0.5)
-            if part.embeds:
-                part.query.add_(torch.randn_like(part.query))
+            if part.embedding.embeds:
+                part.embedding.query.add_(torch.randn_like(part.embedding.query))
     return module
 
 
@@ -98,13 +99,15 @@ def _name(conditioner: Conditioner) -> str:
     return f"backbone {type(conditioner.backbone).__name__} over {conditioner.ordering!r}"
 
 
-def _evaluate(conditioner: Conditioner, y: Tensor, context: Tensor | None) -> Tensor:
+def _evaluate(
+    conditioner: Conditioner, y: Tensor, context: Tensor | None, first_level: int = 0
+) -> Tensor:
     """Evaluates all levels, of a masked network a few, and says which backbone failed."""
-    _, members = conditioner.levels(y.shape[1], y.device)
+    members = conditioner.layout(y.shape[1], y.device).members
     try:
         if conditioner.one_pass:
             return conditioner.features(y, None, context)
-        some = slice(conditioner.first_level, conditioner.first_level + MOST_LEVELS)
+        some = slice(first_level, first_level + MOST_LEVELS)
         hidden = [torch.full((1,), level, device=y.device) for level in range(len(members))[some]]
         features = [conditioner.features(y, level, context) for level in hidden]
         return torch.cat(features, dim=1)
@@ -123,7 +126,9 @@ def _first_change(before: Tensor, after: Tensor) -> tuple[int, ...] | None:
     return tuple(changed[0].tolist()) if len(changed) else None
 
 
-def check_causal(conditioner: Conditioner, context: Tensor | None = None) -> None:
+def check_causal(
+    conditioner: Conditioner, context: Tensor | None = None, *, first_level: int = 0
+) -> None:
     """Shows that a network's output at a dimension depends on lower levels and nothing else.
 
     A network that keeps to the ordering by itself is shown to at every level: by steps that are
@@ -133,6 +138,7 @@ def check_causal(conditioner: Conditioner, context: Tensor | None = None) -> Non
     Args:
         conditioner: The network with its ordering.
         context: One encoded context, (1, C) or (1, S, C).
+        first_level: The lowest level whose output is of use, 1 in a transform.
 
     Raises:
         CertificateError: If it depends on a value of its own or a higher level, on another example
@@ -145,20 +151,22 @@ def check_causal(conditioner: Conditioner, context: Tensor | None = None) -> Non
         batch = y.repeat(2, 1)
         # One context for all rows: else rows would differ for a good reason.
         contexts = _for_rows(context, 2)
-        before = _evaluate(probed, batch, contexts)
+        before = _evaluate(probed, batch, contexts, first_level)
         if not before.isfinite().all():
             raise CertificateError(
                 f"{_name(probed)} returns features that are not finite, first at dimension "
                 f"{int((~before.isfinite()).nonzero()[0, 1]) % length}: its outputs must be numbers"
             )
-        if _first_change(before, _evaluate(probed, batch, contexts)) is not None:
+        if _first_change(before, _evaluate(probed, batch, contexts, first_level)) is not None:
             raise CertificateError(
                 f"{_name(probed)} gives another result when it is evaluated again: it must be "
                 "deterministic in evaluation mode"
             )
         other = batch.clone()
         other[1:] = (other[1:] + 1) % probed.num_classes
-        if (where := _first_change(before[:1], _evaluate(probed, other, contexts)[:1])) is not None:
+        if (
+            where := _first_change(before[:1], _evaluate(probed, other, contexts, first_level)[:1])
+        ) is not None:
             raise CertificateError(
                 f"{_name(probed)} mixes the examples of a batch, seen at dimension "
                 f"{where[1] % length}: the features are (batch, length, width); a torch "
@@ -167,38 +175,42 @@ def check_causal(conditioner: Conditioner, context: Tensor | None = None) -> Non
         if not probed.one_pass:
             return  # what is masked cannot leak
         if probed.steps:
-            _check_steps(probed, y, context)
+            _check_steps(probed, y, context, first_level)
         else:
-            _check_levels(probed, y, context)
+            _check_levels(probed, y, context, first_level)
 
 
-def _check_steps(conditioner: Conditioner, y: Tensor, context: Tensor | None) -> None:
+def _check_steps(
+    conditioner: Conditioner, y: Tensor, context: Tensor | None, first_level: int
+) -> None:
     """Compares one evaluation with steps, which never see what they must not."""
     exact = copy.deepcopy(conditioner).double()
-    steps = torch.zeros(1, y.shape[1], exact.num_outputs, dtype=torch.double, device=y.device)
+    steps = torch.zeros(1, y.shape[1], exact.num_logits, dtype=torch.double, device=y.device)
 
     def note(dimensions: Tensor, logits: Tensor) -> Tensor:
         steps[:, dimensions] = logits
         return y[:, dimensions]
 
-    exact.by_levels(y, note, context)
-    where = _first_change(steps, exact(y, context))
+    decide_levels(exact, y, note, context, first_level=first_level)
+    where = _first_change(steps, exact(y, context, first_level=first_level))
     if where is not None:
-        _check_levels(conditioner, y, context)
+        _check_levels(conditioner, y, context, first_level)
         raise CertificateError(
             f"{_name(conditioner)} computes other logits by steps than in one evaluation, first at "
             f"dimension {where[1]}: `begin` and `advance` must give what `forward` does"
         )
 
 
-def _check_levels(conditioner: Conditioner, y: Tensor, context: Tensor | None) -> None:
+def _check_levels(
+    conditioner: Conditioner, y: Tensor, context: Tensor | None, first_level: int
+) -> None:
     """Changes all values from one level on, a row for every level, and looks at those below."""
-    levels, members = conditioner.levels(y.shape[1], y.device)
-    tried = torch.arange(conditioner.first_level, len(members), device=y.device)
+    levels, members, *_ = conditioner.layout(y.shape[1], y.device)
+    tried = torch.arange(first_level, len(members), device=y.device)
     rows = min(len(tried), max(MOST_VALUES // y.shape[1], 2))
     batch, contexts = y.repeat(rows, 1), _for_rows(context, rows)
     before = _evaluate(conditioner, batch, contexts)
-    needed = levels >= conditioner.first_level
+    needed = levels >= first_level
     for chunk in tried.split(rows):
         # Rows of equal number and place are rounded alike.
         begin = torch.cat([chunk, chunk[-1:].expand(rows - len(chunk))]).unsqueeze(-1)
@@ -254,17 +266,14 @@ def check_autoregressive(
     conditioner = Conditioner(
         num_classes=4,
         length=length,
-        num_outputs=4,
         ordering=ordering or Natural(),
         backbone=backbone,
-        execution="causal",
-        conditions_first=True,
     )
     check_causal(conditioner)
 
 
 def _named(transform: DiscreteTransform) -> str:
-    if isinstance(transform, ConditionalTransform):
+    if transform.ordering is not None:
         return f"a transform over {transform.ordering!r}"
     if isinstance(transform, Inverse):
         return f"the inverse of {_named(transform.transform)}"
@@ -471,6 +480,17 @@ def check_shorter(flow: DiscreteFlow, context: Tensor | None = None) -> None:
                 ) from error
 
 
+def _conditioners(parts: Sequence[nn.Module]) -> dict[Conditioner, int]:
+    """Finds networks over orderings, with the lowest level whose output is of use."""
+    found: dict[Conditioner, int] = {}
+    for owner in nn.ModuleList(parts).modules():
+        first = int(isinstance(owner, DiscreteTransform) and owner.ordering is not None)
+        for part in owner.children():
+            if isinstance(part, Conditioner):
+                found[part] = min(first, found.get(part, first))
+    return found
+
+
 def check_flow(flow: DiscreteFlow, context: Tensor | None = None) -> None:
     """Runs all certificates on a flow.
 
@@ -491,9 +511,8 @@ def check_flow(flow: DiscreteFlow, context: Tensor | None = None) -> None:
     with _quiet(flow):
         encoded = flow.encode_context(None if context is None else context[:1])
     # An encoder of contexts may hold networks over orderings of its own.
-    for part in nn.ModuleList([flow.base, *flow.transforms]).modules():
-        if isinstance(part, Conditioner):
-            check_causal(part, None if part.context is None else encoded)
+    for part, first_level in _conditioners([flow.base, *flow.transforms]).items():
+        check_causal(part, encoded if part.takes_context else None, first_level=first_level)
     stack = [Composition(flow.transforms)] if len(flow.transforms) > 1 else []
     for transform in [*dict.fromkeys(flow.transforms), *stack]:
         check_bijective(transform, encoded, num_classes=flow.num_classes, length=flow.length)
