@@ -5,6 +5,7 @@ from dflows.bases import AutoregressiveBase, FactorizedBase, NGramBase
 from dflows.conditioner import Conditioner
 from dflows.embedding import Context
 from dflows.flow import DiscreteFlow, FlowDistribution
+from dflows.loading import load
 from dflows.transforms import ConditionalTransform, PermutationTransform
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "NGramBase",
     "PermutationTransform",
     "flows",
+    "load",
 ]

@@ -16,9 +16,11 @@ from typing import Any, Literal
 import pytorch_lightning as pl
 import yaml
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.callbacks import ProgressBar as AnyProgressBar
 
 from datamodules.module import StreamDataModule
-from dflows.cli.callbacks import ProgressBar, Stopwatch
+from dflows.cli.callbacks import Certificates, Stopwatch
 from dflows.cli.checkpoints import (
     Checkpoint,
     add_checkpoint_arguments,
@@ -29,8 +31,9 @@ from dflows.cli.checkpoints import (
 from dflows.cli.configs import Parser, resolved_arguments
 from dflows.cli.errors import run_command
 from dflows.cli.noise import quiet
+from dflows.cli.progress import ProgressBar, ProgressLines
 from dflows.cli.recording import make_record
-from dflows.cli.summary import Figures, end_processes, stdout_console
+from dflows.cli.summary import end_processes, judge, print_report, stdout_console
 from dflows.errors import UserError
 from dflows.provenance import revision
 from dflows.records import check_folder, check_name, write_record
@@ -89,7 +92,7 @@ def evaluate(arguments: Sequence[str]) -> None:
         arguments: Its arguments; `sys.argv` must hold them too where several processes evaluate.
 
     Raises:
-        UserError: If something that the user asked for cannot be had.
+        UserError: If it cannot be done as it was asked for.
     """
     begin, code = time.perf_counter(), revision()
     quiet()
@@ -122,21 +125,23 @@ def evaluate(arguments: Sequence[str]) -> None:
         stopwatch = Stopwatch()
         callbacks = made.trainer.pop("callbacks") or []
         callbacks = [*callbacks] if isinstance(callbacks, list) else [callbacks]
-        trainer = pl.Trainer(**made.trainer, callbacks=[*callbacks, ProgressBar(), stopwatch])
+        shown: list[Callback] = []
+        if made.trainer.enable_progress_bar is not False:
+            own = any(isinstance(callback, AnyProgressBar) for callback in callbacks)
+            shown = [ProgressLines()] if own else [ProgressBar(), ProgressLines()]
+        trainer = pl.Trainer(
+            **made.trainer, callbacks=[Certificates(), *callbacks, *shown, stopwatch]
+        )
         run = trainer.test if split == "test" else trainer.validate
-        (result,) = run(module, datamodule=data, verbose=False)
+        run(module, datamodule=data, verbose=False)
         end_processes()
         if trainer.is_global_zero:
-            figures = Figures()
-            figures.add_likelihood(module, data, split, result[f"{split}_bpc"])
-            figures.add_exact(module, data)
-            figures.add_flows(module)
-            figures.add_speed(stopwatch, module, steps=0)
-            figures.print(stdout_console(), str(checkpoint.path))
+            report = judge(module, data, [split], stopwatch)
+            print_report(report, stdout_console(), str(checkpoint.path))
             if config.record is not None:
                 record = make_record(
                     trainer,
-                    figures,
+                    report,
                     name=name,
                     kind="evaluate",
                     config={**checkpoint.config, "data": data_config},

@@ -2,7 +2,7 @@
 
 from lightning_modules.auxiliary import Auxiliary
 from lightning_modules.base import BaseModule, Batch, Optimization
-from lightning_modules.flow import DiscreteFlowModule, FlowModule
+from lightning_modules.flow import FlowModule
 from lightning_modules.language_model import LanguageModel
 from lightning_modules.latent_flow import LatentFlowModule
 from lightning_modules.ngram import NGramModule
@@ -11,7 +11,6 @@ __all__ = [
     "Auxiliary",
     "BaseModule",
     "Batch",
-    "DiscreteFlowModule",
     "FlowModule",
     "LanguageModel",
     "LatentFlowModule",

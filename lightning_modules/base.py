@@ -1,125 +1,50 @@
 """What all modules share: steps, likelihood metrics, optimizer and schedule, exact resume."""
 
 import math
+import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, TypeAlias
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any, ClassVar, Literal, Self, TypeAlias
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Timer
+from pytorch_lightning.callbacks import Callback, Timer
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
-from dflows.errors import UserError
+from dflows.errors import NonFiniteError, UserError
 from dflows.metrics import BitsPerCharacter, NatsPerExample
+from dflows.reporting import Report, Score
+from lightning_modules.checkpoints import load_weights, read_content, rebuild
+from lightning_modules.data import TrainingData
+from lightning_modules.divergence import FiniteWatch, all_finite, located
+from lightning_modules.optimization import (
+    DEFAULT_OPTIMIZATION,
+    Optimization,
+    Schedule,
+    keep_settings,
+)
+from lightning_modules.processes import SharedBuffers
+from lightning_modules.timing import report_generation
 
-__all__ = ["DEFAULT_OPTIMIZATION", "BaseModule", "Batch", "Optimization"]
+__all__ = ["DEFAULT_OPTIMIZATION", "BaseModule", "Batch", "Method", "Optimization", "compute"]
 
-Batch: TypeAlias = Tensor | tuple[Tensor, Tensor]
-"""Indices (B, d), or indices and what they are conditioned on (B, …)."""
+Batch: TypeAlias = Tensor | Sequence[Tensor]
+"""Indices (B, d) alone, or in a list; or indices and what they are conditioned on (B, …)."""
+
+Method: TypeAlias = Literal["levels", "fixed_point"]
+"""How events are generated: level by level, or all levels at once until nothing changes."""
 
 SMOOTHING = 0.98
-
-
-@dataclass(frozen=True)
-class Optimization:
-    """Creates the settings of AdamW and of its learning rate's course.
-
-    Arguments:
-        learning_rate: Learning rate after the warm-up.
-        base_learning_rate: That of the base distribution under flows; the same where it is not
-            given.
-        weight_decay: Decoupled weight decay of matrices; biases, norms, embeddings and the logits
-            of a factorized base have none.
-        betas: Decay of Adam's running means.
-        warmup_steps: Optimizer steps over which the learning rate rises from 0.
-        schedule: What it does then: ``constant``, or a fall to 0 along a ``cosine`` or a ``linear``
-            line. It reaches 0 with `trainer.max_steps`, or with `trainer.max_time` if that comes
-            first; by time, a resumed run goes on where it was but does not repeat the
-            uninterrupted one bit by bit.
-        cycles: Equal parts of the training; in each the learning rate takes its whole course,
-            warm-up included, as flows that are trained in turn need it
-            (:class:`dflows.estimators.LocalInTurn`).
-        hold_base_steps: First steps in which the base under flows is left as it is, and is not
-            refitted either.
-
-    Raises:
-        UserError: If a number is out of range.
-    """
-
-    learning_rate: float = 1e-3
-    base_learning_rate: float | None = None
-    weight_decay: float = 0.0
-    betas: tuple[float, float] = (0.9, 0.99)
-    warmup_steps: int = 0
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
-    cycles: int = 1
-    hold_base_steps: int = 0
-
-    def __post_init__(self) -> None:
-        for name, value in (
-            ("learning_rate", self.learning_rate),
-            ("base_learning_rate", self.base_learning_rate),
-        ):
-            if value is not None and not value > 0:
-                raise UserError(f"optimization.{name} is {value}: give a positive number")
-        for name, value in (
-            ("weight_decay", self.weight_decay),
-            ("warmup_steps", self.warmup_steps),
-            ("hold_base_steps", self.hold_base_steps),
-        ):
-            if value < 0:
-                raise UserError(f"optimization.{name} is {value}: give at least 0")
-        if self.cycles < 1:
-            raise UserError(f"optimization.cycles is {self.cycles}: give at least 1")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(f"optimization.betas is {self.betas}: give numbers from 0 to below 1")
-        if self.schedule not in ("constant", "cosine", "linear"):
-            raise UserError(
-                f"optimization.schedule is {self.schedule!r}: give constant, cosine or linear"
-            )
-        if self.cycles > 1 and self.schedule == "constant" and not self.warmup_steps:
-            raise UserError(
-                f"optimization.cycles is {self.cycles}, and a constant learning rate has no course "
-                "to repeat: give schedule cosine or linear, or warmup_steps"
-            )
-
-    def factor(self, step: int, progress: float) -> float:
-        """Returns what the learning rates are multiplied by.
-
-        Args:
-            step: Optimizer steps done.
-            progress: The part of the training that is done, 0 to 1.
-
-        Example:
-            >>> Optimization(warmup_steps=10, schedule="linear").factor(4, progress=0.2)
-            0.4
-            >>> Optimization(schedule="linear", cycles=2).factor(75, progress=0.75)
-            0.5
-        """
-        if self.cycles > 1 and 0 < progress < 1:
-            part = progress * self.cycles % 1
-            step = round(step * part / (progress * self.cycles))
-            progress = part
-        warm = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
-        match self.schedule:
-            case "cosine":
-                return warm * 0.5 * (1 + math.cos(math.pi * progress))
-            case "linear":
-                return warm * (1 - progress)
-            case _:
-                return warm
-
-
-DEFAULT_OPTIMIZATION = Optimization()
+EXAMPLES = 32
 
 
 class BaseModule(pl.LightningModule, ABC):
-    """Creates a module that is trained on an objective and judged by likelihoods.
+    """Base class of modules that are trained on an objective and judged by likelihoods.
 
     A subclass says what the objective, the likelihood and a sample are; steps, metrics, optimizer,
     schedule and resume are here. It logs `train_bpc` (smoothed), `valid_bpc`, `valid_nats`,
@@ -127,17 +52,24 @@ class BaseModule(pl.LightningModule, ABC):
     nats are those of a whole example.
 
     Randomness in a training step depends on the seed, the process and the number of the batch
-    alone, so that a resumed run repeats the uninterrupted one.
+    alone, so that a resumed run repeats the uninterrupted one. A loss, gradients or a likelihood
+    that are not finite end the run by a :class:`dflows.errors.NonFiniteError`, and no checkpoint
+    is written after them.
 
-    Arguments:
+    Args:
         optimization: Settings of the optimizer.
 
     Attributes:
         likelihood: Whether the likelihoods are ``exact``, or a ``bound`` that they do not reach.
             Tables and records say which.
+        takes_prompt: Whether :meth:`sample` takes a `prompt`.
+        scores: The likelihood of each split that was evaluated last.
+        characters_read: Characters that the model learned from, where they were not read as
+            training batches.
     """
 
     likelihood: ClassVar[Literal["exact", "bound"]] = "exact"
+    takes_prompt: ClassVar[bool] = False
 
     def __init__(self, optimization: Optimization = DEFAULT_OPTIMIZATION) -> None:
         super().__init__()
@@ -148,13 +80,16 @@ class BaseModule(pl.LightningModule, ABC):
                 for split in ("valid", "test")
             }
         )
-        self.counted: dict[str, dict[str, int]] = {"characters": {}, "examples": {}}
-        self.standard_error: dict[str, float] = {}
+        self.scores: dict[str, Score] = {}
+        self.characters_read: int | None = None
+        self._contexts: Tensor | None = None
         self._smoothed: Tensor | None = None
         self._seed = 0
+        self._watch = FiniteWatch()
+        self._rates_changed = False
 
     @abstractmethod
-    def objective(self, batch: Batch) -> Tensor:
+    def evaluate_objective(self, batch: Batch) -> Tensor:
         """Computes what training maximises, (B,), in nats: the log-likelihood, or an estimate."""
 
     @abstractmethod
@@ -169,7 +104,7 @@ class BaseModule(pl.LightningModule, ABC):
         length: int | None = None,
         temperature: float = 1.0,
         generator: Generator | None = None,
-        method: Literal["levels", "fixed_point"] = "levels",
+        method: Method = "levels",
         context: Tensor | None = None,
     ) -> Tensor:
         """Draws indices (num_samples, length), each given a context of its own or all none."""
@@ -179,12 +114,124 @@ class BaseModule(pl.LightningModule, ABC):
         """Sequential network evaluations that drawing a batch takes, where they are known."""
         return None
 
+    @property
+    def conditional(self) -> bool:
+        """Whether the model takes a context."""
+        return False
+
+    @property
+    def evaluations(self) -> int | None:
+        """Network evaluations that the last batch of samples took, where they were counted."""
+        return None
+
+    def accelerate(self, *, compile: bool = False, cuda_graph: bool = False) -> None:  # noqa: A002
+        """Makes generation faster, where there are ways to choose from.
+
+        Raises:
+            UserError: If there are none.
+        """
+        if compile or cuda_graph:
+            raise UserError(
+                f"{'compile' if compile else 'cuda_graph'} is set, and a {type(self).__name__} is "
+                "computed in one way: leave it away"
+            )
+
     def base_parameters(self) -> Iterable[nn.Parameter]:
         """Returns the parameters that have `base_learning_rate` and are held at first."""
         return ()
 
     def prepare(self) -> None:
-        """Starts and checks the model once the data are known, before a fit; a hook."""
+        """Initialises and checks the model once the data are known, before a fit; a hook."""
+
+    def certify(self, batch: Batch | None = None, *, trained: bool = True) -> None:
+        """Checks the model before a figure of it is recorded; a hook.
+
+        Args:
+            batch: One of the batches that will be scored, on the device of the module.
+            trained: Whether the weights are to be taken as they are.
+
+        Raises:
+            CertificateError: If the model keeps no promise of its likelihoods.
+        """
+
+    @property
+    def data(self) -> TrainingData:
+        """What is known of the data that the trainer has."""
+        return TrainingData(self.trainer)
+
+    def report(self, split: str) -> Report:
+        """Reports the likelihood of a split that was evaluated."""
+        score = self.scores[split]
+        remark = f"{score.characters:,} characters, {self.likelihood}"
+        return Report(
+            {
+                "characters": {split: score.characters},
+                "examples": {split: score.examples},
+                f"{split}_bpc": score.bpc,
+                f"{split}_nats": score.nats,
+            }
+        ).row(f"{split}, bits per character", f"{score.bpc:.4f}", remark)
+
+    def report_structure(self) -> Report:
+        """Reports what the model is, and what testing found of its parts."""
+        if self.passes is None:
+            return Report()
+        return Report({"passes": self.passes}).row(
+            "passes to generate", str(self.passes), "a whole window"
+        )
+
+    def report_generation(self, length: int) -> Report:
+        """Times generation and reports the latencies.
+
+        Args:
+            length: Dimensions of a sample.
+        """
+        return report_generation(self, length, self.example_contexts(EXAMPLES))
+
+    def example_contexts(self, number: int) -> Tensor | None:
+        """Returns so many contexts of the first test batch to sample with, if there were any."""
+        if self._contexts is None or not self.conditional:
+            return None
+        return self._contexts[torch.arange(number) % len(self._contexts)].to(self.device)
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls,
+        checkpoint_path: str | os.PathLike[str],
+        map_location: Any = None,
+        *,
+        allow: Sequence[str] = (),
+        strict: bool = True,
+        **arguments: Any,
+    ) -> Self:
+        """Makes the module of a checkpoint, without running any code that is in the file.
+
+        A checkpoint of `python -m dflows.fit` says how its module is made. One of a
+        `pl.Trainer` does so as far as the module called `save_hyperparameters`; what its
+        constructor takes beside that is handed over.
+
+        Args:
+            checkpoint_path: The file.
+            map_location: Where the module goes, by default the CPU.
+            allow: Packages, beside dflows' own, whose classes a checkpoint may name.
+            strict: Whether all weights must be there, and no others.
+            arguments: Arguments of the constructor.
+
+        Returns:
+            The module, as its constructor makes it: in training mode.
+
+        Raises:
+            UserError: If the file is no checkpoint, does not say how its module is made, or its
+                weights do not fit.
+
+        Example:
+            >>> module = FlowModule.load_from_checkpoint("best.ckpt", flow=flow)  # doctest: +SKIP
+        """
+        content = read_content(checkpoint_path)
+        module = rebuild(cls, content, checkpoint_path, allow, arguments)
+        load_weights(module, content["state_dict"], checkpoint_path, strict=strict)
+        module.on_load_checkpoint(content)
+        return module if map_location is None else module.to(map_location)
 
     @staticmethod
     def indices_of(batch: Batch) -> Tensor:
@@ -194,7 +241,7 @@ class BaseModule(pl.LightningModule, ABC):
     @staticmethod
     def context_of(batch: Batch) -> Tensor | None:
         """Returns what the indices of a batch are conditioned on, or nothing."""
-        return None if isinstance(batch, Tensor) else batch[1]
+        return None if isinstance(batch, Tensor) or len(batch) < 2 else batch[1]
 
     def setup(self, stage: str) -> None:
         """Prepares a fit.
@@ -214,15 +261,53 @@ class BaseModule(pl.LightningModule, ABC):
         trainer = self.trainer
         draw = trainer.fit_loop.total_batch_idx * trainer.world_size + trainer.global_rank + 1
         torch.manual_seed((self._seed + 0x9E3779B97F4A7C15 * draw) % 2**63)
+        if self._rates_changed:
+            self._rates_changed = False
+            for schedule in self._schedules():
+                schedule.apply()
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Returns the loss: nats per dimension, so that learning rates do not depend on D."""
-        loss = -self.objective(batch).mean() / self.indices_of(batch).shape[-1]
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
+        """Returns the loss: nats per dimension, so that learning rates do not depend on D.
+
+        Raises:
+            NonFiniteError: If it is not finite.
+        """
+        try:
+            with self.located("training"):
+                loss = -self.evaluate_objective(batch).mean() / self.indices_of(batch).shape[-1]
+                self._check_loss(loss.detach())
+        except NonFiniteError:
+            if not self._in_range_test():
+                raise
+            self.trainer.should_stop = True
+            return None
         bits = loss.detach().float() / math.log(2)
         smoothed = bits if self._smoothed is None else self._smoothed.to(bits.device)
         self._smoothed = smoothed.lerp(bits, 1 - SMOOTHING)
         self.log("train_bpc", self._smoothed, prog_bar=True)
         return loss
+
+    def located(self, part: str) -> AbstractContextManager[None]:
+        """Returns a context that adds the part of a run and the step to non-finite errors."""
+        return located(part, self._step())
+
+    def _step(self) -> int:
+        return 0 if self._trainer is None else self.trainer.global_step
+
+    def _check_loss(self, loss: Tensor) -> None:
+        # One of several processes must not end alone: the others would wait for its gradients. They
+        # all have what is not finite in theirs, when they have been added up.
+        if self._trainer is None or self.trainer.world_size == 1:
+            self._watch.note("the loss", loss.isfinite(), self._step())
+        if self._trainer is not None and self._step() % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self._watch.check()
+
+    def _in_range_test(self) -> bool:
+        """Whether a learning-rate finder tries rates, of which the last may be too large."""
+        if self._trainer is None:
+            return False
+        configs = self.trainer.lr_scheduler_configs
+        return bool(configs) and not isinstance(configs[0].scheduler, Schedule)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Computes gradients, where there is anything to train by them."""
@@ -231,11 +316,18 @@ class BaseModule(pl.LightningModule, ABC):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds a batch to the validation metrics."""
-        self._update("valid", batch, self.log_prob(batch))
+        with self.located("validation"):
+            self._update("valid", batch, self.log_prob(batch))
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds a batch to the test metrics."""
-        self._update("test", batch, self.log_prob(batch))
+        with self.located("test"):
+            self._update("test", batch, self.log_prob(batch))
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Returns what every trainer of the module needs."""
+        attached = any(isinstance(entry, SharedBuffers) for entry in self.trainer.callbacks)  # type: ignore[attr-defined]
+        return [] if attached else [SharedBuffers()]
 
     def on_validation_epoch_end(self) -> None:
         """Logs the validation metrics, which all processes compute together."""
@@ -249,18 +341,36 @@ class BaseModule(pl.LightningModule, ABC):
         metrics = self.metrics[split]
         metrics["bpc"].update(log_prob, self.indices_of(batch).numel())  # type: ignore[index]
         metrics["nats"].update(log_prob)  # type: ignore[index]
+        if split == "test" and self._contexts is None and self.conditional:
+            context = self.context_of(batch)
+            self._contexts = None if context is None else context[:EXAMPLES].detach()
 
     def _log_metrics(self, split: str) -> None:
-        for name, metric in self.metrics[split].items():  # type: ignore[operator]
-            value = compute(metric)
-            # All processes hold this value: their mean, which is asked for, is the value itself.
-            self.log(f"{split}_{name}", value.float(), prog_bar=name == "bpc", sync_dist=True)
+        """Logs the likelihoods of a split.
+
+        Raises:
+            NonFiniteError: If they are not finite.
+        """
         metrics = self.metrics[split]
-        self.counted["characters"][split] = self._total(metrics["bpc"].num_characters)  # type: ignore[index]
-        self.counted["examples"][split] = self._total(metrics["nats"].num_examples)  # type: ignore[index]
-        self.standard_error[split] = float(metrics["nats"].standard_error())  # type: ignore[index]
+        values = {name: compute(metric) for name, metric in metrics.items()}  # type: ignore[operator]
+        score = Score(
+            split,
+            bpc=float(values["bpc"]),
+            characters=self._total(metrics["bpc"].num_characters),  # type: ignore[index]
+            examples=self._total(metrics["nats"].num_examples),  # type: ignore[index]
+            standard_error=float(metrics["nats"].standard_error()),  # type: ignore[index]
+        )
         for metric in metrics.values():  # type: ignore[operator]
             metric.reset()
+        if not math.isfinite(score.bpc):
+            raise NonFiniteError(
+                f"the {split} likelihood at step {self._step()} is {score.bpc} bits per character: "
+                "the training diverged, or an example has no probability"
+            )
+        self.scores[split] = score
+        for name, value in values.items():
+            # All processes hold this value: their mean, which is asked for, is the value itself.
+            self.log(f"{split}_{name}", value.float(), prog_bar=name == "bpc", sync_dist=True)
 
     def _total(self, count: Tensor) -> int:
         return int(self.trainer.strategy.reduce(count.clone(), reduce_op="sum"))
@@ -285,34 +395,63 @@ class BaseModule(pl.LightningModule, ABC):
                 groups.setdefault((id(parameter) in base, decays), []).append(parameter)
         if not groups:
             return None
+        roles = list(groups)
         optimizer = torch.optim.AdamW(
             [
-                {
-                    "params": parameters,
-                    "lr": (in_base and settings.base_learning_rate) or settings.learning_rate,
-                    "weight_decay": settings.weight_decay if decays else 0.0,
-                }
-                for (in_base, decays), parameters in groups.items()
+                {"params": groups[role], **settings_of}
+                for role, settings_of in zip(roles, self._settings(roles), strict=True)
             ],
-            betas=settings.betas,
             # One kernel for all parameters; under mixed precision Lightning cannot clip for it.
             fused=not ("mixed" in self.trainer.precision and self.trainer.gradient_clip_val),
         )
+        keep_settings(optimizer, lambda: self._settings(roles))
         if settings.schedule != "constant" and not self.has_end:
             raise UserError(
                 f"optimization.schedule is {settings.schedule} and the training has no end: "
                 "set trainer.max_steps or trainer.max_time"
             )
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: settings.factor(step, self.progress(step))
+        self._roles = roles
+        schedule = Schedule(
+            optimizer, lambda step: self.optimization.factor(step, self.progress(step))
         )
         return {
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "learning_rate"},
         }
 
+    def _settings(self, roles: Sequence[tuple[bool, bool]]) -> list[dict[str, Any]]:
+        """Returns the settings of the optimizer's groups: of the base or not, decaying or not."""
+        settings = self.optimization
+        return [
+            {
+                "lr": (in_base and settings.base_learning_rate) or settings.learning_rate,
+                "weight_decay": settings.weight_decay if decays else 0.0,
+                "betas": settings.betas,
+            }
+            for in_base, decays in roles
+        ]
+
+    def _schedules(self) -> list[Schedule]:
+        configs = [] if self._trainer is None else self.trainer.lr_scheduler_configs
+        return [entry.scheduler for entry in configs if isinstance(entry.scheduler, Schedule)]
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate after the warm-up, which a learning-rate finder sets."""
+        return self.optimization.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, value: float) -> None:
+        self.optimization = replace(self.optimization, learning_rate=value)
+        for schedule in self._schedules():
+            schedule.rebase([group["lr"] for group in self._settings(self._roles)])
+            # A finder gives all groups the plain rate after this.
+            self._rates_changed = True
+
     def _total_steps(self) -> float:
-        return self.trainer.estimated_stepping_batches
+        # Where the length of an epoch is not known, Lightning returns max_steps, which is -1.
+        steps = self.trainer.estimated_stepping_batches
+        return steps if steps > 0 else math.inf
 
     def _timer(self) -> Timer | None:
         timers = (entry for entry in self.trainer.callbacks if isinstance(entry, Timer))  # type: ignore[attr-defined]
@@ -320,15 +459,20 @@ class BaseModule(pl.LightningModule, ABC):
 
     @property
     def has_end(self) -> bool:
-        """Whether the training ends by steps or by time."""
-        return not math.isinf(self._total_steps()) or self._timer() is not None
+        """Whether the training ends by steps, by epochs or by time."""
+        if not math.isinf(self._total_steps()) or self._timer() is not None:
+            return True
+        return (self.trainer.max_epochs or -1) > 0
 
     def progress(self, step: int) -> float:
-        """Returns the part of the training that is done after so many steps, or by time.
+        """Returns the part of the training that is done after so many steps, or by time, 0 to 1.
 
         All processes must ask at once.
         """
-        progress = step / self._total_steps()
+        total, epochs = self._total_steps(), self.trainer.max_epochs or -1
+        progress = step / total
+        if math.isinf(total) and epochs > 0:
+            progress = self.trainer.current_epoch / epochs
         timer = self._timer()
         if timer is not None and (left := timer.time_remaining()) is not None:
             elapsed = timer.time_elapsed() / (timer.time_elapsed() + max(left, 1e-9))
@@ -336,16 +480,44 @@ class BaseModule(pl.LightningModule, ABC):
                 # Clocks differ, and learning rates must not.
                 elapsed = self.trainer.strategy.broadcast(elapsed)
             progress = max(progress, elapsed)
-        return min(progress, 1.0)
+        return min(max(progress, 0.0), 1.0)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Holds the base in the first steps."""
+        """Checks gradients, and holds the base in the first steps.
+
+        Raises:
+            NonFiniteError: If they are not finite.
+        """
+        self._check_gradients(optimizer)
         if self.trainer.global_step < self.optimization.hold_base_steps:
             for parameter in self.base_parameters():
                 parameter.grad = None
 
+    def _check_gradients(self, optimizer: Optimizer) -> None:
+        # A loss that is scaled up for float16 overflows at first, and its scaler skips the step.
+        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
+        if scaled or self._in_range_test():
+            return
+        gradients = [
+            parameter.grad
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+        if gradients:
+            self._watch.note("a gradient", all_finite(gradients), self.trainer.global_step)
+
+    def on_train_end(self) -> None:
+        """Asks the device whether all steps were finite."""
+        self._watch.check()
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what a resumed run needs to repeat the uninterrupted one."""
+        """Adds what a resumed run needs to repeat the uninterrupted one.
+
+        Raises:
+            NonFiniteError: If the training has diverged.
+        """
+        self._watch.check()
         checkpoint["training"] = {"seed": self._seed, "train_bpc": self._smoothed}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

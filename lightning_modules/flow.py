@@ -1,5 +1,6 @@
 """The module that trains a discrete flow."""
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any, Literal
@@ -9,7 +10,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
-from dflows.bases import ClosedFormBase
+from dflows.bases import Base, ClosedFormBase
 from dflows.checks import check_flow
 from dflows.counted import Counted
 from dflows.errors import UserError
@@ -18,9 +19,13 @@ from dflows.flow import DiscreteFlow
 from dflows.metrics import ExactMatch, LevelBits, ResidualEntropy
 from dflows.objectives import EndToEnd, Layerwise, Local, Objective
 from dflows.orderings import Ordering, alike
+from dflows.reporting import Report
+from dflows.transforms import DiscreteTransform
 from lightning_modules.base import DEFAULT_OPTIMIZATION, BaseModule, Batch, Optimization, compute
 
 __all__ = ["FlowModule"]
+
+FIXED_POINTS = 4
 
 
 def default_objective(flow: DiscreteFlow) -> Objective:
@@ -39,7 +44,7 @@ def default_objective(flow: DiscreteFlow) -> Objective:
 
 def _shared_levels(flow: DiscreteFlow) -> Ordering | None:
     """Returns the one ordering of a flow, where levels of several dimensions are in it."""
-    parts = [*flow.transforms, flow.base]
+    parts: list[DiscreteTransform | Base] = [*flow.transforms, flow.base]
     orderings = [part.ordering for part in parts if part.ordering is not None]
     found = [ordering.levels(flow.length) for ordering in orderings]
     if not found or any(not torch.equal(levels, found[0]) for levels in found):
@@ -84,6 +89,7 @@ class FlowModule(BaseModule):
         3
     """
 
+    takes_prompt = True
     initialised: Tensor
     base_counts: Tensor
 
@@ -126,6 +132,7 @@ class FlowModule(BaseModule):
         levels = None if self._ordering is None else self._ordering.levels(flow.length)
         self.level_bits = None if levels is None else LevelBits(levels)
         self.exact_match = ExactMatch()
+        self.accuracy: float | None = None
         self.residual_bpc: list[float] = []
         self.level_bpc: list[float] = []
         self._step_before = 0
@@ -149,7 +156,8 @@ class FlowModule(BaseModule):
     def _check_counted(self) -> None:
         """Refuses what could not be counted on what it is to predict."""
         flow = self.flow
-        *inner, outer = [flow.base, *flow.transforms]
+        parts: list[nn.Module] = [flow.base, *flow.transforms]
+        *inner, outer = parts
         for part in inner:
             if any(isinstance(module, Expert) and _counted(module) for module in part.modules()):
                 raise UserError(
@@ -217,6 +225,50 @@ class FlowModule(BaseModule):
         """Whether some part of the flow takes a context."""
         return self.flow.takes_context
 
+    @property
+    def evaluations(self) -> int:
+        return sum(self.flow.evaluations)
+
+    def accelerate(self, *, compile: bool = False, cuda_graph: bool = False) -> None:  # noqa: A002
+        self.flow.accelerate(compile=compile, cuda_graph=cuda_graph)
+
+    def report(self, split: str) -> Report:
+        report = super().report(split)
+        if split == "test" and self.accuracy is not None:
+            report.metrics["accuracy"] = self.accuracy
+            report.row("test, predicted exactly", f"{self.accuracy:.4f}", "share of examples")
+        return report
+
+    def report_structure(self) -> Report:
+        flow = self.flow
+        report = Report({"passes": flow.passes, "untransformed": flow.untransformed})
+        if self.residual_bpc:
+            report.metrics["residual_bpc"] = self.residual_bpc
+            bits = ", ".join(f"{bits:.3f}" for bits in self.residual_bpc)
+            report.row("entropy after each transform, bits", bits, "test, from data to base")
+        if self.level_bpc and all(map(math.isfinite, self.level_bpc)):
+            report.metrics["level_bpc"] = self.level_bpc
+            bits = ", ".join(f"{bits:.2f}" for bits in self.level_bpc)
+            report.row("bits of each level", bits, "test, in the order of generation")
+        of = f"{flow.length} characters at once" if flow.passes else "no network"
+        return report.row("passes to generate", str(flow.passes), of)
+
+    def report_generation(self, length: int) -> Report:
+        report = super().report_generation(length)
+        if not self.flow.passes:
+            return report
+        context = self.example_contexts(1)
+        generator = Generator(self.device).manual_seed(0)
+        counts = []
+        for _ in range(FIXED_POINTS):
+            self.sample(1, context=context, generator=generator, method="fixed_point")
+            counts.append(self.evaluations)
+        mean = sum(counts) / len(counts)
+        report.metrics["fixed_point_iterations"] = mean
+        return report.row(
+            "iterations of the fixed point", f"{mean:.4g}", f"1 sequence, mean of {FIXED_POINTS}"
+        )
+
     def base_parameters(self) -> Iterable[nn.Parameter]:
         # Without transforms the base is the model.
         return self.flow.base.parameters() if len(self.flow.transforms) else ()
@@ -235,16 +287,17 @@ class FlowModule(BaseModule):
         self.certify(trained=False)
         rank_zero_info(self.describe())
 
-    def certify(self, *, trained: bool = True) -> None:
+    def certify(self, batch: Batch | None = None, *, trained: bool = True) -> None:
         """Shows that the flow is what its likelihood presumes: :func:`dflows.checks.check_flow`.
 
         Args:
+            batch: Examples; the first of the training data where they are not given.
             trained: Whether the weights are to be taken as they are.
 
         Raises:
             CertificateError: If it is not.
         """
-        batch = self.data.first_batch()
+        batch = self.data.first_batch() if batch is None else batch
         y, context = self.indices_of(batch), self.context_of(batch)
         check_flow(self.flow, context, batch=y, trained=trained)
 
@@ -282,7 +335,7 @@ class FlowModule(BaseModule):
         with torch.inference_mode(mode=False):
             part.count(chunks)
         if not any(True for _ in self.flow.parameters()):
-            self.counted["characters"]["train"] = part.num_counted
+            self.characters_read = part.num_counted
         rank_zero_info(f"{part}, counted on {part.num_counted:,} characters")
 
     def _residuals(self) -> Iterator[Tensor]:
@@ -323,6 +376,10 @@ class FlowModule(BaseModule):
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds a batch to the test metrics, those of every transform included."""
+        with self.located("test"):
+            self._test(batch)
+
+    def _test(self, batch: Batch) -> None:
         y, context = self.indices_of(batch), self.context_of(batch)
         if self.conditional:
             self.exact_match.update(self.flow.greedy(context, length=y.shape[-1]), y)
@@ -347,5 +404,6 @@ class FlowModule(BaseModule):
             self.level_bits.reset()
         if self.conditional:
             accuracy = compute(self.exact_match)
+            self.accuracy = float(accuracy)
             self.log("test_accuracy", accuracy.float(), prog_bar=True, sync_dist=True)
             self.exact_match.reset()

@@ -1,72 +1,52 @@
 """The first opponent: an autoregressive language model."""
 
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from dflows.backbones import Transformer
 from dflows.bases import AutoregressiveBase
-from dflows.conditioner import Conditioner, Execution
+from dflows.conditioner import Conditioner
 from dflows.errors import UserError
+from dflows.experts import leave_one_out
 from dflows.flow import DiscreteFlow
-from dflows.ngrams import NGrams
-from dflows.orderings import Ordering
 from lightning_modules.auxiliary import Auxiliary, AuxiliaryHeads
 from lightning_modules.base import DEFAULT_OPTIMIZATION, Batch, Optimization
-from lightning_modules.carried import Carried, CarriedModule, Score
+from lightning_modules.text import Overlapping, Score, TextModule
 
 __all__ = ["LanguageModel"]
 
 
-class State(NamedTuple):
-    """What training windows go on from: the last characters (B,), and what an LSTM made of all."""
+class _Windows(NamedTuple):
+    """Where training windows ended: the last characters (B,), and the backbone's state."""
 
     last: Tensor
-    hidden: Tensor
-    cells: Tensor
+    state: tuple[Tensor, ...]
 
 
-class LanguageModel(CarriedModule):
-    r"""Creates an autoregressive model of windows and trains it.
+class LanguageModel(TextModule):
+    r"""Creates a module that trains an autoregressive base without a transform.
 
-    .. math:: p(y) = \prod_d p(y_d \mid y_e : \ell_e < \ell_d)
+    Over the natural ordering it is a language model, drawn in D passes. `test_bpc` is that of
+    independent windows. Over the natural ordering, and without a context, testing logs
+    `test_bpc_stateful` too, where every character of the split is scored once, given more than its
+    window: with a stateful backbone (an LSTM) all that comes before it, by the state that one
+    window hands to the next; with any other the D - `overlap_stride` characters before it at least,
+    by windows of length D that overlap, of which the last `overlap_stride` characters count.
 
-    It is a base without a flow: over the natural ordering a language model, drawn in D passes.
+    With `stateful` such a backbone is also trained so, by truncated back-propagation through time:
+    windows go on where those of the step before ended, and the data must be stateful too. Every
+    window is still an event of its own to whoever scores it, and begins from a state of zero.
 
-    `test_bpc` is that of independent windows. Over the natural ordering, and without a context,
-    testing logs `test_bpc_carried` too, where every character of the split is scored once, given
-    more than its window: with an LSTM all that comes before it, by the state that one window hands
-    to the next; with any other network the D - `carried_stride` characters before it at least, by
-    windows of length D that overlap, of which the last `carried_stride` characters count.
-
-    With `carry` an LSTM is also trained so, by back-propagation through windows that go on where
-    those of the step before ended: the data must be ``consecutive``. Every window is still an event
-    of its own to whoever scores it, and begins from a state of zero.
-
-    Arguments:
-        num_classes: K; taken from the data where a command builds the module.
-        length: D; likewise.
-        backbone: The network: called without arguments.
-        ordering: Which dimensions condition which; natural where it is not given.
-        draw: As in :class:`dflows.bases.AutoregressiveBase`, as are the three that follow.
-        width: Features of one dimension, where the backbone does not tell its own.
-        execution: How the backbone is run.
-        positions: Whether a learned embedding of positions is added.
-        context_encoder: Maps what the data are conditioned on to vectors (B, C) or sequences
-            (B, S, C).
-        context_features: C, of a conditional model.
-        align_context: Whether position d of the context belongs to dimension d.
-        ngram_order: Classes of the longest of the n-grams whose log-probabilities the network is
-            told; none where it is not given.
-        carry: Whether training carries the state of an LSTM from window to window.
+    Args:
+        flow: An autoregressive base alone, :func:`dflows.flows.language_model` say.
+        optimization: Settings of the optimizer.
+        stateful: Whether training hands the state of the backbone from window to window.
         restart: Probability that a window of such a training begins anew nonetheless, so that the
             beginning of an event is learned too.
-        carried_stride: Characters of an overlapping window that count; half of them where it is not
+        overlap_stride: Characters of an overlapping window that count; half of them where it is not
             given. Fewer see more, and cost more evaluations.
         auxiliary: Losses that are added to the objective; none where they are not given.
-        optimization: Settings of the optimizer.
 
     Raises:
         UserError: If the choices do not fit each other.
@@ -80,92 +60,72 @@ class LanguageModel(CarriedModule):
         | https://arxiv.org/abs/1808.04444
 
     Example:
-        >>> from functools import partial
-        >>> from dflows.backbones import LSTM
-        >>> LanguageModel(27, 16, partial(LSTM, width=8)).flow.passes
+        >>> from dflows import flows
+        >>> LanguageModel(flows.language_model(num_classes=27, length=16)).passes
         16
     """
 
     def __init__(
         self,
-        num_classes: int,
-        length: int,
-        backbone: Callable[[], nn.Module],
-        *,
-        ordering: Ordering | None = None,
-        draw: Literal["all", "level"] = "all",
-        width: int | None = None,
-        execution: Execution = "auto",
-        positions: bool | None = None,
-        context_encoder: nn.Module | None = None,
-        context_features: int | None = None,
-        align_context: bool = False,
-        ngram_order: int | None = None,
-        carry: bool = False,
-        restart: float = 0.05,
-        carried_stride: int | None = None,
-        auxiliary: Auxiliary | None = None,
+        flow: DiscreteFlow,
         optimization: Optimization = DEFAULT_OPTIMIZATION,
+        stateful: bool = False,
+        restart: float = 0.05,
+        overlap_stride: int | None = None,
+        auxiliary: Auxiliary | None = None,
     ) -> None:
-        base = AutoregressiveBase(
-            num_classes,
-            length,
-            backbone=backbone(),
-            ordering=ordering,
-            draw=draw,
-            width=width,
-            execution=execution,
-            positions=positions,
-            context_features=context_features,
-            align_context=align_context,
-            grams=None if ngram_order is None else NGrams(num_classes, ngram_order),
-        )
-        super().__init__(DiscreteFlow(base, (), context_encoder), optimization)
-        self.carry = carry
+        super().__init__(flow, optimization)
+        if len(flow.transforms) or flow.base.ordering is None:
+            raise UserError(
+                f"a LanguageModel is an autoregressive base alone, and the flow has a "
+                f"{type(flow.base).__name__} and {len(flow.transforms)} transforms: give "
+                "dflows.flows.language_model, or train it with FlowModule"
+            )
+        self.stateful = stateful
         self.restart = restart
-        self.carried_stride = (length + 1) // 2 if carried_stride is None else carried_stride
+        self.overlap_stride = (flow.length + 1) // 2 if overlap_stride is None else overlap_stride
         self.auxiliary = None if auxiliary is None else self._auxiliary_heads(auxiliary)
-        self._check_carried()
-        self._state: State | None = None
-        self._states: list[Tensor] | None = None
+        self._check_stateful()
+        self._windows: _Windows | None = None
+        self._gathered: list[Tensor] | None = None
 
     @property
     def conditioner(self) -> Conditioner:
         """The network, from the characters before a place to the logits of that place."""
         return cast("AutoregressiveBase", self.flow.base).conditioner
 
-    def _check_carried(self) -> None:
-        """Refuses settings of what goes from window to window that do not fit."""
+    def _check_stateful(self) -> None:
+        """Refuses settings of what goes on from window to window that do not fit."""
         length = self.flow.length
-        if not 1 <= self.carried_stride <= length:
+        if not 1 <= self.overlap_stride <= length:
             raise UserError(
-                f"carried_stride is {self.carried_stride}: give a number from 1 to {length}, the "
+                f"overlap_stride is {self.overlap_stride}: give a number from 1 to {length}, the "
                 "length of a window"
             )
         if not 0 <= self.restart <= 1:
             raise UserError(f"restart is {self.restart}: give a probability from 0 to 1")
-        if not self.carry:
+        if not self.stateful:
             return
-        if not self.conditioner.carries:
+        if not self.conditioner.stateful:
             raise UserError(
-                f"carry is set, and a {type(self.conditioner.backbone).__name__} over "
-                f"{self.conditioner.ordering!r} has no state to carry: choose an LSTM over "
-                "Natural without a context, or unset carry"
+                f"stateful is set, and a {type(self.conditioner.backbone).__name__} over "
+                f"{self.conditioner.ordering!r} has no state that goes on: choose an LSTM over "
+                "Natural without a context, or unset stateful"
             )
         if self.auxiliary is not None:
             raise UserError(
-                "auxiliary losses are of windows that begin anew: unset carry or auxiliary"
+                "auxiliary losses are of windows that begin anew: unset stateful or auxiliary"
             )
 
     def _auxiliary_heads(self, settings: Auxiliary) -> AuxiliaryHeads:
         conditioner = self.conditioner
         backbone = conditioner.backbone
-        if not (conditioner.one_pass and conditioner.embeds and conditioner.left_to_right):
+        if not (conditioner.one_pass and conditioner.embedding.embeds and conditioner.left_to_right):
             raise UserError(
                 "auxiliary losses need a level-causal backbone over Natural, without a context: "
                 f"a {type(backbone).__name__} over {conditioner.ordering!r} is none"
             )
-        layers = len(backbone.blocks) if isinstance(backbone, Transformer) else 1
+        layers = backbone.num_layers
         if settings.layers and layers == 1:
             raise UserError(
                 "auxiliary.layers is set, and the network has no layer before its last that could "
@@ -174,12 +134,11 @@ class LanguageModel(CarriedModule):
         return AuxiliaryHeads(self.flow.num_classes, conditioner.width, layers, settings)
 
     def prepare(self) -> None:
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        self._state = self._states = None
-        if self.carry and not data.consecutive:
+        self._windows = self._gathered = None
+        if self.stateful and not self.data.stateful:
             raise UserError(
-                "carry is set, and the data are windows of any places: set consecutive of a "
-                "TextDataModule, or unset carry"
+                "stateful is set, and the windows of the data do not go on in one another: set "
+                "stateful of a TextDataModule, or unset that of the model"
             )
         super().prepare()
 
@@ -196,55 +155,56 @@ class LanguageModel(CarriedModule):
                 "end: set trainer.max_steps or trainer.max_time"
             )
 
-    def objective(self, batch: Batch) -> Tensor:
+    def evaluate_objective(self, batch: Batch) -> Tensor:
         y = self.indices_of(batch)
-        if self.carry:
-            return AutoregressiveBase.score(self._carried_logits(y), y).sum(dim=-1)
+        if self.stateful:
+            return AutoregressiveBase.score(self._stateful_logits(y), y).sum(dim=-1)
         if self.auxiliary is None:
-            return super().objective(batch)
-        with self.flow.without_own():
-            logits, features = self.conditioner.layers(y)
+            return super().evaluate_objective(batch)
+        with leave_one_out():
+            logits, features = self.conditioner.layer_logits(y)
         added: Tensor = self.auxiliary(features, y, self._done)
         # The value stays the log-likelihood; what is added is in the gradient alone.
         return AutoregressiveBase.score(logits, y).sum(dim=-1) + added - added.detach()
 
-    def _carried_logits(self, y: Tensor) -> Tensor:
+    def _stateful_logits(self, y: Tensor) -> Tensor:
         """Computes the logits (B, D, K) of training windows that go on, and keeps the state."""
         last, state = y.new_full((len(y),), -1), None
-        if self._state is not None and len(self._state.last) == len(y):
-            last, *parts = (part.to(self.device) for part in self._state)
-            state = parts[0], parts[1]
+        if self._windows is not None and len(self._windows.last) == len(y):
+            last = self._windows.last.to(self.device)
+            state = tuple(part.to(self.device) for part in self._windows.state)
             anew = torch.rand(len(y), device=y.device) < self.restart
             last = last.masked_fill(anew, -1)
-        logits, (hidden, cells) = self.conditioner.carry(y, last, state)
-        self._state = State(y[:, -1], hidden.detach(), cells.detach())
+        logits, state = self.conditioner.resume(y, last, state)
+        self._windows = _Windows(y[:, -1], tuple(part.detach() for part in state))
         # Here, where all processes come by: the one that writes a checkpoint cannot ask the others.
         alone = self._trainer is None or self.trainer.world_size == 1
-        self._states = [
+        self._gathered = [
             part.unsqueeze(0) if alone else cast("Tensor", self.all_gather(part))
-            for part in self._state
+            for part in (self._windows.last, *self._windows.state)
         ]
         return logits
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what a resumed run needs to repeat the uninterrupted one."""
         super().on_save_checkpoint(checkpoint)
-        checkpoint["training"]["states"] = self._states
+        checkpoint["training"]["states"] = self._gathered
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes up what :meth:`on_save_checkpoint` added."""
         super().on_load_checkpoint(checkpoint)
-        states = checkpoint.get("training", {}).get("states")
+        gathered = checkpoint.get("training", {}).get("states")
         ranks = 1 if self._trainer is None else self.trainer.world_size
-        if states is not None and len(states[0]) == ranks:
-            self._states = states
-            self._state = State(*(part[self.global_rank] for part in states))
+        if gathered is not None and len(gathered[0]) == ranks:
+            self._gathered = gathered
+            last, *state = (part[self.global_rank] for part in gathered)
+            self._windows = _Windows(last, tuple(state))
 
     def text_score(self) -> Score | None:
-        if self.conditioner.carries:
+        if self.conditioner.stateful:
             return self._score_by_state()
         if self.conditioner.left_to_right:
-            return Carried(self._score_by_overlap, self.flow.length - self.carried_stride)
+            return Overlapping(self._score_by_overlap, self.flow.length - self.overlap_stride)
         return None
 
     def _score_by_state(self) -> Score:
@@ -255,7 +215,7 @@ class LanguageModel(CarriedModule):
             nonlocal last, state
             found = []
             for window in text.split(self.flow.length):
-                logits, state = self.conditioner.carry(window.unsqueeze(0), last, state)
+                logits, state = self.conditioner.resume(window.unsqueeze(0), last, state)
                 found.append(AutoregressiveBase.score(logits[0], window))
                 last = window[-1:]
             return torch.cat(found)
@@ -264,7 +224,7 @@ class LanguageModel(CarriedModule):
 
     def _score_by_overlap(self, text: Tensor, known: int) -> Tensor:
         """Scores the characters (n,) of a text that come after those known, n of whole windows."""
-        length, stride = self.flow.length, self.carried_stride
+        length, stride = self.flow.length, self.overlap_stride
         new = len(text) - known
         begins = [
             known + window + begin

@@ -12,6 +12,7 @@ from dflows.checks import CertificateError
 from dflows.errors import UserError
 from dflows.latent import FlowPrior, LatentFlow
 from dflows.metrics import BitsPerCharacter
+from dflows.reporting import Report
 from lightning_modules.base import DEFAULT_OPTIMIZATION, BaseModule, Batch, Optimization, compute
 
 __all__ = ["LatentFlowModule"]
@@ -33,13 +34,12 @@ class LatentFlowModule(BaseModule):
     `train_bpc` is that of the weighted bound, lower than any likelihood while the weight is below
     1. Before a fit the prior is checked: what its two directions make of each other.
 
-    Arguments:
+    Args:
         num_classes: K; taken from the data where a command builds the module.
         length: D; likewise.
         prior: The density of the latent sequence: called without arguments.
         inference: The network behind the posterior: called without arguments.
         emission: The network behind the characters given the latent sequence: likewise.
-        width: Features of one position, where a network does not tell its own.
         num_draws: Latent sequences drawn for a window in training and validation.
         importance_draws: Those of the bounds on the test split, drawn at once: memory grows with
             them and with `eval_batch_size`.
@@ -73,7 +73,6 @@ class LatentFlowModule(BaseModule):
         inference: Callable[[], nn.Module],
         emission: Callable[[], nn.Module],
         *,
-        width: int | None = None,
         num_draws: int = 1,
         importance_draws: int = 16,
         kl_zero_steps: int = 0,
@@ -89,12 +88,13 @@ class LatentFlowModule(BaseModule):
         ):
             if value < least:
                 raise UserError(f"{name} is {value}: give at least {least}")
-        self.flow = LatentFlow(num_classes, length, prior(), inference(), emission(), width=width)
+        self.flow = LatentFlow(num_classes, length, prior(), inference(), emission())
         self.num_draws = num_draws
         self.importance_draws = importance_draws
         self.kl_zero_steps = kl_zero_steps
         self.kl_rise_steps = kl_rise_steps
         self.importance = BitsPerCharacter()
+        self.bpc_importance: float | None = None
         self._generator: Generator | None = None
 
     @property
@@ -112,11 +112,11 @@ class LatentFlowModule(BaseModule):
             return 0.0
         return min(1.0, rising / self.kl_rise_steps) if self.kl_rise_steps else 1.0
 
-    def objective(self, batch: Batch) -> Tensor:
+    def evaluate_objective(self, batch: Batch) -> Tensor:
         weight = self.kl_weight(self.global_step)
         return self.flow.terms(self.indices_of(batch), self.num_draws).bound(weight)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         """Returns the loss, and logs the weight of the divergence in it."""
         self.log("kl_weight", self.kl_weight(self.global_step))
         return super().training_step(batch, batch_idx)
@@ -147,8 +147,7 @@ class LatentFlowModule(BaseModule):
         )
 
     def prepare(self) -> None:
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if data.row_length > data.length:
+        if self.context_of(self.data.first_batch()) is not None:
             raise UserError(
                 "a LatentFlowModule takes no context, and the data are conditioned on one: choose "
                 "a LanguageModel or a FlowModule with context_features"
@@ -196,18 +195,30 @@ class LatentFlowModule(BaseModule):
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds a batch to the metrics of both bounds, which are of the same draws."""
         y = self.indices_of(batch)
-        terms = self.flow.terms(y, self.importance_draws, self._generator)
-        self._update("test", batch, terms.bound())
-        self.importance.update(terms.importance_bound(), y.numel())
+        with self.located("test"):
+            terms = self.flow.terms(y, self.importance_draws, self._generator)
+            self._update("test", batch, terms.bound())
+            self.importance.update(terms.importance_bound(), y.numel())
 
     def on_test_epoch_end(self) -> None:
         """Logs both bounds."""
         super().on_test_epoch_end()
         self._generator = None
-        self.log("test_bpc_importance", compute(self.importance).float(), sync_dist=True)
+        bits = compute(self.importance)
+        self.bpc_importance = float(bits)
+        self.log("test_bpc_importance", bits.float(), sync_dist=True)
         self.importance.reset()
 
     def on_validation_epoch_end(self) -> None:
         """Logs the bound."""
         super().on_validation_epoch_end()
         self._generator = None
+
+    def report(self, split: str) -> Report:
+        report = super().report(split)
+        if split == "test" and self.bpc_importance is not None:
+            draws, bits = self.importance_draws, self.bpc_importance
+            report.metrics |= {"test_bpc_importance": bits, "importance_draws": draws}
+            remark = f"bound of {draws} draws a window"
+            report.row("test, importance-weighted", f"{bits:.4f}", remark)
+        return report

@@ -5,18 +5,18 @@ from torch import Tensor
 from dflows.bases import NGramBase
 from dflows.errors import UserError
 from dflows.flow import DiscreteFlow
-from lightning_modules.carried import Carried, CarriedModule, Score
+from lightning_modules.text import Overlapping, Score, TextModule
 
 __all__ = ["NGramModule"]
 
 
-class NGramModule(CarriedModule):
+class NGramModule(TextModule):
     """Creates an n-gram model of windows, and counts it in one pass over the training split.
 
     Counting is all the training there is, so one step is enough: ``trainer.max_steps: 1``. A text
-    without breaks is scored with the characters of the longest gram carried.
+    without breaks is scored with the the characters of the longest gram before each known.
 
-    Arguments:
+    Args:
         num_classes: K; taken from the data where a command builds the module.
         length: D; likewise.
         order: As in :class:`dflows.bases.NGramBase`.
@@ -52,8 +52,7 @@ class NGramModule(CarriedModule):
         self._seen = order - 1
 
     def prepare(self) -> None:
-        data = self.trainer.datamodule  # type: ignore[attr-defined]
-        if data.row_length > data.length:
+        if self.context_of(self.data.first_batch()) is not None:
             raise UserError(
                 "an NGramModule takes no context, and the data are conditioned on one: choose a "
                 "LanguageModel or a FlowModule with context_features"
@@ -69,4 +68,4 @@ class NGramModule(CarriedModule):
         def log_prob(text: Tensor, known: int) -> Tensor:
             return self.flow.base.log_prob(text.unsqueeze(0))[0, known:]
 
-        return Carried(log_prob, self._seen)
+        return Overlapping(log_prob, self._seen)

@@ -31,13 +31,18 @@ def small_config(folder, text, **trainer):
         "model": {
             "class_path": "lightning_modules.FlowModule",
             "init_args": {
-                "orderings": [
-                    {"class_path": "dflows.orderings.Strided", "init_args": {"columns": 3}},
-                    {"class_path": "dflows.orderings.Parity", "init_args": {"first": 1}},
-                ],
-                "backbone": {
-                    "class_path": "dflows.backbones.DilatedConvolution",
-                    "init_args": {"width": 8, "layers": 1},
+                "flow": {
+                    "class_path": "dflows.flows.stack",
+                    "init_args": {
+                        "orderings": [
+                            {"class_path": "dflows.orderings.Strided", "init_args": {"columns": 3}},
+                            {"class_path": "dflows.orderings.Parity", "init_args": {"first": 1}},
+                        ],
+                        "backbone": {
+                            "class_path": "dflows.backbones.DilatedConvolution",
+                            "init_args": {"width": 8, "layers": 1},
+                        },
+                    },
                 },
                 "optimization": {"learning_rate": 0.01, "schedule": "linear"},
             },

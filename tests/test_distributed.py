@@ -22,8 +22,8 @@ def runs(tmp_path_factory):
         # Clipping would hide gradients of a wrong size.
         arguments += ("--trainer.gradient_clip_val", 0, "--model.base_refit_every", 2)
         # A backbone that runs masked draws levels, other ones in every process.
-        arguments += ("--model.backbone", "dflows.backbones.LevelConvolution")
-        arguments += ("--model.backbone.width", 8, "--model.backbone.layers", 1)
+        arguments += ("--model.flow.backbone", "dflows.backbones.LevelConvolution")
+        arguments += ("--model.flow.backbone.width", 8, "--model.flow.backbone.layers", 1)
         if processes == 1:
             assert run_here("fit", *arguments) == 0
         else:
@@ -70,11 +70,11 @@ def test_metrics_are_those_of_one_process(runs):
     assert two["residual_bpc"] == pytest.approx(one["residual_bpc"], rel=0.02)
 
 
-def test_flows_that_a_process_draws_nobody_for_do_not_stop_the_others(tmp_path):
+def test_transforms_that_a_process_samples_no_example_for_do_not_stop_the_others(tmp_path):
     config = small_config(tmp_path, write_text(tmp_path), max_steps=STEPS, val_check_interval=STEPS)
-    # Of the one example that a process has, one of the two flows is drawn; the other waits for it.
-    more = ("--model.estimator", "dflows.estimators.LocalObjective", "--model.estimator.draw")
-    more += ("flow", "--data.batch_size", 1, "--trainer.devices", 2, "--trainer.strategy", "ddp")
+    # For the one example that a process has, one of the two transforms is sampled.
+    more = ("--model.objective", "dflows.objectives.Local", "--model.objective.subsample")
+    more += ("transforms", "--data.batch_size", 1, "--trainer.devices", 2, "--trainer.strategy", "ddp")
     done = run_apart("fit", "--config", config, *more, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     metrics = read_record(tmp_path / "runs" / "small" / "version_0" / "small-1.json").metrics

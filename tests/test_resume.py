@@ -20,8 +20,8 @@ from tests.commands import (
 STEPS = 12
 # A level is drawn an example and step, and weights are dropped: all randomness there is in a step.
 MORE = (
-    *("--model.estimator", "dflows.estimators.LocalObjective", "--model.estimator.draw", "level"),
-    *("--model.backbone.dropout", "0.2", "--model.base_refit_every", "3"),
+    *("--model.objective", "dflows.objectives.Local", "--model.objective.subsample", "levels"),
+    *("--model.flow.backbone.dropout", "0.2", "--model.base_refit_every", "3"),
     *("--last_checkpoint.every_n_train_steps", "5", "--trainer.limit_test_batches", "1"),
 )
 
@@ -120,10 +120,10 @@ def test_a_run_goes_on_from_its_folder_or_from_a_checkpoint_taken_out_of_it(tmp_
     ("more", "message"),
     [
         (
-            ("--model.backbone.width", 12),
+            ("--model.flow.backbone.width", 12),
             "do not fit the model: size mismatch for flow.transforms.0",
         ),
-        (("--model.share_backbone", "true", "--model.positions", "true"), "do not fit the model"),
+        (("--model.flow.share_backbone", "true"), "do not fit the model"),
         (("--data.vocabulary", "bytes"), "another vocabulary (23 symbols, here 256)"),
     ],
 )

@@ -1,11 +1,8 @@
 """Checkpoints that say what they are: written whole, read without running what is in them."""
 
 import argparse
-import copy
 import os
-import re
-import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,25 +14,23 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from datamodules.vocabulary import Vocabulary, parse_vocabulary
 from dflows.errors import UserError
 from lightning_modules import BaseModule
+from lightning_modules.checkpoints import (
+    KEY,
+    check_trusted,
+    instantiate,
+    load_weights,
+    read_content,
+)
 
 __all__ = [
-    "KEY",
     "Checkpoint",
     "WholeCheckpoints",
     "add_checkpoint_arguments",
-    "check_trusted",
     "checkpoint_argument",
     "describe_run",
     "load_model",
-    "load_weights",
     "read_checkpoint",
 ]
-
-KEY = "dflows"
-"""Where a checkpoint keeps the description of its model and data."""
-
-TRUSTED = ("dflows", "datamodules", "lightning_modules", "torch.nn")
-_IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -76,7 +71,7 @@ def describe_run(config: Mapping[str, Any], vocabulary: str, length: int) -> dic
 class Checkpoint:
     """Creates the contents of a checkpoint of dflows.
 
-    Arguments:
+    Args:
         path: The file.
         weights: State of the module.
         config: Resolved configuration of the run.
@@ -112,20 +107,9 @@ def read_checkpoint(
         if not found:
             raise UserError(f"{path} holds no {' and no '.join(names)}: give a checkpoint")
         path = found[0]
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise UserError(f"no checkpoint {path}: give the path of a file, like best.ckpt") from None
-    except PermissionError as error:
-        raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from None
-    except Exception as error:  # noqa: BLE001 - what is no checkpoint fails in any way
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise UserError(
-            f"{path} is damaged or no checkpoint of dflows ({reason[0][:120]}): give one that "
-            "`python -m dflows.fit` wrote"
-        ) from None
-    described = content.get(KEY) if isinstance(content, dict) else None
-    if not isinstance(described, dict) or "state_dict" not in content:
+    content = read_content(path)
+    described = content.get(KEY)
+    if not isinstance(described, dict):
         raise UserError(
             f"{path} is a checkpoint of something else: give one that `python -m dflows.fit` wrote"
         )
@@ -137,66 +121,6 @@ def read_checkpoint(
     vocabulary = parse_vocabulary(described["vocabulary"], f"the vocabulary in {path}")
     length = int(described["length"])
     return Checkpoint(path, content["state_dict"], described["config"], vocabulary, length)
-
-
-def _import_paths(value: Any, *, everywhere: bool, key: str = "") -> Iterator[str]:
-    if isinstance(value, Mapping):
-        for name, entry in value.items():
-            yield from _import_paths(entry, everywhere=everywhere, key=str(name))
-    elif isinstance(value, (list, tuple)):
-        for entry in value:
-            yield from _import_paths(entry, everywhere=everywhere, key=key)
-    elif isinstance(value, str) and (
-        key == "class_path" or (everywhere and _IMPORT_PATH.fullmatch(value))
-    ):
-        yield value
-
-
-def check_trusted(checkpoint: Checkpoint, allowed: Sequence[str] = ()) -> None:
-    """Refuses a checkpoint that names classes of packages which nobody vouched for.
-
-    Loading it would import them, and so run their code.
-
-    Args:
-        checkpoint: The checkpoint.
-        allowed: Packages that the user vouches for.
-
-    Raises:
-        UserError: If it names another.
-    """
-    trusted = (*TRUSTED, *allowed)
-    config = checkpoint.config
-    named = [
-        *_import_paths(config.get("model"), everywhere=True),
-        *_import_paths(config.get("data"), everywhere=False),
-    ]
-    for path in named:
-        if not any(path == package or path.startswith(f"{package}.") for package in trusted):
-            raise UserError(
-                f"{checkpoint.path} names the class {path}, and loading it would run its package: "
-                f"add --allow {path.split('.')[0]} if you trust that"
-            )
-
-
-def load_weights(checkpoint: Checkpoint, model: BaseModule) -> None:
-    """Gives a model the weights of a checkpoint.
-
-    Args:
-        checkpoint: What :func:`read_checkpoint` returned.
-        model: The model.
-
-    Raises:
-        UserError: If they do not fit; the message names the file and the first weights that do not.
-    """
-    try:
-        model.load_state_dict(checkpoint.weights)
-    except RuntimeError as error:
-        _, *reasons = str(error).splitlines() or [""]
-        shown = textwrap.shorten(reasons[0] if reasons else str(error), 200, placeholder=" …")
-        raise UserError(
-            f"the weights in {checkpoint.path} do not fit the model: {shown.rstrip('.')}: give it "
-            "the configuration that it was trained with"
-        ) from None
 
 
 def load_model(checkpoint: Checkpoint, allowed: Sequence[str] = ()) -> BaseModule:
@@ -212,13 +136,9 @@ def load_model(checkpoint: Checkpoint, allowed: Sequence[str] = ()) -> BaseModul
     Raises:
         UserError: If it names classes of other packages, or its weights do not fit.
     """
-    check_trusted(checkpoint, allowed)
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_subclass_arguments(BaseModule, "model", required=True)
-    # Parsing changes what it is given.
-    parsed = parser.parse_object({"model": copy.deepcopy(checkpoint.config["model"])})
-    model: BaseModule = parser.instantiate_classes(parsed).model
-    load_weights(checkpoint, model)
+    check_trusted(checkpoint.config, allowed, checkpoint.path)
+    model = instantiate(BaseModule, checkpoint.config["model"])
+    load_weights(model, checkpoint.weights, checkpoint.path)
     return model.eval()
 
 

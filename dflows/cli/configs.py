@@ -1,5 +1,6 @@
 """Configurations: shipped ones found by their bare names, and dflows' own defaults."""
 
+import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -12,6 +13,7 @@ import pytorch_lightning as pl
 import yaml
 from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt
+from pytorch_lightning.callbacks import ProgressBar as AnyProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins import CheckpointIO
@@ -19,20 +21,23 @@ from pytorch_lightning.plugins import CheckpointIO
 from datamodules.module import StreamDataModule
 from dflows.cli.callbacks import (
     BestCheckpoint,
+    Certificates,
     LastCheckpoint,
-    ProgressBar,
+    RunFolder,
     SaveRun,
     Stopwatch,
     plain_config,
 )
-from dflows.cli.checkpoints import WholeCheckpoints, load_weights, read_checkpoint
+from dflows.cli.checkpoints import Checkpoint, WholeCheckpoints, read_checkpoint
+from dflows.cli.progress import ProgressBar, ProgressLines
 from dflows.cli.recording import below_here
 from dflows.cli.summary import EXACT_STATES
 from dflows.errors import UserError
 from dflows.records import check_folder, check_name
 from lightning_modules import BaseModule
+from lightning_modules.checkpoints import ModelParser, load_weights
 
-__all__ = ["FlowCLI", "Parser", "resolved_arguments", "shipped_configs"]
+__all__ = ["FlowCLI", "Parser", "check_seed", "resolved_arguments", "shipped_configs"]
 
 DEFAULTS: dict[str, Any] = {
     # The training stream has no end: a run is as long as max_steps or max_time say.
@@ -136,7 +141,25 @@ LINKED: dict[str, Callable[[StreamDataModule], int]] = {
     "num_classes": _num_classes,
     "length": _length,
 }
-"""Keys of the model that are those of the data."""
+"""Keys of the model, and of a flow that it is given, that are those of the data."""
+
+SEEDS = 2**32
+
+PLACES = ("model.init_args", "model.init_args.flow.init_args")
+
+
+def check_seed(key: str, seed: int) -> None:
+    """Refuses what not all generators take as a seed.
+
+    Args:
+        key: What the seed is called.
+        seed: The seed.
+
+    Raises:
+        argparse.ArgumentError: If it is not from 0 to below 2**32.
+    """
+    if not 0 <= seed < SEEDS:
+        raise argparse.ArgumentError(None, f"{key} is {seed}: give a number from 0 to {SEEDS - 1}")
 
 
 def _folder_of_run(checkpoint: Path) -> Path | None:
@@ -146,7 +169,7 @@ def _folder_of_run(checkpoint: Path) -> Path | None:
     return folder if whole else None
 
 
-class Parser(LightningArgumentParser):
+class Parser(ModelParser, LightningArgumentParser):
     """Creates a parser that takes whole names, and raises errors where others print their usage."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -156,7 +179,7 @@ class Parser(LightningArgumentParser):
 class FlowCLI(LightningCLI):
     """Creates trainer, model and data from configurations and arguments.
 
-    Arguments:
+    Args:
         arguments: The arguments of the command. Processes that Lightning starts read `sys.argv`,
             which must hold them too.
     """
@@ -179,6 +202,8 @@ class FlowCLI(LightningCLI):
                     subclass_mode_data=True,
                     run=False,
                     auto_configure_optimizers=False,
+                    # Checkpoints say themselves how their module is made.
+                    load_from_checkpoint_support=False,
                     parser_kwargs={"prog": "python -m dflows.fit"},
                 )
             finally:
@@ -211,10 +236,18 @@ class FlowCLI(LightningCLI):
             help="Sum the likelihood of a known distribution over all of up to so many states.",
         )
         parser.add_lightning_class_args(ProgressBar, "progress_bar")
+        parser.add_lightning_class_args(ProgressLines, "progress_lines")
         parser.add_lightning_class_args(BestCheckpoint, "best_checkpoint")
         parser.add_lightning_class_args(LastCheckpoint, "last_checkpoint")
         for key, read in LINKED.items():
-            parser.link_arguments("data", f"model.init_args.{key}", read, apply_on="instantiate")
+            for place in PLACES:
+                parser.link_arguments("data", f"{place}.{key}", read, apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses, and refuses a seed that no generator takes, before one is asked for it."""
+        super().parse_arguments(parser, args)
+        if not isinstance(self.config.seed_everything, bool):
+            check_seed("seed_everything", self.config.seed_everything)
 
     def before_instantiate_classes(self) -> None:
         """Settles where the run is kept: in a folder of its own, or in that which it goes on in."""
@@ -224,11 +257,13 @@ class FlowCLI(LightningCLI):
         self._check_config()
         logger = config.trainer.logger
         own = isinstance(logger, Namespace) and str(logger.class_path).endswith("TensorBoardLogger")
-        folder = self._resumed = None
+        self._resumed: Checkpoint | None = None
+        self._resumed_folder = folder = None
         if config.ckpt_path is not None:
             self._resumed = read_checkpoint(config.ckpt_path, ("last.ckpt", "best.ckpt"))
             config.ckpt_path = str(self._resumed.path)
-            folder = _folder_of_run(self._resumed.path)
+            self._resumed_folder = folder = _folder_of_run(self._resumed.path)
+            self._check_seed(self._resumed)
         if own and folder is not None:
             logger.init_args.save_dir = str(below_here(folder.parents[1]))
             logger.init_args.name = folder.parent.name
@@ -253,6 +288,15 @@ class FlowCLI(LightningCLI):
                 "leave it away, and set last_checkpoint.every_n_train_steps to write fewer"
             )
 
+    def _check_seed(self, resumed: Checkpoint) -> None:
+        """Refuses another seed, which could not be applied: the draws of a run go on."""
+        seed, before = self.config.seed_everything, resumed.config.get("seed_everything")
+        if before is not None and seed != before:
+            raise UserError(
+                f"seed_everything is {seed}, and the run that goes on from {resumed.path} draws "
+                f"from {before}: give that, or begin a new run"
+            )
+
     def _default_name(self) -> str:
         given = self.config.config or []
         return Path(str(given[0])).stem if given and given[0] else "dflows"
@@ -264,19 +308,22 @@ class FlowCLI(LightningCLI):
             UserError: If the model was given what it takes from the data, and other than theirs; or
                 the checkpoint that is gone on from is of another vocabulary or model.
         """
-        given = self.config.model.get("init_args") or {}
-        asked = {key: given.get(key) for key in LINKED}
+        asked = {
+            f"{place}.{key}": self.config.get(f"{place}.{key}")
+            for place in PLACES
+            for key in LINKED
+        }
         super().instantiate_classes()
-        for key, value in asked.items():
-            own = getattr(self.datamodule, key)
+        for place, value in asked.items():
+            own = getattr(self.datamodule, place.rpartition(".")[2])
             if value not in (None, own):
                 raise UserError(
-                    f"model.init_args.{key} is {value}, and the data have {own}: leave it away, "
-                    "the model takes it from the data"
+                    f"{place} is {value}, and the data have {own}: leave it away, the model takes "
+                    "it from the data"
                 )
         if self._resumed is not None:
             self.datamodule.check_vocabulary(self._resumed.vocabulary)
-            load_weights(self._resumed, self.model)
+            load_weights(self.model, self._resumed.weights, self._resumed.path)
             self._resumed = None
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
@@ -285,10 +332,24 @@ class FlowCLI(LightningCLI):
         plugins = list(plugins) if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(WholeCheckpoints())
+        self._drop_progress_bar()
         trainer = super().instantiate_trainer(plugins=plugins, **kwargs)
         self.stopwatch = Stopwatch()
-        trainer.callbacks.insert(0, self.stopwatch)  # type: ignore[attr-defined]
+        self.folder = RunFolder(self.config.name, self._resumed_folder)
+        trainer.callbacks[:0] = [self.folder, Certificates(), self.stopwatch]  # type: ignore[attr-defined]
         return trainer
+
+    def _drop_progress_bar(self) -> None:
+        """Leaves dflows' bar away where the user wants none, or has one of another kind."""
+        settings = self.config_init.trainer
+        callbacks = settings.callbacks or []
+        callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        own = any(isinstance(callback, AnyProgressBar) for callback in callbacks)
+        keys = self.parser.callback_keys
+        unwanted = ["progress_bar"] if own else []
+        if settings.enable_progress_bar is False:
+            unwanted = ["progress_bar", "progress_lines"]
+        self.parser.callback_keys = [key for key in keys if key not in unwanted]
 
     def forget_unused_folder(self) -> None:
         """Removes the folder of a run that failed before its first step.

@@ -14,7 +14,7 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 
 from dflows.errors import UserError
 
-__all__ = ["DEBUG", "one_line", "run_command"]
+__all__ = ["DEBUG", "chain_of", "one_line", "run_command"]
 
 DEBUG = "DFLOWS_DEBUG"
 """Environment variable that, set to 1, shows tracebacks."""
@@ -37,7 +37,8 @@ _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _UNKNOWN = re.compile(r"not accept|unrecognized argument")
 
 
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
+def chain_of(error: BaseException | None) -> Iterator[BaseException]:
+    """Yields an error and those that it came of."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
@@ -67,7 +68,7 @@ def one_line(error: BaseException) -> str:
     jsonargparse raises a chain of errors, one for every level of a configuration that it came
     through: their keys are the place, and the last of them is what is wrong.
     """
-    chain = list(_chain(error))
+    chain = list(chain_of(error))
     for cause in chain:
         if isinstance(cause, UserError):
             return _joined(cause)
@@ -111,7 +112,7 @@ def run_command(main: Callable[[], None]) -> int:
     try:
         main()
     except argparse.ArgumentError as error:
-        of_user = any(isinstance(cause, UserError) for cause in _chain(error))
+        of_user = any(isinstance(cause, UserError) for cause in chain_of(error))
         return _fail(one_line(error), FAILURE if of_user else USAGE)
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
@@ -120,7 +121,7 @@ def run_command(main: Callable[[], None]) -> int:
     except SystemExit as stop:
         return _exit_code(stop)
     except Exception as error:  # noqa: BLE001 - the last resort: the message, and how to see more
-        known = any(isinstance(cause, UserError) for cause in _chain(error))
+        known = any(isinstance(cause, UserError) for cause in chain_of(error))
         if known or isinstance(error, MisconfigurationException):
             return _fail(one_line(error), FAILURE)
         message = f"{type(error).__name__}: {one_line(error)} (set {DEBUG}=1 to see where)"
@@ -130,7 +131,7 @@ def run_command(main: Callable[[], None]) -> int:
 
 def _exit_code(stop: SystemExit) -> int:
     # Lightning leaves by SystemExit when it is interrupted.
-    if any(isinstance(cause, KeyboardInterrupt) for cause in _chain(stop)):
+    if any(isinstance(cause, KeyboardInterrupt) for cause in chain_of(stop)):
         return _fail("interrupted: --ckpt_path with the last.ckpt of the run goes on", INTERRUPTED)
     return stop.code if isinstance(stop.code, int) else int(bool(stop.code))
 

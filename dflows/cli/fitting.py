@@ -8,7 +8,15 @@ from dflows.cli.callbacks import BestCheckpoint
 from dflows.cli.configs import FlowCLI
 from dflows.cli.noise import quiet
 from dflows.cli.recording import make_record
-from dflows.cli.summary import Figures, end_processes, print_samples, stdout_console, trainer_device
+from dflows.cli.summary import (
+    end_processes,
+    generate_samples,
+    judge,
+    print_report,
+    print_samples,
+    stdout_console,
+    trainer_device,
+)
 from dflows.errors import UserError
 from dflows.provenance import revision
 from dflows.records import write_record
@@ -24,7 +32,7 @@ def fit(arguments: Sequence[str]) -> None:
             processes train.
 
     Raises:
-        UserError: If something that the user asked for cannot be had.
+        UserError: If the run cannot be made as it was asked for.
     """
     begin, code = time.perf_counter(), revision()
     quiet()
@@ -50,31 +58,28 @@ def fit(arguments: Sequence[str]) -> None:
         weights = trainer.strategy.load_checkpoint(best.best_model_path, weights_only=True)
         module.load_state_dict(weights["state_dict"])
     # The weights that are tested are validated anew: they need not be those of the last validation.
-    found: dict[str, float] = {}
-    for run in (trainer.validate, trainer.test):
-        for metrics in run(module, datamodule=data, verbose=False):
-            found |= {name: float(value) for name, value in metrics.items()}
-    folders = [trainer.log_dir, cli.config.record]  # a collective call, as all of the above
+    splits = []
+    for split, run in (("valid", trainer.validate), ("test", trainer.test)):
+        if any(
+            f"{split}_bpc" in metrics for metrics in run(module, datamodule=data, verbose=False)
+        ):
+            splits.append(split)
     end_processes()
     if trainer.is_global_zero:
-        figures = Figures(exact_states=cli.config.exact_states)
         # The trainer puts a module back into the mode that it found it in, which is training's.
         module.to(trainer_device(trainer)).eval()
         console = stdout_console()
-        for split in ("valid", "test"):
-            if f"{split}_bpc" in found:
-                figures.add_likelihood(module, data, split, found[f"{split}_bpc"])
-        figures.add_exact(module, data)
-        figures.add_flows(module)
-        figures.add_speed(cli.stopwatch, module, steps)
-        figures.add_generation(module, data)
-        figures.add_fixed_point(module, data)
-        samples = figures.add_samples(module, data, cli.config.seed_everything or 0)
-        figures.print(console, f"{cli.config.name}, {best.best_model_path or 'not saved'}")
+        exact_states = cli.config.exact_states
+        report = judge(module, data, splits, cli.stopwatch, steps=steps, exact_states=exact_states)
+        report += module.report_generation(data.length)
+        samples = generate_samples(module, data, cli.config.seed_everything or 0)
+        report += data.report_samples(samples)
+        title = f"{cli.config.name}, {best.best_model_path or 'not saved'}"
+        print_report(report, console, title)
         print_samples(console, samples)
         record = make_record(
             trainer,
-            figures,
+            report,
             name=cli.config.name,
             kind="fit",
             config=cli.resolved_config(),
@@ -82,6 +87,6 @@ def fit(arguments: Sequence[str]) -> None:
             seconds=time.perf_counter() - begin,
             budget=cli.config.budget,
         )
-        for folder in folders:
+        for folder in (cli.folder.path, cli.config.record):
             if folder is not None:
                 console.print(f"record: {write_record(folder, record)}", highlight=False)

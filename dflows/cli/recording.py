@@ -6,9 +6,11 @@ from typing import Any
 
 import pytorch_lightning as pl
 
-from dflows.cli.summary import Figures, trainer_device
+from dflows.cli.summary import trainer_device
 from dflows.provenance import describe_device
 from dflows.records import Record
+from dflows.reporting import Report
+from lightning_modules import BaseModule
 
 __all__ = ["below_here", "make_record", "without_machine"]
 
@@ -54,7 +56,7 @@ def _portable(value: Any) -> Any:
 
 def make_record(
     trainer: pl.Trainer,
-    figures: Figures,
+    report: Report,
     *,
     name: str,
     kind: str,
@@ -67,7 +69,7 @@ def make_record(
 
     Args:
         trainer: The trainer, whose module is the model.
-        figures: What came of it.
+        report: What came of it.
         name: Name of the run.
         kind: The command.
         config: The resolved configuration in plain types.
@@ -78,7 +80,8 @@ def make_record(
     Raises:
         UserError: If the name cannot be that of a record.
     """
-    parameters = trainer.lightning_module.parameters()
+    module = trainer.lightning_module
+    likelihood = module.likelihood if isinstance(module, BaseModule) else "exact"
     return Record(
         name=name,
         kind=kind,
@@ -87,9 +90,9 @@ def make_record(
         device=describe_device(trainer_device(trainer), trainer.world_size),
         precision=trainer.precision,
         seconds=seconds,
-        parameters=sum(parameter.numel() for parameter in parameters),
-        metrics=figures.metrics,
-        likelihood=figures.likelihood,
+        parameters=sum(parameter.numel() for parameter in module.parameters()),
+        metrics=report.metrics,
+        likelihood=likelihood,
         budget=budget,
         revision=code,
     )

@@ -209,7 +209,7 @@ def _log_probs(
     training = [part for part in module.modules() if part.training]
     module.eval()
     try:
-        with each_context_once(module):
+        with each_context_once():
             for first in range(0, count, block_size):
                 last = min(first + block_size, count)
                 numbers, block = torch.arange(first, last), slice(first, last)

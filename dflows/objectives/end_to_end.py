@@ -53,6 +53,9 @@ class EndToEnd(Objective):
                 "or choose another base"
             )
 
+    def end_to_end(self, progress: float | None) -> bool:
+        return True
+
     def evaluate(
         self, flow: DiscreteFlow, y: Tensor, context: Tensor | None, progress: float | None
     ) -> Tensor:

@@ -25,7 +25,7 @@ class Unigram(BaseModule):
         self.logits = nn.Parameter(torch.tensor([0.5, 0.0, -0.5]))
         self.body = nn.Sequential(nn.Embedding(K, 2), nn.LayerNorm(2), nn.Linear(2, 2))
 
-    def objective(self, batch):
+    def evaluate_objective(self, batch):
         unused = sum(parameter.sum() for parameter in self.body.parameters())
         return self.log_prob(batch) + 0 * unused
 
@@ -207,8 +207,8 @@ class TestSteps:
             nats = -sum(module.log_prob(batch).sum().item() for batch in data)
             assert result[f"{split}_bpc"] == pytest.approx(nats / math.log(2) / 26, rel=1e-6)
             assert result[f"{split}_nats"] == pytest.approx(nats / 7, rel=1e-6)
-            assert module.counted["characters"][split] == 26
-            assert module.counted["examples"][split] == 7
+            assert module.scores[split].characters == 26
+            assert module.scores[split].examples == 7
 
     def test_the_seed_decides_what_is_drawn_in_a_step(self, tmp_path):
         randomness = []

@@ -11,7 +11,7 @@ from torch import nn
 from datamodules import FullRankDataModule, TextDataModule
 from datamodules.sources import LocalText
 from dflows.checks import CertificateError
-from dflows.cli.summary import Figures, bigram_bpc, exact_nats, unigram_bpc
+from dflows.cli.summary import judge
 
 
 class Uniform(nn.Module):
