@@ -144,6 +144,11 @@ class DiscreteFlow(nn.Module):
         return len(untransformed(self._orderings, self.length))
 
     @property
+    def transforms_learn(self) -> bool:
+        """Whether some transform has parameters, for which values must carry a gradient."""
+        return any(True for _ in self.transforms.parameters())  # type: ignore[attr-defined]
+
+    @property
     def takes_context(self) -> bool:
         """Whether some part depends on a context."""
         return self.base.takes_context or any(part.takes_context for part in self.transforms)
@@ -215,8 +220,8 @@ class DiscreteFlow(nn.Module):
         return weights(log_prob).reshape(shape)
 
     def differentiable(self, y: Tensor) -> Tensor:
-        """Returns indices as one-hot vectors where there are transforms to hand a gradient to."""
-        if not (torch.is_grad_enabled() and self.conditional_transforms):
+        """Returns indices as one-hot vectors where a transform learns from their gradient."""
+        if not (torch.is_grad_enabled() and self.transforms_learn):
             return y
         parameters = (part for part in self.parameters() if part.is_floating_point())
         example = next(parameters, torch.empty(0))
