@@ -177,7 +177,7 @@ class DiscreteFlow(nn.Module):
         """Returns indices (…, d) as 64-bit integers: :func:`~dflows.representations.check_indices`.
 
         Raises:
-            UserError: If they are no indices of the flow's classes, or have more dimensions than it.
+            UserError: If they are no indices of the flow's classes, or have too many dimensions.
         """
         return check_indices(y, self.num_classes, self.length, wait=wait)
 

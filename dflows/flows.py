@@ -288,7 +288,7 @@ def language_model(
     context: Context | None = None,
     ngram_order: int | None = None,
 ) -> DiscreteFlow:
-    """Makes an autoregressive base without a transform: over the natural ordering, a language model.
+    """Makes an autoregressive base without a transform: in the natural ordering, a language model.
 
     Args:
         num_classes: K.
