@@ -5,7 +5,7 @@ Each is a function that returns a :class:`~dflows.flow.DiscreteFlow`; in a confi
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from torch import nn
 
@@ -74,6 +74,10 @@ class AutoregressiveFactory:
         )
 
 
+BaseFactory: TypeAlias = AutoregressiveFactory | Callable[[int, int], Base]
+"""Makes the distribution of x, given K and D."""
+
+
 def _expert(num_classes: int, ngram_order: int | None) -> NGramExpert | None:
     return None if ngram_order is None else NGramExpert(num_classes, ngram_order)
 
@@ -84,7 +88,7 @@ def stack(
     orderings: list[Ordering],
     backbone: Callable[[], nn.Module],
     bijection: Callable[[int], Bijection] = RankPermutation,
-    base: Callable[[int, int], Base] = FactorizedBase,
+    base: BaseFactory = FactorizedBase,
     *,
     share_backbone: bool = False,
     context: Context | None = None,
@@ -145,7 +149,7 @@ def bipartite(
     num_transforms: int = 2,
     parts: Literal["parity", "halves"] = "parity",
     bijection: Callable[[int], Bijection] = RankPermutation,
-    base: Callable[[int, int], Base] = FactorizedBase,
+    base: BaseFactory = FactorizedBase,
     context: Context | None = None,
 ) -> DiscreteFlow:
     """Makes the paper's bipartite flow: one part of the dimensions given the other, in turns.
@@ -191,7 +195,7 @@ def autoregressive(
     *,
     num_transforms: int = 1,
     bijection: Callable[[int], Bijection] = RankPermutation,
-    base: Callable[[int, int], Base] = FactorizedBase,
+    base: BaseFactory = FactorizedBase,
     context: Context | None = None,
     ngram_order: int | None = None,
 ) -> DiscreteFlow:
@@ -238,7 +242,7 @@ def strided(
     backbone: Callable[[], nn.Module] | None = None,
     *,
     bijection: Callable[[int], Bijection] = RankPermutation,
-    base: Callable[[int, int], Base] = FactorizedBase,
+    base: BaseFactory = FactorizedBase,
     context: Context | None = None,
     ngram_order: int | None = None,
 ) -> DiscreteFlow:
@@ -284,7 +288,7 @@ def language_model(
     context: Context | None = None,
     ngram_order: int | None = None,
 ) -> DiscreteFlow:
-    """Makes an autoregressive base without a transform: over the natural ordering, a language model.
+    """Makes an autoregressive base without a transform: in the natural ordering, a language model.
 
     Args:
         num_classes: K.

@@ -256,15 +256,18 @@ class BaseModule(pl.LightningModule, ABC):
             with torch.random.fork_rng(devices=[]):
                 self.prepare()
 
+    def on_train_epoch_start(self) -> None:
+        """Puts learning rates right that a finder has set."""
+        if self._rates_changed:
+            self._rates_changed = False
+            for schedule in self._schedules():
+                schedule.apply()
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seeds what is drawn in this step."""
         trainer = self.trainer
         draw = trainer.fit_loop.total_batch_idx * trainer.world_size + trainer.global_rank + 1
         torch.manual_seed((self._seed + 0x9E3779B97F4A7C15 * draw) % 2**63)
-        if self._rates_changed:
-            self._rates_changed = False
-            for schedule in self._schedules():
-                schedule.apply()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         """Returns the loss: nats per dimension, so that learning rates do not depend on D.

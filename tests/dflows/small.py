@@ -97,6 +97,13 @@ def states(num_classes, length):
     return torch.tensor(list(product(range(num_classes), repeat=length)))
 
 
+def make_conditioner(num_classes, length, ordering, backbone="masked", **options):
+    """A conditioner; the backbone by its name or as it is."""
+    if isinstance(backbone, str):
+        backbone = BACKBONES[backbone]()
+    return Conditioner(num_classes, length, ordering, backbone, **options)
+
+
 def make_transform(
     num_classes,
     length,
@@ -109,10 +116,8 @@ def make_transform(
     """A transform; the bijection by its name or as it is, the options those of a conditioner."""
     if isinstance(bijection, str):
         bijection = BIJECTIONS[bijection](num_classes, rule=RULES[rule]())
-    if isinstance(backbone, str):
-        backbone = BACKBONES[backbone]()
-    conditioner = Conditioner(
-        num_classes, length, ordering, backbone, bijection.num_logits, **options
+    conditioner = make_conditioner(
+        num_classes, length, ordering, backbone, num_logits=bijection.num_logits, **options
     )
     return ConditionalTransform(bijection, conditioner)
 

@@ -104,8 +104,8 @@ class TestKeys:
                     "dflows.orderings.Natural, init_args: {foo: 3}}]}}}}"
                 ),
                 (
-                    "model.flow.orderings (dflows.orderings.Natural): Option 'foo' is not accepted: it "
-                    "takes no keys"
+                    "model.flow.orderings (dflows.orderings.Natural): Option 'foo' is not accepted: "
+                    "it takes no keys"
                 ),
             ),
             (
@@ -144,7 +144,7 @@ class TestKeys:
                     "--model.flow.bijection.foo",
                     1,
                 ),
-                "model.flow.bijection (dflows.bijections.ModularAffine): Option 'foo' is not accepted",
+                "flow.bijection (dflows.bijections.ModularAffine): Option 'foo' is not accepted",
             ),
             # A rank permutation has no scale.
             (
