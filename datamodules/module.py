@@ -138,7 +138,7 @@ class StreamDataModule(pl.LightningDataModule, ABC):
             UserError: If the trainer is to overfit a part of an epoch.
         """
         if stage == "fit":
-            overfit = 0 if self.trainer is None else self.trainer.overfit_batches
+            overfit = 0 if self.trainer is None else self.trainer.overfit_batches  # type: ignore[attr-defined]
             if isinstance(overfit, float) and overfit:
                 raise UserError(
                     f"trainer.overfit_batches is {overfit}: give a whole number of batches"
@@ -287,8 +287,10 @@ class StreamDataModule(pl.LightningDataModule, ABC):
 
         A checkpoint holds its count too. What workers have fetched ahead is not in it.
         """
-        trainer = self.trainer
-        return 0 if trainer is None else trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        if self.trainer is None:
+            return 0
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress.state_dict()
+        return int(progress["total"]["processed"])
 
     def _row(self) -> int:
         """Returns the training row that comes next, counted over all processes."""
@@ -299,10 +301,10 @@ class StreamDataModule(pl.LightningDataModule, ABC):
     def _first_row(self) -> int:
         """Returns the row with which the training loader begins."""
         trainer = self.trainer
-        if trainer is None or not trainer.overfit_batches:
+        if trainer is None or not trainer.overfit_batches:  # type: ignore[attr-defined]
             return self._row()
-        progress = trainer.fit_loop.epoch_loop.batch_progress
-        batches = 0 if progress.is_last_batch else progress.current.processed
+        state = trainer.fit_loop.epoch_loop.batch_progress.state_dict()
+        batches = 0 if state["is_last_batch"] else state["current"]["processed"]
         return batches * self.batch_size * trainer.world_size
 
 
