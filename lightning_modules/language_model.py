@@ -120,7 +120,9 @@ class LanguageModel(TextModule):
     def _auxiliary_heads(self, settings: Auxiliary) -> AuxiliaryHeads:
         conditioner = self.conditioner
         backbone = conditioner.backbone
-        if not (conditioner.one_pass and conditioner.embedding.embeds and conditioner.left_to_right):
+        if not (
+            conditioner.one_pass and conditioner.embedding.embeds and conditioner.left_to_right
+        ):
             raise UserError(
                 "auxiliary losses need a level-causal backbone over Natural, without a context: "
                 f"a {type(backbone).__name__} over {conditioner.ordering!r} is none"

@@ -244,7 +244,7 @@ FILES = {"best.ckpt", "last.ckpt", "config.yaml", "tokenizer.json", "small-1.jso
         (("--trainer.logger", "tests.callbacks.Folderless"), "runs/small/version_0"),
         (
             ("--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "logs"),
-            "logs/lightning_logs/version_0",
+            "logs/small/version_0",
         ),
     ],
 )

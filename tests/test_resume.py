@@ -144,7 +144,7 @@ def test_the_best_checkpoint_of_a_run_is_kept(tmp_path, kind, monkeypatch):
     more += ("--model.optimization.learning_rate", 10, "--model.optimization.schedule", "constant")
     more += ("--ckpt_path", folder / "last.ckpt", "--trainer.max_steps", 9)
     assert run_here("fit", "--config", config, *more) == 0
-    written = tmp_path / "logs/lightning_logs/version_0" if kind == "another logger" else folder
+    written = tmp_path / "logs/small/version_0" if kind == "another logger" else folder
     assert scores(written) == (score, str(written / "best.ckpt"))
     assert (written / "best.ckpt").read_bytes() == best
     metrics = read_record(written / "small-1.json").metrics
@@ -175,7 +175,7 @@ def test_changed_settings_of_the_optimizer_are_applied_and_recorded(tmp_path):
             ("--model.flow.backbone.width", 12),
             "do not fit the model: size mismatch for flow.transforms.0",
         ),
-        (("--model.flow.share_backbone", "true"), "do not fit the model"),
+        (("--model.flow.share_backbone", "true"), "the model do not fit each other"),
         (("--data.vocabulary", "bytes"), "another vocabulary (23 symbols, here 256)"),
     ],
 )
