@@ -130,7 +130,7 @@ class StreamDataModule(pl.LightningDataModule, ABC):
         unigram = float(entropy_in_bits(self.class_counts(split).unsqueeze(0)))
         name = "unigram_bpc" if split == "test" else f"{split}_unigram_bpc"
         report = Report({name: unigram})
-        report.row(f"{split}, unigram entropy", f"{unigram:.4f}", "bits per character")
+        report.row(f"{split}, unigram entropy", f"{unigram:.4f}", "bits of a character alone")
         if self.entropy is None:
             return report
         report.metrics["entropy"] = self.entropy
