@@ -137,13 +137,21 @@ class LatentFlowModule(BaseModule):
         )
 
     def prepare(self) -> None:
-        if self.context_of(self.data.first_batch()) is not None:
+        if (self.data.first_batch() or (None, None))[1] is not None:
             raise UserError(
                 "a LatentFlowModule takes no context, and the data are conditioned on one: choose "
                 "a LanguageModel or a FlowModule with context_features"
             )
-        self._check_prior()
         rank_zero_info(self.describe())
+        self.certify(trained=False)
+
+    def certify(self, batch: Batch | None = None, *, trained: bool = True) -> None:
+        """Shows that the prior inverts itself: what its two directions make of each other.
+
+        Raises:
+            CertificateError: If it does not.
+        """
+        self._check_prior()
 
     @torch.no_grad()
     def _check_prior(self) -> None:
