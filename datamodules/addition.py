@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from datamodules.chunks import Array, Chunks
-from datamodules.counter import Counter
-from datamodules.enumerable import EXPECTED_DRAWS
+from datamodules.counter_rng import CounterRNG
+from datamodules.enumerable import EXPECTED_SAMPLES
 from datamodules.module import StreamDataModule
 from datamodules.vocabulary import IntegerVocabulary
 from datamodules.windows import Reader, TrainingStream
@@ -19,6 +19,8 @@ __all__ = ["AdditionDataModule"]
 
 MOST_PAIRS = 1 << 62
 """Further pairs are left away: no training sees as many."""
+LONGEST_EPOCH = 1 << 32
+"""Rows of an epoch: of more training pairs no training sees the end."""
 ROUNDS = 4
 
 
@@ -139,7 +141,7 @@ class AdditionDataModule(StreamDataModule):
                 million sums are returned, rounded.
         """
         if split == "train":
-            each = round(EXPECTED_DRAWS * self.length / self.num_classes)
+            each = round(EXPECTED_SAMPLES * self.length / self.num_classes)
             return torch.full((self.num_classes,), each)
         (rows,) = self.evaluation_chunks(split)
         sums = rows.reshape(-1, self.row_length)[:, : self.length]
@@ -172,7 +174,13 @@ class _Sums(TrainingStream):
         self._num_classes = num_classes
         self._first = first
         self._pairs = _num_pairs(num_classes, length)
-        self._counters = [Counter(seed, number) for number in range(ROUNDS)]
+        self._counters = [CounterRNG(seed, number) for number in range(ROUNDS)]
+
+    @property
+    def rows_per_epoch(self) -> int | None:
+        """The pairs that are not held out, unless they are beyond any training."""
+        pairs = self._pairs - self._first
+        return pairs if pairs <= LONGEST_EPOCH else None
 
     def open(self) -> Reader:
         """Returns what reads sums, of any number at any time."""
@@ -190,7 +198,7 @@ class _Sums(TrainingStream):
             one, other = other, (one + self._drawn(counter, other)) % self._num_classes
         return np.concatenate([self._sum(one, other), one, other], axis=1)
 
-    def _drawn(self, counter: Counter, digits: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _drawn(self, counter: CounterRNG, digits: NDArray[np.int64]) -> NDArray[np.int64]:
         """Returns digits (n, D) that are drawn by others (n, D)."""
         state = np.zeros(len(digits), np.uint64)
         for digit in digits.T:

@@ -1,4 +1,4 @@
-"""Draws from distributions of which everything is known exactly: those given as a table."""
+"""Samples from distributions of which everything is known exactly: those given as a table."""
 
 from abc import abstractmethod
 from functools import cached_property
@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from datamodules.chunks import Array, Chunks
-from datamodules.counter import Counter
+from datamodules.counter_rng import CounterRNG
 from datamodules.module import StreamDataModule
 from datamodules.vocabulary import IntegerVocabulary
 from datamodules.windows import Reader, TrainingStream
+from dflows.categorical import cdf, search_cdf
 from dflows.checks import check_above_entropy
 from dflows.errors import UserError
 from dflows.exact import check_enumerable, entropy, expected_loss, marginals, states
@@ -21,7 +21,7 @@ from dflows.reporting import Report
 
 __all__ = ["EnumerableDataModule"]
 
-EXPECTED_DRAWS = 1_000_000
+EXPECTED_SAMPLES = 1_000_000
 SHOWN_STATES = 10_000
 
 
@@ -167,47 +167,43 @@ class EnumerableDataModule(StreamDataModule):
                 expected in a million draws are returned, rounded.
         """
         if split == "train":
-            return (self.marginals.sum(0) * EXPECTED_DRAWS).round().long()
+            return (self.marginals.sum(0) * EXPECTED_SAMPLES).round().long()
         (draws,) = self.evaluation_chunks(split)
         return torch.from_numpy(np.bincount(draws, minlength=self.num_classes))
 
-    def draws(self, key: int) -> TrainingStream:
+    def samples(self, key: int) -> TrainingStream:
         """Returns an endless stream of draws, one for each key."""
         shape = (self.num_classes,) * self.length
-        return _TableDraws(self._cumulative, shape, Counter(self.seed, key))
+        return _TableSamples(self._cumulative, shape, CounterRNG(self.seed, key))
 
     def training_stream(self) -> TrainingStream:
         """Returns the endless draws."""
-        return self.draws(0)
+        return self.samples(0)
 
     def evaluation_chunks(self, split: str) -> Chunks:
         """Returns the draws of a split, one after the other."""
-        read = self.draws({"valid": 1, "test": 2}[split]).open()
+        read = self.samples({"valid": 1, "test": 2}[split]).open()
         return [read(0, self._eval_examples).reshape(-1)]
 
     @cached_property
-    def _cumulative(self) -> NDArray[np.float64]:
-        return np.cumsum(self.probabilities.numpy().reshape(-1))
+    def _cumulative(self) -> Tensor:
+        return cdf(self.probabilities.reshape(-1))
 
 
-class _TableDraws(TrainingStream):
+class _TableSamples(TrainingStream):
     """Creates independent draws, each found in the cumulative distribution by one random number."""
 
-    def __init__(
-        self, cumulative: NDArray[np.float64], shape: tuple[int, ...], counter: Counter
-    ) -> None:
+    def __init__(self, cumulative: Tensor, shape: tuple[int, ...], counter: CounterRNG) -> None:
         super().__init__(len(shape))
         self._cumulative = cumulative
         self._shape = shape
         self._counter = counter
-        # Rounding may not carry a draw beyond the last state that has any probability.
-        self._last = int(np.searchsorted(cumulative, cumulative[-1]))
 
     def open(self) -> Reader:
         """Returns what reads draws, of any number at any time."""
         return self._read
 
     def _read(self, first: int, rows: int) -> Array:
-        uniform = self._counter.uniform(np.arange(first, first + rows))
-        states = np.searchsorted(self._cumulative, uniform * self._cumulative[-1], side="right")
-        return np.stack(np.unravel_index(np.minimum(states, self._last), self._shape), axis=-1)
+        uniform = torch.from_numpy(self._counter.uniform(np.arange(first, first + rows)))
+        states = search_cdf(self._cumulative, uniform).numpy()
+        return np.stack(np.unravel_index(states, self._shape), axis=-1)

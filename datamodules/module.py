@@ -1,8 +1,10 @@
 """What all datamodules share: loaders for any number of processes and workers, and exact resume."""
 
 import math
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +24,35 @@ from dflows.reporting import Report, Score
 
 __all__ = ["StreamDataModule"]
 
+LARGEST_SEED = (1 << 63) - 1
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Creates a place of the training stream: the row that comes after so many batches."""
+
+    row: int
+    batches: int
+
 
 class StreamDataModule(pl.LightningDataModule, ABC):
     """Creates a datamodule of an endless training stream and of evaluation splits read once.
 
     A batch is a LongTensor of classes, shape (B, D), or a pair of it and of what it is conditioned
-    on: `batch_of` makes it of rows of `row_length` numbers. The training stream never ends, so a
-    trainer needs `max_steps` (and, to validate, `val_check_interval` with
-    `check_val_every_n_epoch: null`). Its rows depend on the seed alone: with R processes of batch
-    size B each, batch number n holds the R·B rows from n·R·B on, whatever the number of workers,
-    and a run that is resumed from a checkpoint goes on with the row at which the checkpoint was
-    written. Evaluation reads everything exactly once over all processes and workers; the rest that
-    fills no window is a batch of shape (1, rest).
+    on: `batch_of` makes it of rows of `row_length` numbers. The training stream never ends. Its
+    rows depend on the seed alone: with R processes of batch size B each, batch number n holds the
+    R·B rows from n·R·B on, whatever the number of workers, and a run that is resumed from a
+    checkpoint goes on with the row at which the checkpoint was written. Evaluation reads everything
+    exactly once over all processes and workers; the rest that fills no window is a batch of shape
+    (1, rest).
+
+    With `trainer.max_steps` the stream is one epoch without end; to validate, set
+    `val_check_interval`, and `check_val_every_n_epoch` to null. Where the trainer asks for epochs
+    (`max_epochs`, or a fraction of one in `limit_train_batches` or `val_check_interval`), the
+    loader has a length: an epoch is so many batches that their rows pass over the data once, the
+    last filled up from the next pass, with which the next epoch goes on. Samples without end have
+    no epoch, unless `limit_train_batches` says how many batches it has. `overfit_batches: N` begins
+    every epoch with the first row, and so trains on N batches again and again.
 
     Args:
         length: The number of dimensions of a row, D.
@@ -44,14 +63,14 @@ class StreamDataModule(pl.LightningDataModule, ABC):
 
     Attributes:
         is_text: Whether evaluation rows, one after the other, are a text.
-        consecutive: Whether row i of a training batch begins where row i of the batch before ended.
+        stateful: Whether row i of a training batch begins where row i of the batch before ended.
 
     Raises:
-        UserError: An argument is out of range.
+        UserError: If an argument is out of range.
     """
 
     is_text = False
-    consecutive = False
+    stateful = False
 
     def __init__(
         self, length: int, batch_size: int, eval_batch_size: int, num_workers: int, seed: int
@@ -66,13 +85,14 @@ class StreamDataModule(pl.LightningDataModule, ABC):
         ):
             if not isinstance(value, int) or value < least:
                 raise UserError(f"{name} must be at least {least}, not {value}")
+        if seed > LARGEST_SEED:
+            raise UserError(f"seed must be at most {LARGEST_SEED}, not {seed}")
         self.length = length
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
         self.seed = seed
-        self._first_row = 0
-        self._resumed_at: int | None = None
+        self._known = _Place(row=0, batches=0)
 
     @property
     @abstractmethod
@@ -153,9 +173,21 @@ class StreamDataModule(pl.LightningDataModule, ABC):
         return self.vocabulary.num_classes
 
     def setup(self, stage: str) -> None:
-        """Begins a fit with the first row, which a checkpoint that is loaded next may change."""
+        """Begins a fit with the first row, which a checkpoint that is loaded next may change.
+
+        Raises:
+            UserError: If the trainer is to overfit a part of an epoch.
+        """
         if stage == "fit":
-            self._first_row, self._resumed_at = 0, None
+            overfit = 0 if self.trainer is None else self.trainer.overfit_batches  # type: ignore[attr-defined]
+            if isinstance(overfit, float) and overfit:
+                raise UserError(
+                    f"trainer.overfit_batches is {overfit}: give a whole number of batches"
+                )
+            self._known = _Place(row=0, batches=0)
+            # Both are wrong of these loaders, which know their workers and shuffle by number.
+            for message in ("Your `IterableDataset` has `__len__`", "You requested to overfit but"):
+                warnings.filterwarnings("ignore", message)
 
     def encode(self, text: str) -> Tensor:
         """Returns the classes of a text, a LongTensor of shape (symbols,).
@@ -177,10 +209,27 @@ class StreamDataModule(pl.LightningDataModule, ABC):
         """Writes tokenizer.json into a folder and returns its path."""
         return self.vocabulary.save(folder)
 
+    def training_batches(self, rows: int) -> Iterator[Tensor | tuple[Tensor, Tensor]]:
+        """Yields the first rows of the training stream, the same in every process.
+
+        Args:
+            rows: How many.
+        """
+        read = self.training_stream().open()
+        for first in range(0, rows, self.eval_batch_size):
+            block = read(first, min(self.eval_batch_size, rows - first))
+            yield self.batch_of(torch.from_numpy(block.astype(np.int64)))
+
     def train_dataloader(self) -> "DataLoader[Tensor]":
-        """Returns the endless loader of this process's training batches."""
-        batches = TrainingBatches(self.training_stream(), self.batch_size, *self._process())
-        return _TrainingLoader(batches, self._row, **self._loader_options())
+        """Returns the loader of this process's training batches.
+
+        Raises:
+            UserError: If the trainer asks for epochs of samples without end.
+        """
+        stream = self.training_stream()
+        batches = TrainingBatches(stream, self.batch_size, *self._process())
+        length = self._batches_per_epoch(stream)
+        return _TrainingLoader(batches, self._first_row, length, **self._loader_options())
 
     def val_dataloader(self) -> "DataLoader[Tensor]":
         """Returns the loader of this process's batches of the split "valid"."""
@@ -191,8 +240,12 @@ class StreamDataModule(pl.LightningDataModule, ABC):
         return self._evaluation_loader("test")
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns what a checkpoint keeps: the next training row and the text of tokenizer.json."""
-        return {"row": self._row(), "vocabulary": self.vocabulary.to_json()}
+        """Returns what a checkpoint keeps: a place of the training stream, and the vocabulary."""
+        return {
+            "row": self._row(),
+            "batches": self._batches(),
+            "vocabulary": self.vocabulary.to_json(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on where a checkpoint was written.
@@ -206,7 +259,7 @@ class StreamDataModule(pl.LightningDataModule, ABC):
         self.check_vocabulary(
             parse_vocabulary(state_dict["vocabulary"], "the checkpoint's vocabulary")
         )
-        self._resumed_at = int(state_dict["row"])
+        self._known = _Place(int(state_dict["row"]), int(state_dict["batches"]))
 
     def check_vocabulary(self, vocabulary: Vocabulary) -> None:
         """Refuses the vocabulary of a checkpoint where it is another one.
@@ -245,32 +298,91 @@ class StreamDataModule(pl.LightningDataModule, ABC):
         trainer = self.trainer
         return (0, 1) if trainer is None else (trainer.global_rank, trainer.world_size)
 
-    def _row(self) -> int:
-        """Returns the training row that comes next, counted over all processes.
+    def _batches_per_epoch(self, stream: TrainingStream) -> int | None:
+        """Returns the length of the training loader, or None where it is to have no end."""
+        trainer = self.trainer
+        if trainer is None:
+            return None
+        limit = trainer.limit_train_batches
+        fractions = [
+            value
+            for value in (limit, trainer.val_check_interval)
+            if isinstance(value, float) and value != 1
+        ]
+        if trainer.max_epochs in (None, -1) and not fractions:
+            return None
+        if stream.rows_per_epoch is not None:
+            return -(-stream.rows_per_epoch // (self.batch_size * trainer.world_size))
+        if isinstance(limit, int):
+            return limit
+        if trainer.max_steps != -1 and not fractions:
+            return None
+        raise UserError(
+            f"a {type(self).__name__} has samples without end, and no epoch that the trainer could "
+            f"count (max_epochs is {trainer.max_epochs}): set trainer.max_steps, or "
+            "trainer.limit_train_batches to the batches of an epoch"
+        )
 
-        It follows from the trainer's own count of processed batches, which a checkpoint holds too:
-        what workers have fetched ahead is not counted.
+    def _batches(self) -> int:
+        """Returns how many training batches the trainer has processed.
+
+        A checkpoint holds its count too. What workers have fetched ahead is not in it.
         """
-        processed = 0
-        if self.trainer is not None:
-            progress = self.trainer.fit_loop.epoch_loop.batch_progress.state_dict()["total"]
-            processed = progress["processed"] * self.batch_size * self.trainer.world_size
-        if self._resumed_at is not None:
-            self._first_row = self._resumed_at - processed
-            self._resumed_at = None
-        return self._first_row + processed
+        if self.trainer is None:
+            return 0
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress.state_dict()
+        return int(progress["total"]["processed"])
+
+    def _row(self) -> int:
+        """Returns the training row that comes next, counted over all processes."""
+        # A loader may be asked for before the trainer has taken up its count from a checkpoint.
+        since = max(0, self._batches() - self._known.batches)
+        return self._known.row + since * self.batch_size * self._process()[1]
+
+    def _first_row(self) -> int:
+        """Returns the row with which the training loader begins."""
+        trainer = self.trainer
+        if trainer is None or not trainer.overfit_batches:  # type: ignore[attr-defined]
+            return self._row()
+        state = trainer.fit_loop.epoch_loop.batch_progress.state_dict()
+        batches = 0 if state["is_last_batch"] else state["current"]["processed"]
+        return batches * self.batch_size * trainer.world_size
 
 
 class _TrainingLoader(DataLoader[Tensor]):
-    """Creates a loader of which every iteration begins at the row that comes next."""
+    """Creates a loader of which every iteration begins at the row that comes next.
+
+    Args:
+        dataset: The batches, without end.
+        first_row: Tells with which row an iteration begins.
+        length: The batches that the trainer takes to be an epoch.
+        options: Those of a DataLoader.
+    """
 
     def __init__(
-        self, dataset: TrainingBatches, next_row: Callable[[], int], **options: Any
+        self,
+        dataset: TrainingBatches,
+        first_row: Callable[[], int],
+        length: int | None,
+        **options: Any,
     ) -> None:
         super().__init__(dataset, **options)
         self._batches = dataset
-        self._next_row = next_row
+        self._first_row = first_row
+        self._length = length
 
     def __iter__(self) -> Iterator[Tensor]:  # type: ignore[override]
-        self._batches.start_at(self._next_row())
+        self._batches.start_at(self._first_row())
         return super().__iter__()
+
+    def __len__(self) -> int:
+        if self._length is None:
+            raise TypeError("the training stream has no end")
+        return self._length
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns nothing: that it is there tells Lightning that training can be resumed."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Does nothing: the datamodule keeps the row."""

@@ -51,7 +51,7 @@ class TextDataModule(StreamDataModule):
             U+FFFD. Otherwise they are an error. A tokenizer.json decides for itself.
         max_eval_characters: Validation and test score no more than the first so many characters of
             their splits. `characters` says how many are scored, `is_complete` whether that is all.
-        consecutive: Whether row i of a training batch begins where row i of the batch before ended,
+        stateful: Whether row i of a training batch begins where row i of the batch before ended,
             as a model needs that carries its state from window to window. The rows of a batch, over
             all processes, are then places of the text at equal distances.
         streaming: Whether to read the text anew in every epoch in place of holding it in memory.
@@ -63,7 +63,7 @@ class TextDataModule(StreamDataModule):
         seed: Every seed has a training stream of its own.
 
     Raises:
-        UserError: An argument is out of range, or both `consecutive` and `streaming` are set.
+        UserError: An argument is out of range, or both `stateful` and `streaming` are set.
             Reading the text raises it too: where it cannot be read, is empty, is shorter than a
             window or has a character that is unknown.
 
@@ -90,7 +90,7 @@ class TextDataModule(StreamDataModule):
         vocabulary: str | list[str] = "train",
         unknown: bool = False,
         max_eval_characters: int | None = None,
-        consecutive: bool = False,
+        stateful: bool = False,
         streaming: bool = False,
         shuffle_windows: int = 8192,
         num_workers: int = 0,
@@ -103,15 +103,15 @@ class TextDataModule(StreamDataModule):
         ):
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, not {value}")
-        if consecutive and streaming:
+        if stateful and streaming:
             raise UserError(
-                "consecutive windows are read at many places of the text at once, and streaming "
+                "stateful windows are read at many places of the text at once, and streaming "
                 "reads it from its beginning: unset one of the two"
             )
         self.source = KingJames() if source is None else source
         self._unknown = unknown
         self._max_eval_characters = max_eval_characters
-        self.consecutive = consecutive
+        self.stateful = stateful
         self._streaming = streaming
         self._shuffle_windows = shuffle_windows
         self._vocabulary = self._given_vocabulary(vocabulary)
@@ -197,7 +197,7 @@ class TextDataModule(StreamDataModule):
             size = self.characters("train")
             return StreamedWindows(chunks, size, self.length, self.seed, self._shuffle_windows)
         (values,) = chunks
-        if self.consecutive:
+        if self.stateful:
             streams = self.batch_size * self._process()[1]
             return ConsecutiveWindows(values, self.length, self.seed, streams)
         return ShuffledWindows(values, self.length, self.seed)

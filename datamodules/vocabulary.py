@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from dflows.errors import UserError
-from dflows.files import replacing
+from dflows.files import atomic_write
 
 __all__ = [
     "ByteVocabulary",
@@ -92,7 +92,7 @@ class Vocabulary(ABC):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / FILE_NAME
-        with replacing(path) as unfinished:
+        with atomic_write(path) as unfinished:
             unfinished.write_text(self.to_json(), encoding="utf-8")
         return path
 

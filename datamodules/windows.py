@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from datamodules.chunks import Array, Chunks, Cut, regroup
-from datamodules.counter import Counter
+from datamodules.counter_rng import CounterRNG
 
 __all__ = [
     "ConsecutiveWindows",
@@ -43,6 +43,11 @@ class TrainingStream(ABC):
     def __init__(self, length: int) -> None:
         self.length = length
 
+    @property
+    def rows_per_epoch(self) -> int | None:
+        """The rows that pass over the data once, or None where they have no end."""
+        return None
+
     @abstractmethod
     def open(self) -> Reader:
         """Returns what reads rows; it is asked for growing numbers."""
@@ -67,6 +72,11 @@ class ShuffledWindows(TrainingStream):
         self._windows = _windows_of_an_epoch(len(values), length)
         self._epochs: dict[int, Array] = {}
 
+    @property
+    def rows_per_epoch(self) -> int:
+        """The windows of an epoch."""
+        return self._windows
+
     def open(self) -> Reader:
         """Returns what reads rows, of any number at any time."""
         return self._read
@@ -83,7 +93,7 @@ class ShuffledWindows(TrainingStream):
         if epoch not in self._epochs:
             if len(self._epochs) > 1:
                 del self._epochs[min(self._epochs)]
-            order = Counter(self._seed, epoch).permutation(self._windows)
+            order = CounterRNG(self._seed, epoch).permutation(self._windows)
             shift = _shift(self._seed, epoch, len(self._values) - self._windows * self.length)
             self._epochs[epoch] = shift + self.length * order
         return self._epochs[epoch]
@@ -107,7 +117,12 @@ class ConsecutiveWindows(TrainingStream):
         super().__init__(length)
         self._values = values
         self._streams = streams
-        self._begin = Counter(seed).integer(len(values))
+        self._begin = CounterRNG(seed).integer(len(values))
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """The windows that hold the array once."""
+        return -(-len(self._values) // self.length)
 
     def open(self) -> Reader:
         """Returns what reads rows, of any number at any time."""
@@ -143,6 +158,11 @@ class StreamedWindows(TrainingStream):
         self._block = block
         self._windows = _windows_of_an_epoch(size, length)
 
+    @property
+    def rows_per_epoch(self) -> int:
+        """The windows of an epoch."""
+        return self._windows
+
     def open(self) -> Reader:
         """Returns what reads rows, of numbers that grow."""
         blocks: Iterator[tuple[int, Array]] | None = None
@@ -174,7 +194,7 @@ class StreamedWindows(TrainingStream):
             begin = shift + index * self._block * self.length
             for values in regroup(Cut(self._chunks, begin, end), self._block * self.length):
                 windows = values.reshape(-1, self.length)
-                order = Counter(self._seed, epoch, index).permutation(len(windows))
+                order = CounterRNG(self._seed, epoch, index).permutation(len(windows))
                 yield epoch * self._windows + index * self._block, windows[order]
                 index += 1
             epoch, index = epoch + 1, 0
@@ -268,7 +288,7 @@ def _windows_of_an_epoch(size: int, length: int) -> int:
 
 def _shift(seed: int, epoch: int, most: int) -> int:
     """Returns where the first window of an epoch begins, 0..most."""
-    return Counter(seed, epoch, 0, 0).integer(most + 1)
+    return CounterRNG(seed, epoch, 0, 0).integer(most + 1)
 
 
 def _worker() -> tuple[int, int]:

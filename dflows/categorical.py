@@ -27,9 +27,8 @@ def inverse_cdf(
     Args:
         noise: Numbers (…) from 0 to below 1.
         logits: Logits (…, K), or
-        probs: Probabilities (…, K), which need not sum to 1. Where either has fewer batch
-            dimensions than the noise, all draws along the first dimensions of the noise share it
-            and are searched for by bisection; otherwise the two broadcast.
+        probs: Probabilities (…, K), which need not sum to 1. The batch dimensions of either are the
+            last dimensions of the noise; draws along the others share a distribution.
         temperature: Divides the logits, or the logarithms of the probabilities.
 
     Returns:
@@ -56,12 +55,7 @@ def inverse_cdf(
         given = given.log()
     if logits is not None or temperature != 1:
         given = (given if temperature == 1 else given / temperature).softmax(dim=-1)
-    if noise.ndim >= given.ndim:
-        return search_cdf(cdf(given), noise)
-    cumulative = given.cumsum(dim=-1).masked_fill_(given == 0, 0)
-    # Rounded, it stays below the maximum, which a class of some probability has.
-    threshold = noise.unsqueeze(-1) * cumulative.amax(dim=-1, keepdim=True)
-    return (cumulative > threshold).view(torch.uint8).argmax(dim=-1)
+    return search_cdf(cdf(given), noise)
 
 
 def cdf(probs: Tensor) -> Tensor:
@@ -74,7 +68,15 @@ def cdf(probs: Tensor) -> Tensor:
         Cumulative sums (…, K) that never fall, not even by rounding, and rise only at classes of
         some probability.
     """
-    return probs.cumsum(dim=-1).masked_fill(probs == 0, 0).cummax(dim=-1).values
+    cumulative = probs.cumsum(dim=-1)
+    if cumulative.device.type == "cpu":
+        return cumulative  # summed one after the other
+    return _never_falling(cumulative, probs)
+
+
+def _never_falling(cumulative: Tensor, probs: Tensor) -> Tensor:
+    """Mends the sums of a parallel scan, which may round neighbours in different ways."""
+    return cumulative.masked_fill(probs == 0, 0).cummax(dim=-1).values
 
 
 def search_cdf(cumulative: Tensor, noise: Tensor) -> Tensor:
@@ -91,16 +93,16 @@ def search_cdf(cumulative: Tensor, noise: Tensor) -> Tensor:
         >>> search_cdf(cdf(torch.tensor([1.0, 0.0, 3.0])), torch.tensor([0.2, 0.25, 0.9]))
         tensor([0, 2, 2])
     """
-    noise = noise * cumulative[..., -1]
-    batch = cumulative.ndim - 1
+    # Below the total even after rounding, so that a class is always found.
+    threshold = noise * cumulative[..., -1]
+    cumulative = cumulative.to(threshold.dtype).contiguous()
+    batch = cumulative.shape[:-1]
     if not batch:
-        return torch.searchsorted(cumulative, noise.contiguous(), right=True)
-    draws = noise.shape[: noise.ndim - batch]
-    # (draws, *batch) to (*batch, draws): the layout of a search in sorted rows.
-    rows = noise.flatten(0, noise.ndim - batch - 1) if draws else noise.unsqueeze(0)
-    rows = rows.movedim(0, -1).to(cumulative.dtype).contiguous()
-    found = torch.searchsorted(cumulative.contiguous(), rows, right=True)
-    return found.movedim(-1, 0).reshape(noise.shape)
+        return torch.searchsorted(cumulative, threshold.contiguous(), right=True)
+    # Rows of draws (*batch, n), one row a distribution.
+    rows = threshold.reshape(-1, *batch).movedim(0, -1).contiguous()
+    found = torch.searchsorted(cumulative, rows, right=True)
+    return found.movedim(-1, 0).reshape(threshold.shape)
 
 
 def select_log_prob(log_probs: Tensor, x: Tensor) -> Tensor:

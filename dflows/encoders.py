@@ -1,4 +1,4 @@
-"""Encoders of contexts: what a conditional flow is given, as features.
+"""Encoders: from the context of a conditional flow to features.
 
 An encoder is any module that maps a batch of contexts to vectors (B, C) or sequences (B, S, C).
 """
@@ -14,19 +14,18 @@ __all__ = ["SequenceEncoder"]
 
 
 class SequenceEncoder(nn.Module):
-    """Creates an encoder of sequences of classes, read by an LSTM each.
+    """Creates an encoder of sequences of classes that reads each by an LSTM.
 
-    Every sequence is embedded and read by the same LSTM, alone; the features of a position are a
-    linear map of what was read there of all sequences, embeddings included. They can be aligned
-    with the dimensions of a flow, or set in front of them.
+    One LSTM reads the sequences separately. The features of a position are a linear map of the
+    embeddings and the LSTM's outputs there, of all sequences. They can be aligned with the
+    dimensions of a flow, or set in front of them.
 
-    Arguments:
+    Args:
         num_classes: Classes of an entry.
         features: Features C of a position.
         sequences: Number of sequences, M.
-        bidirectional: Whether to read both ways; otherwise a position knows nothing of those to its
-            right.
-        hidden: Hidden units of the LSTM in each direction; as many as the features if not given.
+        bidirectional: Whether to read both ways; otherwise a position sees nothing to its right.
+        hidden: Hidden units of the LSTM in each direction; as many as `features` by default.
         layers: Number of layers.
 
     Raises:
@@ -80,8 +79,8 @@ class SequenceEncoder(nn.Module):
             Features (B, S, C).
 
         Raises:
-            UserError: If the shape or type is another, or a class is out of range (which is looked
-                at on a CPU).
+            UserError: If the shape or type does not fit, or a class is out of range (checked on a
+                CPU only).
         """
         if context.ndim != 3 or context.shape[1] != self.sequences:
             raise UserError(

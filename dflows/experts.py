@@ -40,16 +40,6 @@ def leave_one_out(counted: bool | None = None) -> Iterator[None]:
     Args:
         counted: Whether the values were counted. By default they were for experts in training mode,
             and not for those in evaluation mode.
-
-    Example:
-        >>> from dflows.experts import leave_one_out
-        >>> from dflows.ngrams import NGramExpert
-        >>> expert = NGramExpert(num_classes=3, order=2)
-        >>> with leave_one_out():
-        ...     print(expert.leaves_one_out, expert.eval().leaves_one_out)
-        True False
-        >>> expert.train().leaves_one_out
-        False
     """
     token = _left_out.set(_Scored(counted))
     try:

@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["replacing"]
+__all__ = ["atomic_write"]
 
 
 @contextmanager
-def replacing(file: Path) -> Iterator[Path]:
+def atomic_write(file: Path) -> Iterator[Path]:
     """Writes a file beside its place, and moves it there when all is written.
 
     Args:
@@ -23,7 +23,7 @@ def replacing(file: Path) -> Iterator[Path]:
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     file = Path(folder, "note.txt")
-        ...     with replacing(file) as unfinished:
+        ...     with atomic_write(file) as unfinished:
         ...         written = unfinished.write_text("whole")
         ...     file.read_text()
         'whole'

@@ -1,7 +1,7 @@
 """Which dimensions condition which: a level for every dimension.
 
 A dimension depends on the dimensions of lower levels and on nothing else. Level 0 depends on
-nothing: a flow hands it through, and a base draws it first. All levels distinct gives the
+nothing: a transform leaves it as it is, and a base samples it first. All levels distinct gives the
 autoregressive flow, two levels the bipartite flow, and what lies between is generated in as many
 passes as there are levels that need a network.
 """
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dflows.arguments import check_positive
 from dflows.errors import UserError
 
 __all__ = [
@@ -32,14 +33,14 @@ __all__ = [
 
 
 class Ordering(ABC):
-    """Creates an ordering: a level 0, 1, 2, … for every dimension.
+    """A level 0, 1, 2, … for every dimension.
 
     Two orderings are equal if their `repr` is.
     """
 
     @abstractmethod
     def levels(self, length: int) -> Tensor:
-        """Returns the levels (length,) of so many dimensions, 0..L-1 without a gap.
+        """Returns the levels (length,), 0..L-1 without a gap.
 
         Level 0 alone may be empty: :class:`BehindContext` leaves it to a context.
 
@@ -62,12 +63,6 @@ class Ordering(ABC):
 
 def _without_gaps(levels: Tensor) -> Tensor:
     return levels.unique(return_inverse=True)[1]
-
-
-def _check_positive(**sizes: int) -> None:
-    for name, size in sizes.items():
-        if size < 1:
-            raise UserError(f"{name} is {size}: give at least 1")
 
 
 def _check_first(first: int) -> None:
@@ -100,15 +95,15 @@ class Reversed(Ordering):
 
 
 class Permutation(Ordering):
-    """Creates an ordering in which one dimension after the other follows a permutation.
+    """Creates an ordering of one dimension after the other, by a permutation.
 
-    Fewer dimensions than the permutation has keep their order among themselves.
+    A shorter event keeps the order of its dimensions among themselves.
 
-    Arguments:
-        order: The dimensions, first the one that depends on nothing.
+    Args:
+        order: The dimensions, beginning with the one that depends on nothing.
 
     Raises:
-        UserError: If `order` is no permutation.
+        UserError: If `order` is not a permutation.
 
     Example:
         >>> Permutation([2, 0, 1]).levels(3)
@@ -134,8 +129,8 @@ class Permutation(Ordering):
 class Parity(Ordering):
     """Creates the bipartite ordering of even and odd dimensions.
 
-    Arguments:
-        first: The parity that conditions the other: 0 or 1. A single dimension is of level 0.
+    Args:
+        first: The parity of level 0: 0 or 1. A single dimension is always of level 0.
 
     Raises:
         UserError: If `first` is neither.
@@ -156,10 +151,10 @@ class Parity(Ordering):
 class Halves(Ordering):
     """Creates the bipartite ordering of the left and the right half.
 
-    Of an odd number of dimensions the left half has one less.
+    With an odd number of dimensions the left half has one fewer.
 
-    Arguments:
-        first: The half that conditions the other: 0 (left) or 1 (right).
+    Args:
+        first: The half of level 0: 0 (left) or 1 (right).
 
     Raises:
         UserError: If `first` is neither.
@@ -181,7 +176,7 @@ class Halves(Ordering):
 class Blocks(Ordering):
     """Creates an ordering of contiguous blocks, one after the other from left to right.
 
-    Arguments:
+    Args:
         size: Dimensions of a block; the last may have fewer.
 
     Raises:
@@ -193,7 +188,7 @@ class Blocks(Ordering):
     """
 
     def __init__(self, size: int) -> None:
-        _check_positive(size=size)
+        check_positive(size=size)
         self.size = size
 
     def levels(self, length: int) -> Tensor:
@@ -201,16 +196,17 @@ class Blocks(Ordering):
 
 
 class Strided(Ordering):
-    """Creates an ordering of columns: the dimensions as rows of so many columns, column by column.
+    """Creates an ordering of the dimensions as rows, generated column by column.
 
-    Every dimension sees its left neighbours in the row, and the dimensions of one level lie
-    `columns` apart, hence nearly independent in text.
+    Every dimension sees its left neighbours in the row. The dimensions of one level lie `columns`
+    apart and are hence nearly independent in text. The number of passes does not grow with the
+    length.
 
-    Arguments:
-        columns: Columns, which are the levels.
+    Args:
+        columns: Number of columns, which are the levels.
 
     Raises:
-        UserError: If there is less than one column.
+        UserError: If `columns` is below 1.
 
     Example:
         >>> Strided(columns=3).levels(7)
@@ -218,7 +214,7 @@ class Strided(Ordering):
     """
 
     def __init__(self, columns: int) -> None:
-        _check_positive(columns=columns)
+        check_positive(columns=columns)
         self.columns = columns
 
     def levels(self, length: int) -> Tensor:
@@ -226,19 +222,19 @@ class Strided(Ordering):
 
 
 class Checkerboard(Ordering):
-    """Creates the bipartite ordering of a lattice's even and odd sites, row by row in dimensions.
+    """Creates the bipartite ordering of the even and odd sites of a lattice, stored row by row.
 
-    The neighbours of a site are all of the other level, so that on a lattice with pairs of
-    neighbours alone the sites of level 1 are independent given level 0. It takes an even number of
-    rows and columns where the lattice is periodic.
+    The neighbours of a site are all of the other level. If only neighbours interact, the sites of
+    level 1 are hence independent given level 0. A periodic lattice needs even numbers of rows and
+    columns for that.
 
-    Arguments:
+    Args:
         columns: Sites of a row.
-        first: The sites that condition the others: 0 (row plus column even) or 1 (odd). A single
-            dimension is of level 0.
+        first: The sites of level 0: 0 (row plus column even) or 1 (odd). A single dimension is
+            always of level 0.
 
     Raises:
-        UserError: If there is less than one column, or `first` is neither.
+        UserError: If `columns` is below 1, or `first` is neither.
 
     Example:
         >>> Checkerboard(columns=4).levels(16).view(4, 4)
@@ -249,7 +245,7 @@ class Checkerboard(Ordering):
     """
 
     def __init__(self, columns: int, first: int = 0) -> None:
-        _check_positive(columns=columns)
+        check_positive(columns=columns)
         _check_first(first)
         self.columns = columns
         self.first = first
@@ -264,7 +260,7 @@ class Checkerboard(Ordering):
 class CoarseToFine(Ordering):
     """Creates an ordering that halves the distance between known dimensions with every level.
 
-    Arguments:
+    Args:
         stride: Distance of the dimensions of level 0, a power of 2.
 
     Raises:
@@ -276,7 +272,7 @@ class CoarseToFine(Ordering):
     """
 
     def __init__(self, stride: int) -> None:
-        _check_positive(stride=stride)
+        check_positive(stride=stride)
         if stride & (stride - 1):
             raise UserError(f"stride is {stride}: give a power of 2")
         self.stride = stride
@@ -292,13 +288,13 @@ class CoarseToFine(Ordering):
 
 
 class BehindContext(Ordering):
-    """Creates an ordering that leaves level 0 to a context: every level of another, one higher.
+    """Creates an ordering that leaves level 0 to a context: the levels of another, raised by one.
 
-    A flow hands level 0 through. Behind a context it need hand no dimension through, since the
-    context is what the first ones depend on. Around an ordering of one level this is the bipartite
-    flow between a context and all dimensions, generated in one pass.
+    A transform leaves dimensions of level 0 as they are. Behind a context it need leave none, since
+    the first ones depend on the context. Around an ordering of one level this is the bipartite flow
+    between a context and all dimensions, generated in one pass.
 
-    Arguments:
+    Args:
         ordering: The ordering of the dimensions among themselves.
 
     Example:
@@ -317,7 +313,7 @@ def alike(orderings: Sequence[Ordering], length: int) -> Tensor:
     """Groups the dimensions that a stack treats alike: those of equal levels in every ordering.
 
     Args:
-        orderings: The orderings of the stack; an empty one treats all alike.
+        orderings: The orderings of the stack; an empty stack treats all alike.
         length: D.
 
     Returns:
@@ -334,10 +330,10 @@ def alike(orderings: Sequence[Ordering], length: int) -> Tensor:
 
 
 def untransformed(orderings: Sequence[Ordering], length: int) -> Tensor:
-    """Finds the dimensions that no flow of a stack ever transforms.
+    """Finds the dimensions that no transform of a stack changes.
 
     Args:
-        orderings: The orderings of the stack; an empty one transforms nothing.
+        orderings: The orderings of the stack; an empty stack changes nothing.
         length: D.
 
     Returns:

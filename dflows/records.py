@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from dflows.errors import UserError
-from dflows.files import replacing
+from dflows.files import atomic_write
 from dflows.provenance import revision, versions
 
 __all__ = [
@@ -38,7 +38,7 @@ METRICS: Mapping[str, tuple[str, str]] = MappingProxyType(
         # Likelihoods; the record says whether they are exact or bounds.
         "test_bpc": ("number", "bits per character of the test split"),
         "valid_bpc": ("number", "bits per character of the validation split"),
-        "test_bpc_carried": ("number", "test_bpc with the state carried from window to window"),
+        "test_bpc_stateful": ("number", "test_bpc given what comes before each window"),
         "test_bpc_importance": ("number", "importance-weighted bound, where test_bpc is a bound"),
         "importance_draws": ("count", "draws of the importance-weighted bound"),
         "test_nats": ("number", "nats per example of the test split"),
@@ -54,24 +54,24 @@ METRICS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "entropy": ("number", "exact entropy of the distribution, nats"),
         "factorized_entropy": ("number", "sum of the exact marginal entropies, nats"),
         "reference_nats": ("number", "nats per example of the best tabular flow found"),
-        "in_turn_nats": ("number", "nats per example of tables that are fitted in turn"),
+        "layerwise_nats": ("number", "nats per example of tables that are fitted layerwise"),
         "exhaustive_nats": ("number", "nats of the best of all bijections of the states"),
         "kl": ("number", "exact divergence of the model from the distribution, nats"),
         "factorized_kl": ("number", "kl of the best factorized base, nats"),
         "reference_kl": ("number", "kl of the best tabular flow found, nats"),
         "probabilities": ("numbers", "the model's of every state, the last dimension first"),
         "accuracy": ("number", "share of test examples told exactly by greedy decoding"),
-        # The flows.
-        "residual_bpc": ("numbers", "bits per dimension after each flow was undone, on test"),
+        # The transforms.
+        "residual_bpc": ("numbers", "bits per dimension after each transform was undone, on test"),
         "level_bpc": ("numbers", "bits per dimension of each level of the one ordering, on test"),
-        "untransformed": ("count", "dimensions that no flow transforms"),
+        "untransformed": ("count", "dimensions that no transform changes"),
         "passes": ("count", "sequential network evaluations of one batch of samples"),
         "samples": ("texts", "generated windows, drawn with the seed of the run"),
         "fixed_point_iterations": (
             "number",
             "mean iterations of fixed-point generation of 1 sequence",
         ),
-        # Estimators of gradients against the exact one.
+        # Gradients of objectives and rules against the exact one.
         "gradient_cosine": ("number", "cosine of the mean gradient with the exact one"),
         "gradient_norm_ratio": ("number", "norm of the mean gradient over the exact one's"),
         "gradient_mixture_cosine": ("number", "cosine with the gradient of the mixture"),
@@ -245,7 +245,7 @@ class Record:
     Tensors, NumPy scalars, tuples and paths become what JSON has for them; infinities of the
     configuration become words.
 
-    Arguments:
+    Args:
         name: What was run, in letters, digits, dots, dashes and underscores. Name and seed make the
             name of the file: the same run, repeated, replaces its record.
         kind: The command that ran, for example ``fit``.
@@ -349,7 +349,7 @@ class Record:
 
 def _write_whole(file: Path, text: str) -> None:
     with (
-        replacing(file) as unfinished,
+        atomic_write(file) as unfinished,
         unfinished.open("x", encoding="utf-8", newline="\n") as stream,
     ):
         stream.write(text)

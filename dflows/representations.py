@@ -5,6 +5,8 @@ Indices are integer tensors (…, D) with values 0..K-1; one-hot vectors are flo
 either and returns the kind that it was given.
 """
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -14,6 +16,7 @@ from dflows.errors import NonFiniteError, UserError
 __all__ = [
     "batch_shape",
     "check_indices",
+    "check_largest",
     "check_logits",
     "flatten_batch",
     "full_precision",
@@ -164,15 +167,26 @@ def check_logits(logits: Tensor, name: str) -> Tensor:
         dflows.errors.NonFiniteError: ModularShift was given logits with NaN in 1 of 1 rows...
     """
     logits = full_precision(logits)
-    if not is_at_hand(logits):
-        return logits
-    largest = logits.detach().amax(dim=-1)
-    if not largest.isfinite().all():
-        bad = largest[~largest.isfinite()]
-        what = "NaN" if bad.isnan().any() else "+inf" if (bad > 0).any() else "nothing but -inf"
-        raise NonFiniteError(
-            f"{name} was given logits with {what} in {bad.numel()} of {largest.numel()} rows, and "
-            "would not be a bijection. The network has most likely diverged: lower the learning "
-            "rate, clip gradients, or use a precision of more range than float16"
-        )
+    if is_at_hand(logits):
+        check_largest(logits.detach().amax(dim=-1), name)
     return logits
+
+
+def check_largest(largest: Tensor, name: str) -> None:
+    """Refuses logits by the largest (…) of every row, as :func:`check_logits` does.
+
+    Raises:
+        NonFiniteError: If one of them is not finite.
+    """
+    # The sum is one quick look at all of them; it may overflow, so that it does not decide.
+    if not is_at_hand(largest) or math.isfinite(largest.sum()):
+        return
+    bad = largest[~largest.isfinite()]
+    if not bad.numel():
+        return
+    what = "NaN" if bad.isnan().any() else "+inf" if (bad > 0).any() else "nothing but -inf"
+    raise NonFiniteError(
+        f"{name} was given logits with {what} in {bad.numel()} of {largest.numel()} rows, and "
+        "would not be a bijection. The network has most likely diverged: lower the learning rate, "
+        "clip gradients, or use a precision of more range than float16"
+    )

@@ -20,7 +20,7 @@ from dflows.errors import NonFiniteError, UserError
 from dflows.metrics import BitsPerCharacter, NatsPerExample
 from dflows.reporting import Report, Score
 from lightning_modules.checkpoints import load_weights, read_content, rebuild
-from lightning_modules.data import TrainingData
+from lightning_modules.data import DataFacts, unpack
 from lightning_modules.divergence import FiniteWatch, all_finite, located
 from lightning_modules.optimization import (
     DEFAULT_OPTIMIZATION,
@@ -155,9 +155,9 @@ class BaseModule(pl.LightningModule, ABC):
         """
 
     @property
-    def data(self) -> TrainingData:
+    def data(self) -> DataFacts:
         """What is known of the data that the trainer has."""
-        return TrainingData(self.trainer)
+        return DataFacts(self.trainer)
 
     def report(self, split: str) -> Report:
         """Reports the likelihood of a split that was evaluated."""
@@ -236,12 +236,12 @@ class BaseModule(pl.LightningModule, ABC):
     @staticmethod
     def indices_of(batch: Batch) -> Tensor:
         """Returns the indices (B, d) of a batch."""
-        return batch if isinstance(batch, Tensor) else batch[0]
+        return unpack(batch)[0]
 
     @staticmethod
     def context_of(batch: Batch) -> Tensor | None:
         """Returns what the indices of a batch are conditioned on, or nothing."""
-        return None if isinstance(batch, Tensor) or len(batch) < 2 else batch[1]
+        return unpack(batch)[1]
 
     def setup(self, stage: str) -> None:
         """Prepares a fit.

@@ -165,7 +165,7 @@ class LanguageModel(TextModule):
             return super().evaluate_objective(batch)
         with leave_one_out():
             logits, features = self.conditioner.layer_logits(y)
-        added: Tensor = self.auxiliary(features, y, self._done)
+        added: Tensor = self.auxiliary(features, y, self._done or 0.0)
         # The value stays the log-likelihood; what is added is in the gradient alone.
         return AutoregressiveBase.score(logits, y).sum(dim=-1) + added - added.detach()
 

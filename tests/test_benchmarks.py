@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from dflows.records import read_records
-from dflows.reports.benchmarks import render
+from experiments.reports.benchmarks import render
 from tests.commands import ROOT, environment
 
 

@@ -9,16 +9,9 @@ from tests.commands import ROOT, run_here, write_text
 
 CONFIGS = ROOT / "configs"
 ALL = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.yaml"))
-# Laid over a configuration, and none by themselves; or parts of an experiment, and its plan.
+# Laid over a configuration, and none by themselves.
 OVERLAYS = [name for name in ALL if name.startswith("data/") or name == "smoke/ddp.yaml"]
-PARTS = [
-    name
-    for name in ALL
-    if name.startswith(
-        ("reproduce/", "addition/", "full-rank/", "estimators/", "mixture/", "potts/", "addition/")
-    )
-]
-EXPERIMENTS = [name for name in ALL if name not in (*OVERLAYS, *PARTS)]
+EXPERIMENTS = [name for name in ALL if name not in OVERLAYS]
 
 
 @pytest.fixture
@@ -52,7 +45,7 @@ def test_all_of_them_are_shipped():
         ALL
     )
     folders = {name.partition("/")[0] for name in ALL if "/" in name}
-    assert folders >= {"data", "smoke", "reproduce"}
+    assert folders >= {"data", "smoke", "text"}
     assert shipped_configs().joinpath("quickstart.yaml").is_file()
 
 
@@ -92,21 +85,27 @@ def test_an_overlay_fits_an_experiment(name, capsys):
     assert (
         run_here("fit", "--config", experiment, "--config", CONFIGS / name, "--print_config") == 0
     )
-    laid_over = yaml.safe_load(capsys.readouterr().out)
-    assert laid_over != plain
-    assert laid_over["model"] == plain["model"]
+    merged = yaml.safe_load(capsys.readouterr().out)
+    assert merged != plain
+    assert merged["model"] == plain["model"]
     given = yaml.safe_load((CONFIGS / name).read_text(encoding="utf-8"))
     for key in keys(given):
-        value, expected = laid_over, given
+        value, expected = merged, given
         for part in key.split("."):
             value, expected = value[part], expected[part]
         assert value == expected, key
-    assert laid_over["data"]["init_args"]["length"] == plain["data"]["init_args"]["length"]
+    assert merged["data"]["init_args"]["length"] == plain["data"]["init_args"]["length"]
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_a_configuration_says_what_it_is(name):
-    lines = (CONFIGS / name).read_text(encoding="utf-8").splitlines()
+@pytest.mark.parametrize(
+    "file",
+    sorted(
+        file for folder in ("configs", "experiments") for file in (ROOT / folder).rglob("*.yaml")
+    ),
+    ids=lambda file: file.relative_to(ROOT).as_posix(),
+)
+def test_a_configuration_says_what_it_is(file):
+    lines = file.read_text(encoding="utf-8").splitlines()
     assert lines[0].startswith("# ")
     assert max(map(len, lines)) <= 100
 

@@ -19,22 +19,22 @@ __all__ = ["LSTM"]
 class LSTM(StatefulBackbone):
     """Creates an LSTM: level-causal in one direction, or bidirectional and seeing everything.
 
-    In one direction the input of a step is the content of the dimension before plus the query of
-    its own, so that the output knows the content of all earlier dimensions and of no other. It
-    serves the orderings that are sequences of neighbours, natural and reversed, and refuses others.
+    In one direction the input of a step is the content of the previous dimension plus the query of
+    its own, so that the output depends on the content of all earlier dimensions and of no other. It
+    serves the natural and the reversed ordering and refuses others.
 
     Args:
         width: Features of one dimension.
         layers: Number of layers.
-        bidirectional: Whether to read both ways; such a network is not level-causal and runs
-            masked, with any ordering.
-        hidden: Hidden units of a layer and direction; as many as the width if not given.
+        bidirectional: Whether to read both ways; such a network is not level-causal and serves any
+            ordering, masked.
+        hidden: Hidden units of a layer and direction; `width` by default.
         dropout: Probability that a feature is dropped between two layers.
         weight_drop: Probability that a weight from hidden units to hidden units is dropped in
             training, the same ones in all steps of one evaluation.
 
     Raises:
-        UserError: If a size is below 1, or a probability is none.
+        UserError: If a size is below 1, or a probability is outside [0, 1).
 
     References:
         | Long Short-Term Memory (Hochreiter & Schmidhuber, 1997)
@@ -90,14 +90,13 @@ class LSTM(StatefulBackbone):
     ) -> Tensor:
         if not self.level_causal:
             check_features(self, content)
-            features: Tensor = self.linear(self._read(content)[0])
-            return features
+            return self._features(self._read(content)[0])
         query, levels = check_causal(self, content, query, levels)
         order, _ = self._order(levels)
         if order is not None:
             content, query = content[:, order], query[..., order, :]
         before = torch.cat([self.start.expand(len(content), 1, -1), content[:, :-1]], dim=1)
-        features = self.linear(self._read(before + query)[0])
+        features = self._features(self._read(before + query)[0])
         # The order is its own inverse: it leaves the dimensions, or turns round a part of them.
         return features if order is None else features[:, order]
 
@@ -111,8 +110,7 @@ class LSTM(StatefulBackbone):
         if self.level_causal:
             return super().features_at(dimensions, content, query, levels)
         check_features(self, content)
-        features: Tensor = self.linear(self._read(content)[0][:, dimensions])
-        return features
+        return self._features(self._read(content)[0][:, dimensions])
 
     @property
     def stateful(self) -> bool:
@@ -135,7 +133,7 @@ class LSTM(StatefulBackbone):
             )
         rows = torch.cat([before.unsqueeze(1), content[:, :-1]], dim=1)
         outputs, state = self._read(rows + query, state)
-        return self.linear(outputs), state
+        return self._features(outputs), state
 
     def _read(self, inputs: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         # Processors without bfloat16 instructions have no LSTM for autocast to call.
@@ -163,6 +161,12 @@ class LSTM(StatefulBackbone):
             )
             return outputs, tuple(after)
 
+    def _features(self, hidden: Tensor) -> Tensor:
+        # Where rows are not contiguous PyTorch adds the bias apart, with one rounding more than in
+        # the steps of generation: in bfloat16 a third of the features would differ.
+        features: Tensor = self.linear(hidden if self.training else hidden.contiguous())
+        return features
+
     @torch.no_grad()
     def begin(self, query: Tensor, levels: Tensor, batch_size: int) -> "Cache":
         if not self.level_causal:
@@ -184,12 +188,11 @@ class LSTM(StatefulBackbone):
         check_next_level(level, expected, content, [*cache.before.shape[:1], count, self.width])
         if level + cache.context >= cache.query.shape[-2]:
             raise UserError(f"level {level} was asked for, and there are {level} levels")
-        known = [] if content is None else list(content.unbind(1))
-        for row in [cache.before, *known] if first else known:
+        rows = [] if content is None else list(content.unbind(1))
+        for row in [cache.before, *rows] if first else rows:
             hidden = cache.lstm.step(row + cache.query[..., cache.done, :])
             cache.done += 1
-        features: Tensor = self.linear(hidden)
-        return features.unsqueeze(1)
+        return self._features(hidden).unsqueeze(1)
 
 
 def reading_order(levels: Tensor) -> tuple[Tensor | None, int]:

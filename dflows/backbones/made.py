@@ -17,14 +17,14 @@ __all__ = ["MADE"]
 class MADE(Backbone):
     r"""Creates a level-causal multilayer perceptron over the content of all dimensions at once.
 
-    Hidden unit :math:`i` has a degree :math:`m_i`, spread evenly over the levels that someone may
-    see, and weights are masked so that a path leads from dimension :math:`e` to :math:`d` only
-    over degrees that rise:
+    Hidden unit :math:`i` has a degree :math:`m_i`. The degrees spread evenly over the levels that
+    others may see, and weights are masked so that a path leads from dimension :math:`e` to
+    :math:`d` only over rising degrees:
 
     .. math:: \ell_e \le m_i \le m_j < \ell_d
 
     The masks follow from the levels of each call, so that one network serves every ordering. The
-    last layer adds the query, and mixes the features of a dimension once more.
+    last layer adds the query and mixes the features of each dimension.
 
     Args:
         width: Features of one dimension.

@@ -24,7 +24,8 @@ class Masked(Backbone):
             already.
 
     Example:
-        >>> backbone = Masked(nn.Sequential(nn.Linear(8, 32), nn.GELU(), nn.Linear(32, 8)), width=8)
+        >>> import torch
+        >>> backbone = Masked(nn.Sequential(nn.Linear(8, 8), nn.GELU()), width=8)
         >>> backbone(torch.randn(2, 5, 8)).shape
         torch.Size([2, 5, 8])
     """
@@ -36,17 +37,21 @@ class Masked(Backbone):
         if isinstance(network, Backbone):
             raise UserError(f"{name} is a backbone already: hand it over as it is")
         own = getattr(network, "width", None)
-        known = [size for size in (width, own) if isinstance(size, int)]
-        if not known:
+        given = [size for size in (width, own) if isinstance(size, int)]
+        if not given:
             raise UserError(
                 f"the width of a {name} is not known: give it an attribute `width`, the last "
                 "dimension of the features that it takes and returns, or wrap it: "
                 "Masked(network, width=64)"
             )
-        if len(set(known)) > 1:
+        if len(set(given)) > 1:
             raise UserError(f"width is {width} and the {name}'s own is {own}: leave `width` away")
-        super().__init__(known[0], level_causal=False)
+        super().__init__(given[0], level_causal=False)
         self.network = network
+
+    @property
+    def display_name(self) -> str:
+        return type(self.network).__name__
 
     def extra_repr(self) -> str:
         return f"width={self.width}"
@@ -57,11 +62,11 @@ class Masked(Backbone):
         check_features(self, content)
         features = self.network(content)
         if not isinstance(features, Tensor) or features.shape != content.shape:
-            given = (
+            found = (
                 tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
             )
             raise UserError(
-                f"{type(self.network).__name__} returned {given} for features "
+                f"{type(self.network).__name__} returned {found} for features "
                 f"{tuple(content.shape)}: a backbone must keep (batch, length, width)"
             )
         return features

@@ -31,25 +31,24 @@ def _layout(levels: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
 
 
 class Table(Backbone):
-    """Creates an exact conditioner for tiny problems: a row of features for every state.
+    """Creates an exact backbone for tiny problems: a row of features for every state.
 
     Dimension d has a row for every joint state of the dimensions of lower level, K to the power of
-    their number. Nothing is shared between rows, so that nothing stands between a flow and what its
-    structure can express.
+    their number. Rows share nothing, so that only its structure limits what a flow can express.
 
     It takes the values themselves as content, indices (B, D) or one-hot vectors (B, D, K), and no
-    query. Of the features as a multilinear function of the one-hot vectors it gives the value and
-    the first derivatives, which needs only the rows that differ from the state in one dimension.
+    query. The features are a multilinear function of the one-hot vectors; value and first
+    derivatives are exact, and need only the rows that differ from the state in one dimension.
 
     Args:
         width: Features of one dimension.
         num_classes: K.
         length: D; the table takes no other.
         ordering: Which dimensions condition which, and so how many rows there are. Without one the
-            table has as many as any ordering needs, and takes that of each call. A stack has a
-            table for every flow.
-        conditioning: Without an ordering, the most dimensions that may condition one; all others,
-            by default. Those of bipartite flows have half of them, and so far fewer rows.
+            table has as many as any ordering needs, and follows the levels of each call. A stack
+            needs a table for every transform.
+        conditioning: Without an ordering, the most dimensions that may condition one; all others by
+            default. Bipartite flows need half of them, and so far fewer rows.
 
     Raises:
         UserError: If there would be more than ten million rows, a size is below 1, or an ordering

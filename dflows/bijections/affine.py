@@ -49,6 +49,7 @@ class ModularAffine(SoftmaxBijection):
 
     needs_target = True
     unit: Tensor
+    mask: Tensor
 
     def __init__(
         self, num_classes: int, prime: bool = False, rule: GradientRule | None = None
@@ -56,7 +57,10 @@ class ModularAffine(SoftmaxBijection):
         modulus = modular.next_prime(num_classes) if prime else num_classes
         super().__init__(num_classes, 2 * modulus, rule)
         self.modulus = modulus
-        self.register_buffer("unit", modular.unit_mask(modulus), persistent=False)
+        unit = modular.unit_mask(modulus)
+        self.register_buffer("unit", unit, persistent=False)
+        mask = torch.zeros(modulus).masked_fill(~unit, -torch.inf)
+        self.register_buffer("mask", mask, persistent=False)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, modulus={self.modulus}"
@@ -64,9 +68,16 @@ class ModularAffine(SoftmaxBijection):
     def initial_logits(self) -> Tensor:
         return INITIAL_MARGIN * to_one_hot(torch.tensor([0, 1]), self.modulus).flatten()
 
+    def _split(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        loc, scale = full_precision(logits).chunk(2, dim=-1)
+        # Added and not filled in: NaN and +inf stay visible behind the mask.
+        return loc, scale + self.mask.to(scale.dtype)
+
     def choice_logits(self, logits: Tensor) -> tuple[Tensor, ...]:
-        loc, scale = self._checked(logits.unflatten(-1, (2, self.modulus))).unbind(-2)
-        return loc, self._checked(scale.masked_fill(~self.unit, -torch.inf))
+        return tuple(self._checked(part) for part in self._split(logits))
+
+    def chosen(self, logits: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self._largest(part) for part in self._split(logits))
 
     def map_by(self, value: Tensor, choices: tuple[Tensor, ...], *, inverse: bool) -> Tensor:
         mapping = modular.affine_inverse if inverse else modular.affine

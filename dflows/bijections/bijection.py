@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dflows.errors import UserError
 from dflows.gradients import GradientRule, SoftmaxStraightThrough, gumbel_like
-from dflows.representations import check_logits, is_one_hot
+from dflows.representations import check_largest, check_logits, is_one_hot
 
 __all__ = ["INITIAL_MARGIN", "Bijection", "SoftmaxBijection"]
 
@@ -146,6 +146,17 @@ class SoftmaxBijection(Bijection):
         """
 
     @abstractmethod
+    def chosen(self, logits: Tensor) -> tuple[Tensor, ...]:
+        """Computes the indices (…, D) of the choices, the first where logits tie.
+
+        Args:
+            logits: Logits (…, D, num_logits).
+
+        Raises:
+            NonFiniteError: If the logits are not finite.
+        """
+
+    @abstractmethod
     def map_by(self, value: Tensor, choices: tuple[Tensor, ...], *, inverse: bool) -> Tensor:
         """Maps values by choices that were made.
 
@@ -157,17 +168,6 @@ class SoftmaxBijection(Bijection):
         Returns:
             Values of the same kind. One-hot vectors have a gradient for `value` and `choices`.
         """
-
-    def chosen(self, logits: Tensor) -> tuple[Tensor, ...]:
-        """Computes the indices (…, D) of the choices.
-
-        Args:
-            logits: Logits (…, D, num_logits).
-
-        Raises:
-            NonFiniteError: If the logits are not finite.
-        """
-        return tuple(part.argmax(dim=-1) for part in self.choice_logits(logits))
 
     def forward(self, x: Tensor, logits: Tensor) -> Tensor:
         return self._mapped(x, logits, inverse=False)
@@ -181,6 +181,12 @@ class SoftmaxBijection(Bijection):
         else:
             choices = self.chosen(logits)
         return self.map_by(value, choices, inverse=inverse)
+
+    def _largest(self, logits: Tensor) -> Tensor:
+        """Computes the index (…) of the first of the largest logits (…, M), and checks them."""
+        largest, choice = logits.detach().max(dim=-1)
+        check_largest(largest, type(self).__name__)
+        return choice
 
     def sample_inverse(
         self, y: Tensor, logits: Tensor, num_draws: int, temperature: float

@@ -6,7 +6,7 @@ from torch import Tensor
 from dflows import modular
 from dflows.bijections.bijection import INITIAL_MARGIN, SoftmaxBijection
 from dflows.gradients import GradientRule
-from dflows.representations import is_one_hot, to_one_hot
+from dflows.representations import full_precision, is_one_hot, to_one_hot
 
 __all__ = ["ModularShift"]
 
@@ -45,6 +45,9 @@ class ModularShift(SoftmaxBijection):
 
     def choice_logits(self, logits: Tensor) -> tuple[Tensor, ...]:
         return (self._checked(logits),)
+
+    def chosen(self, logits: Tensor) -> tuple[Tensor, ...]:
+        return (self._largest(full_precision(logits)),)
 
     def map_by(self, value: Tensor, choices: tuple[Tensor, ...], *, inverse: bool) -> Tensor:
         (loc,) = choices

@@ -1,11 +1,11 @@
 """Tiny problems of which everything is known: measures, gradients, and the best tabular flow."""
 
+from dflows.exact.exhaustive import exhaustive_optimum
+from dflows.exact.expectations import expected_log_likelihood, mixture_log_likelihood
 from dflows.exact.gradients import (
     GradientComparison,
-    compare_estimators,
     compare_gradients,
-    expected_log_likelihood,
-    mixture_log_likelihood,
+    compare_objectives,
 )
 from dflows.exact.measures import (
     MOST_STATES,
@@ -21,7 +21,7 @@ from dflows.exact.measures import (
     share_of_gap,
     states,
 )
-from dflows.exact.tabular import TabularFlow, exhaustive_optimum, tabular_flow
+from dflows.exact.tabular import TabularFlow, tabular_flow
 
 __all__ = [
     "MOST_STATES",
@@ -29,8 +29,8 @@ __all__ = [
     "TabularFlow",
     "check_enumerable",
     "check_probabilities",
-    "compare_estimators",
     "compare_gradients",
+    "compare_objectives",
     "cross_entropy",
     "divergence",
     "entropy",

@@ -2,67 +2,76 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn import functional as F
 
-from dflows.conditioner import Conditioner
+from dflows.conditioner import Conditioner, evaluated_by
+from dflows.representations import full_precision, is_one_hot
 
 __all__ = ["each_context_once"]
 
 MOST_CONTEXTS = 2**62
 
 
-class _Once:
-    """Creates what stands in for a conditioner's evaluation, and gives the same logits.
+def _distinct(lower: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Finds the distinct rows of values (N, n).
+
+    Returns:
+        The numbers (C,) of rows that hold all of them, and which of these each row equals (N,).
+    """
+    powers = num_classes ** torch.arange(lower.shape[1], device=lower.device)
+    number, which = (lower * powers).sum(dim=-1).unique(return_inverse=True)
+    rows = torch.arange(len(lower), device=lower.device)
+    return rows.new_empty(len(number)).scatter_(0, which, rows), which
+
+
+def _logits(conditioner: Conditioner, y: Tensor, first_level: int) -> Tensor | None:
+    """Computes the logits (N, d, num_logits), or None where that would take as many evaluations.
 
     The logits of a dimension depend on those of lower levels alone, and among all states few values
     of these are different: half of the dimensions have the square root of the states.
     """
-
-    def __init__(self, conditioner: Conditioner) -> None:
-        self._conditioner = conditioner
-
-    def __call__(self, y: Tensor, context: Tensor | None = None) -> Tensor:
-        conditioner = self._conditioner
-        whole = partial(type(conditioner).forward, conditioner, y, context)
-        # Values with a gradient, and contexts, differ from row to row.
-        if y.ndim != 2 or y.is_floating_point() or context is not None:
-            return whole()
-        levels, members = conditioner.levels(y.shape[1], y.device)
-        rows = torch.arange(len(y), device=y.device)
-        found, count = [], 0
-        for level in range(conditioner.first_level, len(members)):
-            lower = y[:, levels < level]
-            if conditioner.num_classes ** lower.shape[1] > MOST_CONTEXTS:
-                return whole()
-            powers = conditioner.num_classes ** torch.arange(lower.shape[1], device=y.device)
-            number, where = (lower * powers).sum(dim=-1).unique(return_inverse=True)
-            some = rows.new_empty(len(number)).scatter_(0, where, rows)
-            found.append((level, members[level], some, where))
-            count += len(some)
-        if count >= len(y):
-            return whole()
-        logits = conditioner.head.weight.new_zeros(*y.shape, conditioner.num_outputs)
-        for level, dimensions, some, where in found:
-            logits.index_copy_(1, dimensions, conditioner.level_logits(y[some], level)[where])
-        return logits
+    if is_one_hot(y):  # values with a gradient, of a row's own
+        return None
+    layout = conditioner.layout(y.shape[1], y.device)
+    distinct, count = [], 0
+    for level in range(first_level, len(layout.members)):
+        lower = y[:, layout.levels < level]
+        if conditioner.num_classes ** lower.shape[1] > MOST_CONTEXTS:
+            return None
+        distinct.append(_distinct(lower, conditioner.num_classes))
+        count += len(distinct[-1][0])
+    if count >= len(y):
+        return None
+    # All logits there are, after a row of zeros for the levels below the first; and which of them
+    # those of every row and dimension are.
+    table = [full_precision(conditioner.head.weight).new_zeros(1, conditioner.num_logits)]
+    number, first = torch.zeros_like(y), 1
+    for level, (rows, which) in enumerate(distinct, first_level):
+        table.append(conditioner.level_logits(y[rows], level).flatten(0, 1))
+        dimensions = layout.members[level]
+        member = torch.arange(len(dimensions), device=y.device)
+        number[:, dimensions] = first + which.unsqueeze(-1) * len(dimensions) + member
+        first += len(table[-1])
+    return F.embedding(number, torch.cat(table))
 
 
 @contextmanager
-def each_context_once(module: nn.Module) -> Iterator[None]:
-    """Makes the networks of a flow evaluate every context once, without gradients.
+def each_context_once() -> Iterator[None]:
+    """Makes conditioners evaluate every context of a batch once, without gradients.
 
-    Args:
-        module: The flow.
+    The logits are the same.
+
+    Example:
+        >>> import dflows.flows
+        >>> flow = dflows.flows.bipartite(num_classes=3, length=4).eval()
+        >>> y = torch.cartesian_prod(*[torch.arange(3)] * 4)
+        >>> with each_context_once():  # 9 of the 81 rows, in each transform
+        ...     log_prob = flow.log_prob(y)
+        >>> torch.allclose(log_prob, flow.log_prob(y), atol=1e-5)
+        True
     """
-    conditioners = [part for part in module.modules() if isinstance(part, Conditioner)]
-    for conditioner in conditioners:
-        conditioner.forward = _Once(conditioner)  # type: ignore[method-assign]
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for conditioner in conditioners:
-            del conditioner.forward
+    with evaluated_by(_logits), torch.no_grad():
+        yield

@@ -6,15 +6,17 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor, nn
 
-from dflows.backbones import Backbone
+from dflows.backbones import Backbone, as_backbone
+from dflows.categorical import inverse_cdf
 from dflows.errors import UserError
 from dflows.latent.prior import FlowPrior, normal_log_prob
+from dflows.representations import full_precision
 
 __all__ = ["LatentFlow", "Terms"]
 
 
 class Terms(NamedTuple):
-    """The parts of the likelihood's estimate, for every draw of the latent sequence (S, B).
+    """The parts of the likelihood's estimate, for every sample of the latent sequence (S, B).
 
     `log_emission` is log p(y | z) and `divergence` log q(z | y) − log p(z), in nats.
     """
@@ -37,22 +39,22 @@ class LatentFlow(nn.Module):
 
     .. math:: p(y) = \int p(z) \prod_t p(y_t \mid z) \, dz
 
-    with a vector of z a position, a flow p(z), and, to train by, the posterior
-    :math:`q(z \mid y) = \prod_t \mathcal{N}(z_t; \mu_t(y), \sigma_t(y))`. The likelihood is not
-    known: there is the evidence lower bound, and the importance-weighted bound of S draws, which
-    is between that and the likelihood.
+    with a vector of z for every position, a flow p(z), and, for training, the posterior
+    :math:`q(z \mid y) = \prod_t \mathcal{N}(z_t; \mu_t(y), \sigma_t(y))`. The likelihood is
+    intractable: there is the evidence lower bound, and the importance-weighted bound of S samples,
+    which lies between that and the likelihood.
 
-    Windows of a text have no length to tell of, so that neither network is told the position, as
-    the paper's are.
+    Windows of a text all have one length, so that neither network gets the position as an input, as
+    the paper's do.
 
-    Arguments:
+    Args:
         num_classes: K.
         length: D, the largest number of positions.
         prior: The density of z.
         inference: The network behind q, from features (B, T, width) to features (B, T, width) that
-            see all positions.
+            see all positions. A network without an attribute `width` is wrapped in
+            :class:`~dflows.backbones.Masked`.
         emission: The network behind p(y | z), likewise.
-        width: Features of one position, where a network does not tell its own.
 
     Raises:
         UserError: If a network's width is unknown, or it is level-causal and would not see all.
@@ -83,17 +85,14 @@ class LatentFlow(nn.Module):
         prior: FlowPrior,
         inference: nn.Module,
         emission: nn.Module,
-        *,
-        width: int | None = None,
     ) -> None:
         super().__init__()
         self.num_classes = num_classes
         self.length = length
         self.prior = prior
-        self.inference = inference
-        self.emission = emission
-        seen = _width("inference", inference, width)
-        given = _width("emission", emission, width)
+        self.inference = _sees_all("inference", inference)
+        self.emission = _sees_all("emission", emission)
+        seen, given = self.inference.width, self.emission.width
         self.embedding = nn.Embedding(num_classes, seen)
         self.posterior = nn.Linear(seen, 2 * prior.features)
         self.latent = nn.Linear(prior.features, given)
@@ -104,11 +103,11 @@ class LatentFlow(nn.Module):
 
     @property
     def passes(self) -> int:
-        """Network evaluations, one after the other, that drawing a batch takes."""
+        """Network evaluations, one after the other, that sampling a batch takes."""
         return self.prior.passes(self.length) + 1
 
     def terms(self, y: Tensor, num_draws: int = 1, generator: Generator | None = None) -> Terms:
-        """Draws latent sequences of the posterior and computes what bounds are made of.
+        """Samples latent sequences from the posterior and computes the terms of the bounds.
 
         Args:
             y: Indices (B, d); d below D is an event of its own.
@@ -119,7 +118,7 @@ class LatentFlow(nn.Module):
             The terms, each (S, B), in nats.
 
         Raises:
-            UserError: If there are no draws, or `y` has more positions than the model.
+            UserError: If `num_draws` is below 1, or `y` has more positions than the model.
         """
         if num_draws < 1:
             raise UserError(f"num_draws is {num_draws}: give at least 1")
@@ -130,7 +129,7 @@ class LatentFlow(nn.Module):
         shape = (num_draws, *loc.shape)
         noise = torch.randn(shape, dtype=loc.dtype, device=loc.device, generator=generator)
         z = (loc + log_scale.exp() * noise).flatten(0, 1)
-        log_posterior = (normal_log_prob(noise) - log_scale.sum(dim=-1)).sum(dim=-1)
+        log_posterior = (normal_log_prob(noise) - full_precision(log_scale).sum(dim=-1)).sum(dim=-1)
         with torch.autocast(z.device.type, enabled=False):
             log_prior = self.prior.log_prob(z).unflatten(0, (num_draws, batch))
         log_probs = self.logits(z).log_softmax(dim=-1).unflatten(0, (num_draws, batch))
@@ -142,7 +141,7 @@ class LatentFlow(nn.Module):
         """Returns the logits (B, T, K) of every position given a latent sequence (B, T, …)."""
         features = self.latent(z)
         logits: Tensor = self.head(features + self.emission(features))
-        return logits.to(self.head.weight.dtype)
+        return full_precision(logits.to(self.head.weight.dtype))
 
     @torch.no_grad()
     def sample(
@@ -153,7 +152,7 @@ class LatentFlow(nn.Module):
         temperature: float = 1.0,
         generator: Generator | None = None,
     ) -> Tensor:
-        """Draws sequences.
+        """Samples sequences.
 
         Args:
             num_samples: N.
@@ -166,7 +165,7 @@ class LatentFlow(nn.Module):
             Indices (N, length).
 
         Raises:
-            UserError: If the temperature or the length cannot be had.
+            UserError: If the temperature or the length is out of range.
         """
         if not 0 < temperature < math.inf:
             raise UserError(f"temperature is {temperature}: give a positive number")
@@ -175,11 +174,10 @@ class LatentFlow(nn.Module):
         weight = self.head.weight
         shape = (num_samples, length, self.prior.features)
         noise = torch.randn(shape, dtype=weight.dtype, device=weight.device, generator=generator)
-        uniform = torch.rand(num_samples, length, 1, device=weight.device, generator=generator)
+        uniform = torch.rand(num_samples, length, device=weight.device, generator=generator)
         with torch.autocast(noise.device.type, enabled=False):
             z = self.prior.transform(noise * math.sqrt(temperature))
-        cumulative = (self.logits(z) / temperature).softmax(dim=-1).cumsum(dim=-1)
-        return (cumulative[..., :-1] <= uniform * cumulative[..., -1:]).sum(dim=-1)
+        return inverse_cdf(uniform, logits=self.logits(z), temperature=temperature)
 
     def _check_length(self, length: int) -> None:
         if not 1 <= length <= self.length:
@@ -189,17 +187,11 @@ class LatentFlow(nn.Module):
             )
 
 
-def _width(key: str, network: nn.Module, width: int | None) -> int:
-    if isinstance(network, Backbone):
-        if network.level_causal:
-            raise UserError(
-                f"the {key} network, a {type(network).__name__}, is level-causal, and every "
-                "position must see all others: take an LSTM with bidirectional=True, say"
-            )
-        return network.width
-    if width is None:
+def _sees_all(key: str, network: nn.Module) -> Backbone:
+    backbone = as_backbone(network)
+    if backbone.level_causal:
         raise UserError(
-            f"the width of the {key} network, a {type(network).__name__}, is not known: give "
-            "`width`, the last dimension of the features that it takes and returns"
+            f"the {key} network, a {type(network).__name__}, is level-causal, and every position "
+            "must see all others: take an LSTM with bidirectional=True, say"
         )
-    return width
+    return backbone

@@ -13,6 +13,7 @@ from dflows.arguments import check_dropout, check_positive
 from dflows.backbones.stepped_lstm import SteppedLSTM
 from dflows.errors import UserError
 from dflows.latent.squared import NonlinearSquared
+from dflows.representations import full_precision
 
 __all__ = [
     "AutoregressivePrior",
@@ -28,7 +29,7 @@ SPLINE_BINS = 8
 
 def normal_log_prob(noise: Tensor) -> Tensor:
     """Computes the standard normal log-density of vectors (…, features), in nats (…)."""
-    return -0.5 * (noise.square() + math.log(2 * math.pi)).sum(dim=-1)
+    return -0.5 * (full_precision(noise).square() + math.log(2 * math.pi)).sum(dim=-1)
 
 
 def _coupling() -> type[nn.Module]:
@@ -58,19 +59,19 @@ def _univariate(name: str) -> tuple[Callable[..., Transform], tuple[tuple[int, .
 
 
 class FlowPrior(nn.Module, ABC):
-    r"""Creates a density of sequences of vectors, whose noise is standard normal.
+    r"""A density of sequences of vectors, whose noise is standard normal.
 
-    The vector at a position and its noise are maps of each other, by coupling layers over the
-    features that know the state of an LSTM over time: :math:`\epsilon_t = g(z_t; h_t)`. What the
-    LSTM reads is the difference between the two priors, and decides which direction is parallel
-    over time and which goes position by position.
+    Coupling layers over the features map the vector at a position to its noise and back, given the
+    state of an LSTM over time: :math:`\epsilon_t = g(z_t; h_t)`. The two priors differ in what the
+    LSTM reads, which decides which direction is parallel over time and which goes position by
+    position.
 
-    The couplings' networks and maps of one feature are zuko's, but for the squared one, which it
-    has not. The recurrence over time is written here: zuko's autoregressive transform inverts by
-    running its network over the whole sequence once a position, where a cached state makes it one
-    step a position.
+    The couplings' networks and maps of one feature are zuko's, except the squared one, which zuko
+    lacks. The recurrence over time is written here: zuko's autoregressive transform inverts by
+    running its network over the whole sequence for every position, where a cached state makes it
+    one step.
 
-    Arguments:
+    Args:
         features: Entries of the vector at a position, at least 2.
         hidden: Hidden units of a layer of the LSTM.
         layers: Layers of the LSTM.
@@ -134,7 +135,7 @@ class FlowPrior(nn.Module, ABC):
     @property
     @abstractmethod
     def parallel(self) -> bool:
-        """Whether a sequence is drawn at all positions at once; if not, its density is."""
+        """Whether sampling is parallel over time; if not, the density is."""
 
     @abstractmethod
     def transform(self, noise: Tensor) -> Tensor:
@@ -157,17 +158,17 @@ class FlowPrior(nn.Module, ABC):
         return (normal_log_prob(noise) + log_det).sum(dim=-1)
 
     def passes(self, length: int) -> int:
-        """Returns the evaluations, one after the other, that drawing a sequence takes."""
+        """Returns the evaluations, one after the other, that sampling a sequence takes."""
         return 1 if self.parallel else length
 
     def _states(self, sequence: Tensor) -> Tensor:
-        """Returns what is known at every position of those before it, (B, T, hidden)."""
+        """Returns the state of the LSTM before every position, (B, T, hidden)."""
         start = self.start.expand(len(sequence), 1, -1)
         states: Tensor = self.dropout(self.lstm(torch.cat([start, sequence[:, :-1]], dim=1))[0])
         return states
 
     def _to_noise(self, z: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        log_det = z.new_zeros(z.shape[:-1])
+        log_det = full_precision(z.new_zeros(z.shape[:-1]))
         for number, coupling in enumerate(self.couplings):
             kept, changed = self._halves(z, number)
             changed, change = self._map(coupling, state, kept).call_and_ladj(changed)
@@ -203,8 +204,8 @@ class FlowPrior(nn.Module, ABC):
 class AutoregressivePrior(FlowPrior):
     """Creates the prior AF/SCF, whose state reads the sequence: z_t given all z before it.
 
-    Its density is parallel over time; drawing goes position by position. Its
-    arguments are those of :class:`FlowPrior`.
+    Its density is parallel over time; sampling goes position by position. Its arguments are those
+    of :class:`FlowPrior`.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -235,8 +236,8 @@ class AutoregressivePrior(FlowPrior):
 class InverseAutoregressivePrior(FlowPrior):
     """Creates the prior IAF/SCF, whose state reads the noise: z_t given all noise before it.
 
-    Drawing is parallel over time; the density goes position by position. Its
-    arguments are those of :class:`FlowPrior`.
+    Sampling is parallel over time; the density goes position by position. Its arguments are those
+    of :class:`FlowPrior`.
 
     Example:
         >>> _ = torch.manual_seed(0)

@@ -30,9 +30,7 @@ class NonlinearSquared(Transform):
     inverse may have two modes, which an affine map of it never has. The inverse is the root of a
     cubic, in closed form, and polished by Newton's rule, since the closed form cancels.
 
-    No library of flows that we know has it.
-
-    Arguments:
+    Args:
         shift: a (…).
         scale: log b, softly clipped (…).
         height: c before it is bounded (…).

@@ -46,12 +46,15 @@ class EndToEnd(Objective):
         return f"subsample={self.subsample!r}"
 
     def prepare(self, flow: DiscreteFlow) -> None:
-        if flow.conditional_transforms and not flow.base.differentiable:
+        if flow.transforms_learn and not flow.base.differentiable:
             raise UserError(
                 f"the base has to hand a gradient to the transforms, and a "
                 f"{type(flow.base).__name__} has none: train with Local, whose losses need none, "
                 "or choose another base"
             )
+
+    def end_to_end(self, progress: float | None) -> bool:
+        return True
 
     def evaluate(
         self, flow: DiscreteFlow, y: Tensor, context: Tensor | None, progress: float | None

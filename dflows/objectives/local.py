@@ -70,8 +70,7 @@ class LocalLosses(Objective):
 
     def idle(self, transform: nn.Module, number: int) -> Tensor | float:
         """Returns a zero that depends on the parameters of a transform and of its target."""
-        target = self.targets[str(number)] if str(number) in self.targets else None
-        unused = idle(transform)
+        unused, target = idle(transform), self.target(number)
         return unused if target is None else unused + 0 * target.sum()
 
     def step(
@@ -168,7 +167,8 @@ class Local(LocalLosses):
         if self.subsample == "transforms" and len(flow.conditional_transforms) > 1:
             return self._one_transform(flow, y, context)
         one_level = self.subsample != "none"
-        number = len(flow.conditional_transforms)
+        conditional = flow.conditional_transforms
+        number = len(conditional)
         total = torch.zeros(len(y), device=y.device)
         weight: Tensor | None = None
         for transform in reversed(flow.transforms):
@@ -178,7 +178,7 @@ class Local(LocalLosses):
             number -= 1
             last = transform is flow.transforms[0] and flow.base.scores_parts
             y, zeros, weight = self.step(
-                transform, number, y, context, one_level=one_level, need_all=not last
+                conditional[number], number, y, context, one_level=one_level, need_all=not last
             )
             total = total + zeros
         return self._base(flow, y, context, weight) + total
@@ -193,7 +193,8 @@ class Local(LocalLosses):
 
     def _one_transform(self, flow: DiscreteFlow, y: Tensor, context: Tensor | None) -> Tensor:
         """Trains one transform an example; the base, by the examples that reach it."""
-        number = count = len(flow.conditional_transforms)
+        conditional = flow.conditional_transforms
+        number = count = len(conditional)
         choice = torch.randint(count, y.shape[:1], device=y.device)
         total = torch.zeros(len(y), device=y.device)
         rows = torch.arange(len(y), device=y.device)
@@ -210,7 +211,7 @@ class Local(LocalLosses):
             if len(trained):
                 own = None if part is None else part[chosen]
                 trained, zeros, weight = self.step(
-                    transform, number, trained, own, one_level=True, need_all=not last
+                    conditional[number], number, trained, own, one_level=True, need_all=not last
                 )
                 total = _add_at(total, rows[chosen], count * zeros)
             else:

@@ -62,6 +62,13 @@ class Objective(nn.Module, ABC):
     ) -> Tensor:
         """Computes what is maximised, (N,), of indices (N, d) and an encoded context."""
 
+    def end_to_end(self, progress: float | None) -> bool:
+        """Says whether the gradient crosses transforms by their bijections' rules, at this point.
+
+        Otherwise the rules do not matter to it.
+        """
+        return False
+
     def num_stages(self, flow: DiscreteFlow) -> int:
         """Returns the equal parts of the training in which different parameters learn.
 

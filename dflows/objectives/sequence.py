@@ -68,6 +68,9 @@ class OneAfterAnother(Objective):
             return progress / self.at
         return max(progress - self.at, 0.0) / (1 - self.at)
 
+    def end_to_end(self, progress: float | None) -> bool:
+        return self.current(progress).end_to_end(self._own(progress))
+
     def frozen(self, flow: DiscreteFlow, progress: float | None) -> Sequence[nn.Parameter]:
         now = self.current(progress)
         other = self.first if now is self.then else self.then

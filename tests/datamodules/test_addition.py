@@ -8,16 +8,9 @@ import torch
 
 from datamodules.addition import AdditionDataModule
 from dflows.errors import UserError
+from tests.datamodules.process import Process
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-
-
-class Process:
-    """What a datamodule asks a trainer for its loaders."""
-
-    def __init__(self, rank, ranks):
-        self.global_rank = rank
-        self.world_size = ranks
 
 
 def value(digits, base):

@@ -11,6 +11,7 @@ from datamodules.full_rank import FullRankDataModule
 from datamodules.mixture import MixtureDataModule
 from datamodules.potts import PottsDataModule
 from dflows.errors import UserError
+from tests.datamodules.process import Process
 
 # Python 3.12 and later warn where a process with threads forks, as loaders do.
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
@@ -18,9 +19,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 MODULES = {
     "full rank": (FullRankDataModule, {"length": 3, "num_classes": 4}),
     "mixture": (MixtureDataModule, {"num_classes": 7, "deviation": 0.1}),
-    "exact": (PottsDataModule, {"side": 2, "coupling": 0.8}),
-    "gibbs": (PottsDataModule, {"side": 2, "coupling": 0.8, "sampler": "gibbs"}),
-    "clusters": (PottsDataModule, {"side": 2, "coupling": 0.8, "sampler": "swendsen_wang"}),
+    "periodic": (PottsDataModule, {"side": 2, "coupling": 0.8}),
+    "free": (PottsDataModule, {"side": 2, "coupling": 0.8, "boundary": "free"}),
 }
 
 
@@ -29,14 +29,6 @@ def make(request):
     """Makes a datamodule, given further options."""
     kind, common = MODULES[request.param]
     return lambda **options: kind(**common, **options)
-
-
-class Process:
-    """What a datamodule asks a trainer for its loaders."""
-
-    def __init__(self, rank, ranks):
-        self.global_rank = rank
-        self.world_size = ranks
 
 
 class TestDraws:
@@ -69,9 +61,7 @@ class TestDraws:
         for rank in range(ranks):
             data = make(batch_size=12 // ranks, num_workers=workers)
             data.trainer = Process(rank, ranks)
-            loader = data.train_dataloader()
-            loader._next_row = lambda: 0
-            loaders.append(islice(loader, 4))
+            loaders.append(islice(data.train_dataloader(), 4))
         shared = [batch for together in zip(*loaders, strict=True) for batch in together]
         assert torch.equal(torch.cat(shared), alone)
 
@@ -129,6 +119,7 @@ class TestInterface:
             ({"eval_batch_size": 0}, "eval_batch_size must be at least 1, not 0"),
             ({"num_workers": -1}, "num_workers must be at least 0, not -1"),
             ({"seed": -1}, "seed must be at least 0, not -1"),
+            ({"seed": 10**19}, f"seed must be at most {2**63 - 1}, not {10**19}"),
         ],
     )
     def test_errors(self, make, option, message):

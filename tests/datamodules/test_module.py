@@ -1,18 +1,24 @@
 """Loaders under a real trainer: resume, epochs, evaluation."""
 
+import subprocess
+import sys
+
 import pytest
 import pytorch_lightning as pl
 import torch
 
+from datamodules.addition import AdditionDataModule
 from datamodules.full_rank import FullRankDataModule
+from datamodules.sources import TextSource
 from datamodules.text import TextDataModule
 from dflows.errors import UserError
+from tests.commands import ROOT
+from tests.datamodules.process import Process
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before"),
 ]
 
 
@@ -26,7 +32,8 @@ class Recorder(pl.LightningModule):
 
     def training_step(self, batch, batch_idx):
         self.seen["train"].append(batch)
-        return self.weight * batch.float().mean()
+        numbers = batch if isinstance(batch, torch.Tensor) else batch[0]
+        return self.weight * numbers.float().mean()
 
     def validation_step(self, batch, batch_idx):
         self.seen["valid"].append(batch)
@@ -35,7 +42,14 @@ class Recorder(pl.LightningModule):
         self.seen["test"].append(batch)
 
     def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), 0.1)
+        optimizer = torch.optim.SGD(self.parameters(), 0.1)
+        self.total = self.trainer.estimated_stepping_batches
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / self.total)
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+    def rows(self):
+        """The training batches, one after the other."""
+        return torch.stack(self.seen["train"])
 
 
 class Saver(pl.Callback):
@@ -43,10 +57,13 @@ class Saver(pl.Callback):
 
     def __init__(self, folder):
         self.folder = folder
+        self.saved = set()
 
     def save(self, trainer, name):
         path = self.folder / f"{trainer.global_step}{name}.ckpt"
-        if not path.exists():
+        # All processes must come by, and what one sees on the disk another may not see yet.
+        if path not in self.saved:
+            self.saved.add(path)
             trainer.save_checkpoint(path)
 
     def on_train_batch_end(self, trainer, *args):
@@ -54,6 +71,9 @@ class Saver(pl.Callback):
 
     def on_validation_end(self, trainer, pl_module):
         self.save(trainer, "-validated")
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.save(trainer, "-epoch")
 
 
 class StopHard(pl.Callback):
@@ -76,8 +96,6 @@ def fit(data, folder, steps, *, ckpt_path=None, callbacks=(), **options):
     module = Recorder()
     trainer = pl.Trainer(
         accelerator="cpu",
-        devices=1,
-        max_epochs=-1,
         max_steps=steps,
         logger=False,
         enable_progress_bar=False,
@@ -85,7 +103,7 @@ def fit(data, folder, steps, *, ckpt_path=None, callbacks=(), **options):
         num_sanity_val_steps=0,
         enable_checkpointing=False,
         callbacks=[Saver(folder), *callbacks],
-        **{"limit_val_batches": 0, **options},
+        **{"devices": 1, "max_epochs": -1, "limit_val_batches": 0, **options},
     )
     trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
     return module, trainer
@@ -158,7 +176,7 @@ class TestResume:
         data = text()
         fit(data, tmp_path, 3)
         state = torch.load(tmp_path / "3.ckpt", weights_only=True)["TextDataModule"]
-        assert state == {"row": 12, "vocabulary": data.vocabulary.to_json()}
+        assert state == {"row": 12, "batches": 3, "vocabulary": data.vocabulary.to_json()}
 
     def test_another_vocabulary_is_refused(self):
         state = TextDataModule(vocabulary=["a", "b"]).state_dict()
@@ -173,7 +191,7 @@ class TestResume:
             [batch for batch, _ in zip(data.train_dataloader(), range(4), strict=False)]
         )
         other = text()
-        other.load_state_dict({**data.state_dict(), "row": 5})
+        other.load_state_dict({**data.state_dict(), "row": 5, "batches": 2})
         assert torch.equal(next(iter(other.train_dataloader())), rows[5:9])
 
     def test_synthetic(self, tmp_path):
@@ -181,3 +199,201 @@ class TestResume:
         path = tmp_path / "a" / "3.ckpt"
         resumed, _ = fit(FullRankDataModule(batch_size=4), tmp_path / "b", 8, ckpt_path=path)
         assert torch.equal(torch.stack(resumed.seen["train"]), torch.stack(whole.seen["train"][3:]))
+
+
+class Pieces(TextSource):
+    """A text of 135 training characters: 16 windows of 8, wherever the first begins."""
+
+    def describe(self, stream):
+        return stream
+
+    def pieces(self, stream):
+        size = 135 if stream == "train" else 40
+        yield stream, "".join(chr(32 + place % 90) for place in range(size))
+
+
+KINDS = {"memory": {}, "streaming": {"streaming": True}, "stateful": {"stateful": True}}
+
+
+def pieces(batch_size=3, **options):
+    return TextDataModule(Pieces(), 8, batch_size, eval_batch_size=2, **options)
+
+
+class TestEpochs:
+    """An epoch of the text has 16 windows, 17 where they go on: 6 batches of 3."""
+
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_end_after_so_many(self, kind, tmp_path):
+        module, trainer = fit(pieces(**KINDS[kind]), tmp_path / "a", -1, max_epochs=2)
+        assert (trainer.global_step, trainer.current_epoch, module.total) == (12, 2, 12)
+        assert trainer.optimizers[0].param_groups[0]["lr"] == 0
+        steps, _ = fit(pieces(**KINDS[kind]), tmp_path / "b", 12)
+        assert torch.equal(module.rows(), steps.rows())
+
+    def test_every_window_is_trained_on_once(self, tmp_path):
+        module, trainer = fit(pieces(batch_size=4), tmp_path, -1, max_epochs=3)
+        assert trainer.global_step == 12
+        for epoch in module.rows().reshape(3, 16, 8):
+            assert len(epoch.unique(dim=0)) == 16
+
+    def test_validation_comes_at_their_end(self, tmp_path):
+        module, _ = fit(pieces(), tmp_path / "a", -1, max_epochs=2, limit_val_batches=1.0)
+        assert sum(batch.numel() for batch in module.seen["valid"]) == 2 * 40
+        more = {"val_check_interval": 0.5, "limit_val_batches": 1.0}
+        module, _ = fit(pieces(), tmp_path / "b", -1, max_epochs=2, **more)
+        assert sum(batch.numel() for batch in module.seen["valid"]) == 4 * 40
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    @pytest.mark.parametrize("name", ["4", "6", "6-validated", "6-epoch", "7", "9", "12-epoch"])
+    @pytest.mark.parametrize("kind", ["memory", "streaming"])
+    def test_resume(self, kind, name, workers, tmp_path):
+        options = {"max_epochs": 3, "limit_val_batches": 1.0}
+        data = {**KINDS[kind], "num_workers": workers}
+        whole, _ = fit(pieces(**data), tmp_path / "a", -1, **options)
+        path = tmp_path / "a" / f"{name}.ckpt"
+        resumed, trainer = fit(pieces(**data), tmp_path / "b", -1, ckpt_path=path, **options)
+        done = int(name.split("-")[0])
+        assert torch.equal(resumed.rows(), whole.rows()[done:])
+        assert torch.equal(resumed.weight, whole.weight)
+        assert (trainer.global_step, resumed.total) == (18, 18)
+        # The last checkpoints of both hold the same place.
+        first, second = (
+            torch.load(tmp_path / folder / "18.ckpt", weights_only=True)["TextDataModule"]
+            for folder in "ab"
+        )
+        assert first == second
+
+    def test_resume_of_a_resumed_run(self, tmp_path):
+        whole, _ = fit(pieces(), tmp_path / "a", -1, max_epochs=3)
+        fit(pieces(), tmp_path / "b", -1, max_epochs=2, ckpt_path=tmp_path / "a" / "4.ckpt")
+        path = tmp_path / "b" / "8.ckpt"
+        last, _ = fit(pieces(), tmp_path / "c", -1, max_epochs=3, ckpt_path=path)
+        assert torch.equal(last.rows(), whole.rows()[8:])
+
+    def test_may_be_parts(self, tmp_path):
+        module, trainer = fit(pieces(), tmp_path / "a", -1, max_epochs=2, limit_train_batches=0.5)
+        assert trainer.global_step == 6
+        steps, _ = fit(pieces(), tmp_path / "b", 6)
+        assert torch.equal(module.rows(), steps.rows())
+        _, trainer = fit(pieces(), tmp_path / "c", -1, max_epochs=2, limit_train_batches=4)
+        assert trainer.global_step == 8
+
+    @pytest.mark.parametrize("ranks", [1, 2, 4])
+    def test_are_those_of_all_processes(self, ranks):
+        data = pieces(batch_size=2)
+        data.trainer = Process(0, ranks, max_epochs=2, max_steps=-1)
+        assert len(data.train_dataloader()) == 8 // ranks
+
+    def test_there_is_no_end_without_them(self):
+        data = pieces()
+        for trainer in (None, Process(0, 1)):
+            data.trainer = trainer
+            with pytest.raises(TypeError, match="no end"):
+                len(data.train_dataloader())
+
+    def test_samples_without_end_have_none(self, tmp_path):
+        data = FullRankDataModule(batch_size=4)
+        with pytest.raises(UserError) as error:
+            fit(data, tmp_path / "a", -1, max_epochs=2)
+        assert str(error.value) == (
+            "a FullRankDataModule has samples without end, and no epoch that the trainer could "
+            "count (max_epochs is 2): set trainer.max_steps, or trainer.limit_train_batches to the "
+            "batches of an epoch"
+        )
+        module, trainer = fit(data, tmp_path / "b", -1, max_epochs=2, limit_train_batches=3)
+        assert (trainer.global_step, module.total) == (6, 6)
+        _, trainer = fit(data, tmp_path / "c", 5, max_epochs=2)
+        assert trainer.global_step == 5
+
+    def test_sums_have_them_where_they_are_few(self, tmp_path):
+        data = AdditionDataModule(1, 10, 20, eval_examples=10)
+        data.trainer = Process(0, 1, max_epochs=1, max_steps=-1)
+        assert len(data.train_dataloader()) == 4
+        data = AdditionDataModule()
+        data.trainer = Process(0, 1, max_epochs=1, max_steps=-1)
+        with pytest.raises(UserError, match="without end"):
+            data.train_dataloader()
+
+
+class TestOverfit:
+    @pytest.mark.parametrize("workers", [0, 2])
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_trains_on_the_same_batches(self, kind, workers, tmp_path):
+        data = pieces(**KINDS[kind], num_workers=workers)
+        module, _ = fit(data, tmp_path / "a", 8, overfit_batches=3)
+        steps, _ = fit(pieces(**KINDS[kind]), tmp_path / "b", 3)
+        assert torch.equal(module.rows(), torch.cat([steps.rows()] * 3)[:8])
+
+    def test_synthetic(self, tmp_path):
+        data = AdditionDataModule(4, batch_size=4)
+        module, _ = fit(data, tmp_path, 4, overfit_batches=2)
+        first, second = module.seen["train"][:2], module.seen["train"][2:]
+        for before, after in zip(first, second, strict=True):
+            assert all(torch.equal(*parts) for parts in zip(before, after, strict=True))
+
+    def test_parts_of_an_epoch_are_refused(self, tmp_path):
+        with pytest.raises(UserError, match=r"overfit_batches is 0\.5: give a whole number of bat"):
+            fit(pieces(), tmp_path, 8, overfit_batches=0.5)
+
+    @pytest.mark.parametrize("name", ["2", "3", "3-epoch", "5"])
+    def test_resume(self, name, tmp_path):
+        whole, _ = fit(pieces(), tmp_path / "a", 8, overfit_batches=3)
+        path = tmp_path / "a" / f"{name}.ckpt"
+        resumed, _ = fit(pieces(), tmp_path / "b", 8, ckpt_path=path, overfit_batches=3)
+        assert torch.equal(resumed.rows(), whole.rows()[int(name[0]) :])
+
+    def test_evaluates(self, tmp_path):
+        options = {"limit_val_batches": 1.0, "max_epochs": 2}
+        module, _ = fit(pieces(), tmp_path, -1, overfit_batches=2, **options)
+        assert len(module.seen["valid"]) == 4
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+import torch
+sys.path.insert(0, {root!r})
+from tests.datamodules.test_module import fit, pieces
+
+folder, devices, batch_size, path, options = Path(sys.argv[1]), *eval(sys.argv[2])
+module, trainer = fit(
+    pieces(batch_size, num_workers=1), folder, -1, ckpt_path=path, devices=devices, **options
+)
+torch.save((module.rows(), trainer.global_step), folder / f"rows{{trainer.global_rank}}.pt")
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"max_epochs": 3}, 12),
+        ({"max_epochs": 3, "overfit_batches": 3}, 9),
+    ],
+)
+def test_two_processes_have_the_epochs_of_one(options, steps, tmp_path):
+    (tmp_path / "script.py").write_text(SCRIPT.format(root=str(ROOT)))
+    folders = {name: tmp_path / name for name in ("one", "two", "resumed")}
+    for name, devices, batch_size, path in (
+        ("one", 1, 4, None),
+        ("two", 2, 2, None),
+        ("resumed", 2, 2, str(folders["two"] / "5.ckpt")),
+    ):
+        folders[name].mkdir()
+        arguments = repr((devices, batch_size, path, {**options, "strategy": "ddp"}))
+        done = subprocess.run(
+            [sys.executable, tmp_path / "script.py", folders[name], arguments],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            timeout=300,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+    whole, number = torch.load(folders["one"] / "rows0.pt")
+    assert number == steps
+    for name, first in (("two", 0), ("resumed", 5)):
+        parts, numbers = zip(
+            *(torch.load(folders[name] / f"rows{n}.pt") for n in (0, 1)), strict=True
+        )
+        assert numbers == (steps, steps)
+        assert torch.equal(torch.cat(parts, dim=1), whole[first:])

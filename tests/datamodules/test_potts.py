@@ -21,7 +21,7 @@ ENTROPIES = [
 @pytest.mark.parametrize(("side", "num_classes", "a", "b", "c", "d"), ENTROPIES)
 def test_entropies(side, num_classes, a, b, c, d):
     found = [
-        PottsDataModule(side, num_classes, coupling, boundary, sampler="gibbs").entropy
+        PottsDataModule(side, num_classes, coupling, boundary).entropy
         for boundary in ("periodic", "free")
         for coupling in (0.1, 0.5)
     ]
@@ -51,9 +51,8 @@ def test_dimensions_are_sites_row_by_row():
     assert math.log(corner / rows) == pytest.approx(2.0)  # one pair less is unequal
 
 
-@pytest.mark.parametrize("sampler", ["gibbs", "exact"])
-def test_larger_than_a_table(sampler):
-    data = PottsDataModule(4, 4, 0.5, sampler=sampler, batch_size=8, eval_examples=20)
+def test_larger_than_a_table():
+    data = PottsDataModule(4, 4, 0.5, batch_size=8, eval_examples=20)
     assert next(iter(data.train_dataloader())).shape == (8, 16)
     assert data.class_counts().tolist() == [4_000_000] * 4
     assert data.class_counts("test").sum() == 20 * 16
@@ -66,13 +65,10 @@ def test_larger_than_a_table(sampler):
     [
         ({"num_classes": 1}, "num_classes must be at least 2, not 1"),
         ({"side": 1}, "side must be at least 2, not 1"),
-        ({"side": 4, "num_classes": 7}, "too many for exact draws: set sampler to gibbs or"),
-        ({"side": 9, "sampler": "gibbs"}, "side 9 with 3 classes is too wide"),
+        ({"side": 4, "num_classes": 7}, "too many for exact samples: lower side or num_classes"),
+        ({"side": 9}, "side 9 with 3 classes is too wide"),
         ({"coupling": math.inf}, "coupling must be between"),
         ({"boundary": "open"}, 'boundary is "open": give one of periodic, free'),
-        ({"sampler": "wolff"}, 'sampler is "wolff": give one of exact, gibbs, swendsen_wang'),
-        ({"sampler": "swendsen_wang", "coupling": -1}, "coupling of at least 0, not -1: set sampl"),
-        ({"sampler": "gibbs", "sweeps": 0}, "sweeps must be at least 1, not 0"),
         ({"eval_examples": 0}, "eval_examples must be at least 1"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
     ],

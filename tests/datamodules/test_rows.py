@@ -1,4 +1,4 @@
-"""Draws of a lattice row by row: exact, and each to be had without the others."""
+"""Samples of a lattice row by row: exact, and each to be had without the others."""
 
 import numpy as np
 import pytest
@@ -33,19 +33,32 @@ def test_frequencies_are_the_probabilities(side, num_classes, coupling, periodic
     assert abs(statistic - freedom) < 4 * (2 * freedom) ** 0.5
 
 
-def test_beyond_a_table_the_equal_pairs_are_as_many_as_expected():
-    lattice = PottsLattice(4, 5, 0.5, periodic=True)
-    drawn = torch.from_numpy(RowByRow(lattice, 1).open()(0, 100_000).astype(np.int64))
+@pytest.mark.parametrize("periodic", [True, False])
+@pytest.mark.parametrize("coupling", [0.5, -1.0, 1.0])
+@pytest.mark.parametrize(("side", "num_classes"), [(3, 3), (4, 5)])
+def test_equal_pairs_have_their_exact_mean(side, num_classes, coupling, periodic):
+    lattice = PottsLattice(side, num_classes, coupling, periodic)
+    drawn = torch.from_numpy(RowByRow(lattice, 1).open()(0, 50_000).astype(np.int64))
     one, other = lattice.neighbours.T
     equal = (drawn[:, one] == drawn[:, other]).double().sum(dim=1)
     error = equal.std() / len(equal) ** 0.5
     assert abs(equal.mean() - lattice.mean_equal_pairs) < 4 * error
+    assert error < 0.1
 
 
-def test_a_draw_depends_on_its_number_alone():
+def test_without_coupling_sites_are_uniform_and_independent():
+    drawn = RowByRow(PottsLattice(3, 4, 0.0, periodic=True), 0).open()(0, 50_000)
+    for pair in ((0, 1), (0, 8), (3, 6)):
+        counts = np.bincount(drawn[:, pair].astype(int) @ [4, 1], minlength=16)
+        assert ((counts - 3125) ** 2 / 3125).sum() < 15 + 4 * 30**0.5
+
+
+def test_a_sample_depends_on_its_number_and_key_alone(monkeypatch):
     lattice = PottsLattice(3, 3, 0.5, periodic=True)
     read = RowByRow(lattice, 0, 1).open()
     whole = read(0, 5000)
     assert (read(4090, 20) == whole[4090:4110]).all()
     assert (RowByRow(lattice, 0, 1).open()(0, 50) == whole[:50]).all()
     assert (RowByRow(lattice, 0, 2).open()(0, 50) != whole[:50]).any()
+    monkeypatch.setattr("datamodules.samples.BLOCK_SIZE", 33)
+    assert (read(0, 100) == whole[:100]).all()

@@ -2,13 +2,13 @@ from itertools import islice
 
 import numpy as np
 import pytest
-import pytorch_lightning as pl
 import torch
 
 from datamodules.sources import KingJames, LocalText, TextSource
 from datamodules.text import TextDataModule
 from datamodules.vocabulary import ByteVocabulary, CharacterVocabulary, IntegerVocabulary
 from dflows.errors import UserError
+from tests.datamodules.process import Process
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
@@ -43,20 +43,6 @@ def read(loader):
 @pytest.fixture(params=[False, True], ids=["memory", "streaming"])
 def streaming(request):
     return request.param
-
-
-class Process:
-    """What a datamodule asks a trainer."""
-
-    def __init__(self, rank, ranks):
-        self.global_rank = rank
-        self.world_size = ranks
-        self.fit_loop = pl.Trainer(
-            max_steps=1, logger=False, enable_checkpointing=False, accelerator="cpu"
-        ).fit_loop
-
-    def process(self, batches):
-        self.fit_loop.epoch_loop.batch_progress.increment_by(batches)
 
 
 class TestText:
@@ -151,9 +137,7 @@ class TestText:
     def test_consecutive_batches_go_on_whatever_the_processes(self, ranks, workers):
         parts = []
         for rank in range(ranks):
-            data = TextDataModule(
-                cut(ODD * 20), 8, 4 // ranks, consecutive=True, num_workers=workers
-            )
+            data = TextDataModule(cut(ODD * 20), 8, 4 // ranks, stateful=True, num_workers=workers)
             data.trainer = Process(rank, ranks)
             parts.append(torch.stack(list(islice(data.train_dataloader(), 6))))
         batches = torch.cat(parts, dim=1)
@@ -162,12 +146,12 @@ class TestText:
         for row in batches.unbind(1):
             assert data.decode(row.flatten()) in text
         if ranks == 2:
-            alone = TextDataModule(cut(ODD * 20), 8, 4, consecutive=True)
+            alone = TextDataModule(cut(ODD * 20), 8, 4, stateful=True)
             assert torch.equal(torch.stack(list(islice(alone.train_dataloader(), 6))), batches)
 
     def test_consecutive_and_streaming_exclude_each_other(self):
         with pytest.raises(UserError, match="unset one of the two"):
-            TextDataModule(consecutive=True, streaming=True)
+            TextDataModule(stateful=True, streaming=True)
 
     def test_loaders_leave_the_global_generator_alone(self):
         data = TextDataModule(cut(ODD * 50), 8)

@@ -3,23 +3,21 @@
 from itertools import product
 
 import numpy as np
-import pytest
 import torch
 from torch import nn
 
-from dflows import DiscreteFlow, FactorizedBase
+from dflows import DiscreteFlow
 from dflows.backbones import DilatedConvolution, LevelConvolution, Transformer
+from dflows.bases import FactorizedBase
 from dflows.bijections import MatchedAffine, ModularAffine, ModularShift, RankPermutation
-from dflows.estimators import (
+from dflows.conditioner import Conditioner
+from dflows.gradients import (
     GumbelStraightThrough,
-    JointInTurn,
-    LocalInTurn,
-    LocalObjective,
-    LocalThenJoint,
     PosteriorRule,
     ReinMax,
     SoftmaxStraightThrough,
 )
+from dflows.objectives import EndToEnd, Layerwise, Local, LocalExpectationGradient, OneAfterAnother
 from dflows.orderings import (
     Blocks,
     CoarseToFine,
@@ -37,10 +35,11 @@ WIDTH = 8
 BIJECTIONS = {
     "shift": ModularShift,
     "affine": ModularAffine,
-    "affine-prime": lambda num_classes: ModularAffine(num_classes, prime=True),
+    "affine-prime": lambda num_classes, rule=None: ModularAffine(num_classes, True, rule),
     "matched": MatchedAffine,
-    "rank": RankPermutation,
+    "rank": lambda num_classes, rule=None: RankPermutation(num_classes),  # noqa: ARG005
 }
+"""Called with the number of classes, and a rule."""
 
 ORDERINGS = {
     "natural": Natural(),
@@ -57,20 +56,23 @@ ORDERINGS = {
 
 BOTH_PARITIES = (Parity(), Parity(first=1))
 
-ESTIMATORS = {
+RULES = {
     "straight-through": SoftmaxStraightThrough,
     "posterior": PosteriorRule,
-    "local": LocalObjective,
-    "one-level": lambda: LocalObjective("level"),
-    "one-flow": lambda: LocalObjective("flow"),
-    "in-turn": lambda: LocalInTurn(1),
-    "joint-in-turn": lambda: JointInTurn(1),
     "gumbel": GumbelStraightThrough,
     "reinmax": ReinMax,
-    "local-then-joint": lambda: LocalThenJoint(1),
 }
 
-OF_A_SOFTMAX = {"posterior", "gumbel", "reinmax", "local-then-joint"}
+OBJECTIVES = {
+    "end-to-end": EndToEnd,
+    "end-to-end-levels": lambda: EndToEnd("levels"),
+    "local": Local,
+    "local-levels": lambda: Local("levels"),
+    "local-transforms": lambda: Local("transforms"),
+    "layerwise": Layerwise,
+    "local-expectation": LocalExpectationGradient,
+    "one-after-another": lambda: OneAfterAnother(Local(), EndToEnd()),
+}
 
 BACKBONES = {
     "causal": lambda: Transformer(WIDTH, layers=1, heads=2),
@@ -90,15 +92,16 @@ def shaken(module, seed=0, scale=0.5):
     return module
 
 
-def skip_refused(estimator, bijection):
-    """Skips a test where the estimator needs a choice by a softmax, and the bijection has none."""
-    if estimator in OF_A_SOFTMAX and bijection in ("rank", RankPermutation):
-        pytest.skip("refused by check()")
-
-
 def states(num_classes, length):
     """All events, (K^D, D)."""
     return torch.tensor(list(product(range(num_classes), repeat=length)))
+
+
+def make_conditioner(num_classes, length, ordering, backbone="masked", **options):
+    """A conditioner; the backbone by its name or as it is."""
+    if isinstance(backbone, str):
+        backbone = BACKBONES[backbone]()
+    return Conditioner(num_classes, length, ordering, backbone, **options)
 
 
 def make_transform(
@@ -106,18 +109,17 @@ def make_transform(
     length,
     ordering,
     bijection="affine",
-    estimator="local",
     backbone="masked",
+    rule="straight-through",
     **options,
 ):
-    return ConditionalTransform(
-        length,
-        BIJECTIONS[bijection](num_classes),
-        ordering,
-        BACKBONES[backbone](),
-        ESTIMATORS[estimator](),
-        **options,
+    """A transform; the bijection by its name or as it is, the options those of a conditioner."""
+    if isinstance(bijection, str):
+        bijection = BIJECTIONS[bijection](num_classes, rule=RULES[rule]())
+    conditioner = make_conditioner(
+        num_classes, length, ordering, backbone, num_logits=bijection.num_logits, **options
     )
+    return ConditionalTransform(bijection, conditioner)
 
 
 def make_flow(
@@ -125,8 +127,8 @@ def make_flow(
     length=4,
     orderings=BOTH_PARITIES,
     bijection="affine",
-    estimator="local",
     backbone="masked",
+    rule="straight-through",
     *,
     base=None,
     sharing="positions",
@@ -137,12 +139,20 @@ def make_flow(
     with torch.random.fork_rng():
         torch.manual_seed(0)
         transforms = [
-            make_transform(num_classes, length, ordering, bijection, estimator, backbone, **options)
+            make_transform(num_classes, length, ordering, bijection, backbone, rule, **options)
             for ordering in orderings
         ]
     if base is None:
-        base = FactorizedBase(num_classes, length, orderings, sharing)
+        base = FactorizedBase(num_classes, length, sharing)
     return shaken(DiscreteFlow(base, transforms, encoder))
+
+
+def prepared(objective, flow):
+    """The objective of that name, prepared for the flow, with random parameters of its own."""
+    if isinstance(objective, str):
+        objective = OBJECTIVES[objective]()
+    objective.prepare(flow)
+    return shaken(objective, seed=1)
 
 
 def gradients(module: nn.Module):

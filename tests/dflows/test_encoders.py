@@ -1,10 +1,14 @@
+from functools import partial
+
 import pytest
 import torch
-from torch import nn
 
+from dflows.backbones import DilatedConvolution
+from dflows.embedding import Context
 from dflows.encoders import SequenceEncoder
 from dflows.errors import UserError
-from tests.dflows.small import make_flow, shaken
+from dflows.flows import bipartite
+from tests.dflows.small import shaken
 
 K, C, S = 5, 6, 4
 
@@ -51,13 +55,14 @@ def test_every_parameter_gets_a_gradient():
     assert all(parameter.grad.any() for parameter in encoder.parameters())
 
 
-@pytest.mark.parametrize("align", [False, True])
-def test_a_flow_is_conditioned_on_what_it_encodes(align):
-    encoder: nn.Module = SequenceEncoder(K, 2, bidirectional=True)
-    flow = make_flow(3, 4, encoder=encoder, context_features=2, align_context=align)
+@pytest.mark.parametrize("aligned", [False, True])
+def test_a_flow_is_conditioned_on_what_it_encodes(aligned):
+    encoder = SequenceEncoder(K, 2, bidirectional=True)
+    backbone = partial(DilatedConvolution, width=8, layers=2)
+    flow = shaken(bipartite(3, 4, backbone, context=Context(2, aligned=aligned, encoder=encoder)))
     context = torch.randint(K, (6, 2, 4))
     y = torch.randint(3, (6, 4))
-    flow.objective(y, context).sum().backward()
+    flow.log_prob(y, context).sum().backward()
     assert encoder.embedding.weight.grad.any()
     assert flow.sample((2,), context).shape == (2, 6, 4)
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from dflows.files import replacing
+from dflows.files import atomic_write
 
 
 def test_a_failure_leaves_what_was_there_and_nothing_else(tmp_path):
@@ -10,7 +10,7 @@ def test_a_failure_leaves_what_was_there_and_nothing_else(tmp_path):
     file.write_text("old")
 
     def fail():
-        with replacing(file) as unfinished:
+        with atomic_write(file) as unfinished:
             assert (unfinished.parent, unfinished.suffix) == (tmp_path, ".tmp")
             unfinished.write_text("half")
             raise OSError("no space on the disk")
@@ -24,7 +24,7 @@ def test_a_failure_leaves_what_was_there_and_nothing_else(tmp_path):
 def test_what_is_written_replaces_the_file(tmp_path):
     file = tmp_path / "tokenizer.json"
     file.write_text("old")
-    with replacing(file) as unfinished:
+    with atomic_write(file) as unfinished:
         unfinished.write_text("new")
         assert file.read_text() == "old"
     assert file.read_text() == "new"

@@ -9,7 +9,7 @@ class Neighbours(nn.Module):
 
     dflows hands it the positions that it may see and hides the others, so it need not be causal.
 
-    Arguments:
+    Args:
         width: Features of one position.
         reach: How far a layer looks on both sides.
         layers: How many layers.
@@ -17,6 +17,7 @@ class Neighbours(nn.Module):
 
     def __init__(self, width: int, reach: int = 2, layers: int = 2) -> None:
         super().__init__()
+        self.width = width  # by which dflows knows what features it takes
         self.layers = nn.ModuleList(
             nn.Conv1d(width, width, 2 * reach + 1, padding=reach) for _ in range(layers)
         )

@@ -16,6 +16,8 @@ from dflows.backbones import (
     Backbone,
     DilatedConvolution,
     LevelConvolution,
+    Masked,
+    StatefulBackbone,
     SteppedBackbone,
     Table,
     Transformer,
@@ -43,7 +45,11 @@ OTHERS: dict[str, Callable[[], Backbone]] = {
         WIDTH, heads=4, attention="full", positions="learned", length=LENGTH, locality="distance"
     ),
 }
+OTHERS["masked"] = lambda: Masked(
+    nn.Sequential(nn.Linear(WIDTH, 12), nn.GELU(), nn.Linear(12, WIDTH)), WIDTH
+)
 STEPPED = [name for name, make in CAUSAL.items() if isinstance(make(), SteppedBackbone)]
+STATEFUL = [name for name, make in CAUSAL.items() if isinstance(make(), StatefulBackbone)]
 
 causal = pytest.mark.parametrize("name", CAUSAL)
 every = pytest.mark.parametrize("name", CAUSAL | OTHERS)
@@ -88,6 +94,7 @@ def test_attributes_and_shape(name):
     backbone = make(name)
     assert (backbone.width, backbone.embeds) == (WIDTH, True)
     assert backbone.level_causal == (name in CAUSAL)
+    assert backbone.knows_positions == (name != "masked")
     for length in (1, 2, 5, LENGTH):
         features = backbone(*arguments(backbone, levels_for(name, length)))
         assert features.shape == (BATCH, length, WIDTH)
@@ -102,6 +109,31 @@ def test_features_of_some_dimensions_are_those_of_all(name):
     for dimensions in ([0], [1, 2, 5], [8, 0], range(LENGTH)):
         some = torch.tensor([*dimensions])
         torch.testing.assert_close(backbone.features_at(some, *inputs), features[:, some])
+
+
+@every
+def test_layer_features_end_with_the_features(name):
+    backbone = make(name).double().eval()
+    inputs = arguments(backbone, levels_for(name, LENGTH), torch.float64)
+    features = backbone.layer_features(*inputs)
+    assert len(features) == backbone.num_layers
+    assert all(one.shape == (BATCH, LENGTH, WIDTH) for one in features)
+    torch.testing.assert_close(features[-1], backbone(*inputs))
+
+
+@causal
+@given(data=st.data())
+def test_layer_features_keep_to_the_levels(name, data):
+    levels = data.draw(some_levels(name))
+    backbone = make(name).double().eval()
+    content, query, levels = arguments(backbone, levels, torch.float64)
+    features = backbone.layer_features(content, query, levels)
+    for level in range(int(levels.max()) + 1):
+        changed = torch.where((levels < level).unsqueeze(-1), content, 7.0)
+        found = backbone.layer_features(changed, query, levels)
+        for one, other in zip(features, found, strict=True):
+            of_level = levels == level
+            torch.testing.assert_close(other[:, of_level], one[:, of_level], rtol=0, atol=1e-12)
 
 
 @causal
@@ -326,6 +358,27 @@ def test_steps_under_autocast(name):
             )
 
 
+@pytest.mark.parametrize("name", STATEFUL)
+def test_windows_that_go_on_are_one_sequence(name):
+    backbone = make(name).double().eval()
+    assert backbone.stateful
+    content, query, levels = arguments(backbone, torch.arange(LENGTH), torch.float64)
+    whole = backbone(content, query, levels)
+    before, state = backbone.start.expand(BATCH, WIDTH), None
+    for part in (slice(0, 4), slice(4, 5), slice(5, LENGTH)):
+        levels = torch.arange(part.stop - part.start)
+        features, state = backbone.resume(content[:, part], query[part], levels, before, state)
+        torch.testing.assert_close(features, whole[:, part])
+        before = content[:, part.stop - 1]
+    # A window begins anew where its state is zero.
+    anew = torch.tensor([True, False, True]).unsqueeze(-1)
+    state = tuple(one.masked_fill(anew, 0) for one in state)
+    before = torch.where(anew, backbone.start, before)
+    features, _ = backbone.resume(content, query, torch.arange(LENGTH), before, state)
+    torch.testing.assert_close(features[anew.squeeze(-1)], whole[anew.squeeze(-1)])
+    assert not torch.allclose(features[1], whole[1])
+
+
 @stepped
 def test_steps_out_of_turn_are_refused(name):
     backbone = make(name)
@@ -371,6 +424,8 @@ def test_the_contract_is_abstract():
         Backbone(4, level_causal=True)
     with pytest.raises(TypeError, match="abstract"):
         SteppedBackbone(4, level_causal=True)
+    with pytest.raises(TypeError, match="abstract"):
+        StatefulBackbone(4, level_causal=True)
 
 
 def test_table_takes_values_where_others_take_features():

@@ -88,6 +88,25 @@ def test_levels_changed_in_place_are_read_again():
         backbone(content, query, levels)
 
 
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_whole_pass_and_steps_use_the_same_operations(layers, autocast):
+    backbone = LSTM(64, layers, hidden=128).eval()
+    content, query, levels = torch.randn(4, 16, 64), torch.randn(16, 64), torch.arange(16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        whole = backbone(content, query, levels)
+        cache = backbone.begin(query, levels, 4)
+        steps = [
+            backbone.advance(cache, n, content[:, n - 1 : n] if n else None) for n in range(16)
+        ]
+    steps = torch.cat(steps, dim=1)
+    assert steps.dtype == whole.dtype
+    if autocast:
+        assert (steps == whole).float().mean() > 0.99
+    else:
+        torch.testing.assert_close(steps, whole, rtol=0, atol=1e-6)
+
+
 def test_dropout_is_between_layers():
     assert LSTM(WIDTH, layers=2, dropout=0.5).lstm.dropout == 0.5
     backbone = LSTM(WIDTH, layers=1, dropout=0.5)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from dflows.backbones import LSTM, DilatedConvolution
+from dflows.backbones import LSTM, DilatedConvolution, Masked
 from dflows.errors import UserError
 from dflows.latent import AutoregressivePrior, InverseAutoregressivePrior, LatentFlow
 
@@ -107,12 +107,17 @@ def test_a_shorter_window_is_an_event_of_its_own():
 
 
 def test_any_network_that_sees_all_will_do():
-    plain = nn.Sequential(nn.Linear(8, 8), nn.Tanh())
+    plain = Masked(nn.Sequential(nn.Linear(8, 8), nn.Tanh()), width=8)
     prior = AutoregressivePrior(4, 8)
-    model = LatentFlow(5, 6, prior, plain, DilatedConvolution(width=8, layers=1), width=8)
+    model = LatentFlow(5, 6, prior, plain, DilatedConvolution(width=8, layers=1))
     assert model.sample(2).shape == (2, 6)
-    with pytest.raises(UserError, match="width of the emission network, a Linear, is not known"):
+    with pytest.raises(UserError, match="the width of a Linear is not known"):
         LatentFlow(5, 6, prior, network(), nn.Linear(8, 8))
+
+
+def test_likelihoods_of_a_half_precision_model_are_float32():
+    terms = made(features=4).bfloat16().terms(torch.zeros(2, D, dtype=torch.long), num_draws=3)
+    assert terms.log_emission.dtype == terms.divergence.dtype == torch.float32
 
 
 def test_a_network_that_sees_the_past_alone_is_refused():

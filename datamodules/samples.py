@@ -1,0 +1,35 @@
+"""Independent draws, each to be had without the others, made many at a time."""
+
+from abc import abstractmethod
+
+import numpy as np
+from numpy.typing import NDArray
+
+from datamodules.chunks import Array
+from datamodules.windows import Reader, TrainingStream
+
+__all__ = ["Samples"]
+
+BLOCK_SIZE = 4096
+
+
+class Samples(TrainingStream):
+    """Creates an endless sequence of draws; memory is that of a block of them.
+
+    Args:
+        length: The length of a draw.
+    """
+
+    @abstractmethod
+    def block(self, numbers: NDArray[np.int64]) -> Array:
+        """Returns the draws of the given numbers, shape (n, length)."""
+
+    def open(self) -> Reader:
+        """Returns what reads draws, of any number at any time."""
+        return self._read
+
+    def _read(self, first: int, rows: int) -> Array:
+        begins = range(first, first + rows, BLOCK_SIZE)
+        ends = [min(begin + BLOCK_SIZE, first + rows) for begin in begins]
+        blocks = [self.block(np.arange(*limits)) for limits in zip(begins, ends, strict=True)]
+        return np.concatenate(blocks)

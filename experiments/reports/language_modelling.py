@@ -1,0 +1,291 @@
+"""The table and the figure of the comparison on characters."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from dflows.errors import UserError
+from dflows.records import Record
+from experiments.plan import Row
+from experiments.reports.experiment import Experiment, setting
+from experiments.reports.figures import drawing
+from experiments.reports.markdown import number, table
+from experiments.reports.text import bits
+
+__all__ = ["describe_figure", "draw", "render"]
+
+HEAD = (
+    "system",
+    "published bpc",
+    "published, s",
+    "test bpc, windows",
+    "test bpc, carried",
+    "importance-weighted",
+    "passes",
+    "fixed point, iterations",
+    "parameters",
+    "trained, s",
+    "1 sequence, s",
+    "32 sequences, s",
+)
+SIGNS = {"\n": "↵", "\r": "␍"}
+
+
+class Shown(NamedTuple):
+    """A row by its name, and the record that stands for it."""
+
+    name: str
+    row: Row
+    record: Record
+
+
+def render(experiment: Experiment) -> str:
+    """Renders a table for every text, what few passes cost and gain, and samples.
+
+    Args:
+        experiment: The plan and the records.
+
+    Returns:
+        Markdown.
+
+    Raises:
+        UserError: If records of one text scored different characters.
+    """
+    parts = []
+    for task in experiment.plan.tasks:
+        if shown := _shown(experiment, task):
+            experiment.first(task, "unigram_bpc")
+            parts += [_task(task, shown), *_few_passes(shown), *_quickest(shown)]
+            parts += [*_levels(shown), *_samples(shown)]
+    return "\n\n".join(parts)
+
+
+def _shown(experiment: Experiment, task: str) -> list[Shown]:
+    """Returns the rows that a task has records of, with the first of each."""
+    return [Shown(name, row, experiment.of(name, task)[0]) for name, row in experiment.rows(task)]
+
+
+def _task(task: str, shown: Sequence[Shown]) -> str:
+    metrics = shown[0].record.metrics
+    scored = {
+        one.record.metrics["characters"]["test"]
+        for one in shown
+        if "test" in one.record.metrics.get("characters", {})
+    }
+    if len(scored) > 1:
+        raise UserError(
+            f"records of {task} scored {sorted(scored)} characters of test: run them with the same "
+            "--overlay, or add --again"
+        )
+    caption = f"**{task}**"
+    if "test" in metrics.get("characters", {}):
+        caption += f": {metrics['characters']['test']:,} characters of test"
+    if "unigram_bpc" in metrics:
+        caption += f", unigram entropy {metrics['unigram_bpc']:.3f} bits"
+    lengths = {one.record.metrics.get("generation_length", 0) for one in shown} - {0}
+    windows = " or ".join(map(str, sorted(lengths)))
+    caption += f". A sequence is a window of {windows} characters." if windows else "."
+    budgets = sorted({one.record.budget for one in shown if one.record.budget})
+    caption += f" Budget: {'; '.join(budgets)}." if budgets else ""
+    return f"{caption}\n\n{table(HEAD, [_line(task, one) for one in shown])}"
+
+
+def _line(task: str, shown: Shown) -> list[str]:
+    _, row, record = shown
+    metrics = record.metrics
+    return [
+        row.label,
+        number(row.published.get(task), ".2f"),
+        number(row.published_seconds.get(task), ".3g"),
+        bits(record, metrics.get("test_bpc")),
+        bits(record, metrics.get("test_bpc_stateful")),
+        bits(record, metrics.get("test_bpc_importance")),
+        number(metrics.get("passes"), "d"),
+        number(metrics.get("fixed_point_iterations"), ".4g"),
+        number(record.parameters, ",d"),
+        number(metrics.get("train_seconds"), ",.0f"),
+        number(metrics.get("generation_seconds_1")),
+        number(metrics.get("generation_seconds_32")),
+    ]
+
+
+def _ngram_order(shown: Shown) -> int | None:
+    """Returns the length of the longest n-grams that a network is conditioned on, if on any."""
+    order: int | None = setting(shown.record.config, "model.init_args.flow.init_args.ngram_order")
+    return order
+
+
+def _class(shown: Shown, key: str) -> str:
+    """Returns the name of the class that a part of a record's model is of, if of any."""
+    part = setting(shown.record.config, f"model.init_args.{key}")
+    path = part.get("class_path", "") if isinstance(part, dict) else part
+    return path.rpartition(".")[2] if isinstance(path, str) else ""
+
+
+def _is_few(record: Record) -> bool:
+    """Tells whether a record's passes are at most a tenth of the characters that they generate."""
+    length = record.metrics.get("generation_length", 0)
+    return 10 * int(record.metrics["passes"]) <= length
+
+
+def _scored(shown: Sequence[Shown]) -> list[Shown]:
+    """Returns the rows whose bits are exact, the fewest first."""
+    scored = [
+        one
+        for one in shown
+        if one.record.likelihood == "exact" and "test_bpc" in one.record.metrics
+    ]
+    return sorted(scored, key=lambda one: one.record.metrics["test_bpc"])
+
+
+def _few_passes(shown: Sequence[Shown]) -> list[str]:
+    """Returns what at most a tenth as many passes as characters reach, beside their opponents."""
+    scored = [one for one in _scored(shown) if one.record.metrics.get("passes")]
+    few = [one for one in scored if _is_few(one.record)]
+    many = [one for one in scored if not _is_few(one.record)]
+    alone = [one for one in few if not _ngram_order(one)]
+    alone_too = [one for one in many if not _ngram_order(one)]
+    recipe = [one for one in few if _class(one, "objective") == "EndToEnd"]
+    flows = [
+        one
+        for one in alone
+        if _class(one, "flow.init_args.base") == "FactorizedBase" and one not in recipe
+    ]
+    rows = []
+    for best, others in ((few, many), (alone, alone_too), (flows, recipe[:1])):
+        for other in others if best else []:
+            bits_of = [one.record.metrics["test_bpc"] for one in (best[0], other)]
+            row = [
+                _name(best[0].row, best[0].record),
+                f"{bits_of[0]:.3f}",
+                _name(other.row, other.record),
+                f"{bits_of[1]:.3f}",
+                f"{bits_of[0] - bits_of[1]:+.3f}",
+            ]
+            if row not in rows:
+                rows.append(row)
+    if not rows:
+        return []
+    caption = (
+        "The best exact model with at most a tenth as many passes as characters, beside those with "
+        "more passes; the same of networks that are told of no n-grams; and of these the best flow "
+        "on a factorized base, beside the best of the paper's recipes:"
+    )
+    head = ("few passes", "test bpc", "beside", "its test bpc", "more bits")
+    return [caption, table(head, rows)]
+
+
+def _quickest(shown: Sequence[Shown]) -> list[str]:
+    """Returns what generates quickest with no more bits than each exact system has."""
+    scored, rows = _scored(shown), []
+    for number_of, one in enumerate(scored):
+        cells = [_name(one.row, one.record), f"{one.record.metrics['test_bpc']:.3f}"]
+        for key in ("generation_seconds_1", "generation_seconds_32"):
+            rivals = [rival for rival in scored[:number_of] if key in rival.record.metrics]
+            seconds = one.record.metrics.get(key)
+            if not rivals or seconds is None:
+                cells += ["–", "–"]
+                continue
+            best = min(rivals, key=lambda rival: rival.record.metrics[key])
+            cells += [
+                _name(best.row, best.record),
+                f"{seconds / best.record.metrics[key]:.2f}",
+            ]
+        rows.append(cells)
+    if len(rows) < 2:
+        return []
+    caption = (
+        "What generates quickest with no more bits than a system has, and how many times as fast:"
+    )
+    head = ("system", "test bpc", "for 1 sequence", "times", "for 32 sequences", "times")
+    return [caption, table(head, rows)]
+
+
+def _name(row: Row, record: Record) -> str:
+    """Returns what a row is called where its passes are not shown beside it."""
+    return f"{row.label}, {number(record.metrics.get('passes'), 'd')} passes"
+
+
+def _levels(shown: Sequence[Shown]) -> list[str]:
+    """Returns a table of what the levels of a window cost, if any record tells."""
+    lines = []
+    for _, row, record in shown:
+        metrics = record.metrics
+        if "level_bpc" in metrics:
+            costs = " ".join(f"{value:.2f}" for value in metrics["level_bpc"])
+            lines.append([_name(row, record), costs])
+    head = ("system", "bits per character of each level, in the order of generation")
+    return [table(head, lines)] if lines else []
+
+
+def _samples(shown: Sequence[Shown]) -> list[str]:
+    """Returns the first sample of every row, if any record has one.
+
+    A line break within a sample is shown by a sign, so that no sample can end the block.
+    """
+    lines = []
+    for _, row, record in shown:
+        if samples := record.metrics.get("samples"):
+            text = "".join(SIGNS.get(sign, sign) for sign in samples[0])
+            broken = [text[start : start + 88] for start in range(0, len(text), 88)]
+            lines += [_name(row, record), *(f"    {part}" for part in broken)]
+    if not lines:
+        return []
+    caption = "The first window that each generated, ↵ a line break:"
+    return [caption, "\n".join(["```text", *lines, "```"])]
+
+
+def _points(experiment: Experiment) -> list[Shown]:
+    """Returns what the figure shows: the first text."""
+    return _shown(experiment, next(iter(experiment.plan.tasks)))
+
+
+def describe_figure(experiment: Experiment) -> str:
+    """Returns what the figure shows, in words."""
+    parts = [
+        f"{name}: {bits(record, record.metrics.get('test_bpc'))} bits, "
+        f"{number(record.metrics.get('passes'), 'd')} passes, "
+        f"{number(record.metrics.get('generation_seconds_1'))} s"
+        for name, _, record in _points(experiment)
+    ]
+    return "Bits per character against passes, and against seconds. " + "; ".join(parts)
+
+
+def draw(experiment: Experiment, file: Path) -> None:
+    """Draws bits per character against passes and against the seconds of one sequence.
+
+    Args:
+        experiment: The plan and the records.
+        file: The SVG file.
+    """
+    words = describe_figure(experiment)
+    points = [one for one in _points(experiment) if "test_bpc" in one.record.metrics]
+    with drawing(file, words, ncols=2, figsize=(12, 6), sharey=True) as (figure, axes):
+        for index, one in enumerate(points):
+            metrics = one.record.metrics
+            look = {
+                "marker": "v" if one.record.likelihood == "bound" else "o",
+                "color": f"C{index % 10}",
+                "label": f"{index + 1} {one.name}",
+                "s": 40,
+            }
+            for place, key in zip(axes, ("passes", "generation_seconds_1"), strict=True):
+                # A point without a place is in the legend all the same.
+                at = (metrics.get(key, math.nan), metrics["test_bpc"])
+                place.scatter(*at, **look)
+                if key in metrics:
+                    offset = {"xytext": (4, 4), "textcoords": "offset points"}
+                    place.annotate(str(index + 1), at, fontsize=7, **offset)
+        # Linear up to 1: a chain of n-grams takes no pass at all.
+        axes[0].set_xscale("symlog", base=4, linthresh=1)
+        most = max([1, *(one.record.metrics.get("passes", 1) for one in points)])
+        axes[0].set_xlim(-0.2, 2 * most)
+        axes[0].xaxis.set_major_formatter("{x:.0f}")
+        axes[0].set_xlabel("passes: sequential network evaluations of one batch")
+        axes[0].set_ylabel("bits per character, test (triangles: bounds)")
+        if any("generation_seconds_1" in one.record.metrics for one in points):
+            axes[1].set_xscale("log")
+        axes[1].set_xlabel("seconds to generate one sequence")
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=7)

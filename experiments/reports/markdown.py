@@ -1,0 +1,90 @@
+"""Tables in Markdown, and the places of pages that hold what is made from records."""
+
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from dflows.errors import UserError
+from dflows.files import atomic_write
+
+__all__ = [
+    "BEGIN",
+    "END",
+    "MISSING",
+    "mean_and_spread",
+    "number",
+    "table",
+    "update_page",
+    "write_page",
+]
+
+BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
+MISSING = "–"
+
+
+def number(value: float | None, form: str = ".3f") -> str:
+    """Formats a number, or shows that there is none."""
+    return MISSING if value is None else format(value, form)
+
+
+def mean_and_spread(values: Sequence[float], form: str = ".3f") -> str:
+    """Formats the mean of some values and their standard deviation, where there are several.
+
+    Example:
+        >>> mean_and_spread([1.0, 2.0, 3.0]), mean_and_spread([1.5])
+        ('2.000 ± 1.000 (3)', '1.500')
+    """
+    if not values:
+        return MISSING
+    mean = format(statistics.fmean(values), form)
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {format(statistics.stdev(values), form)} ({len(values)})"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Renders a table in Markdown, of text in its first column and numbers in the others.
+
+    Args:
+        head: Names of the columns.
+        rows: Cells.
+
+    Example:
+        >>> print(table(["row", "nats"], [["base", "7.6"]]))
+        | row | nats |
+        | --- | ---: |
+        | base | 7.6 |
+    """
+    rule = ["---"] + ["---:"] * (len(head) - 1)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows))
+
+
+def update_page(text: str, figures: str, name: str) -> str:
+    """Puts figures between the marks of a page.
+
+    Args:
+        text: The page.
+        figures: What goes between the marks.
+        name: What the page is called, for the message.
+
+    Raises:
+        UserError: If the marks are missing.
+    """
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise UserError(f"{name} has no lines {BEGIN} and {END}: add them where the table goes")
+    return f"{before}{BEGIN}\n{figures}\n{END}{after}"
+
+
+def write_page(page: Path, figures: str) -> None:
+    """Puts figures between the marks of a file, whole or not at all.
+
+    Raises:
+        UserError: If the file or its marks are missing.
+    """
+    if not page.is_file():
+        raise UserError(f"{page} is missing: run this in the project's folder")
+    text = update_page(page.read_text(encoding="utf-8"), figures, page.name)
+    with atomic_write(page) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")

@@ -1,0 +1,170 @@
+"""The README's figures are those of the records."""
+
+import html
+from pathlib import Path
+
+import pytest
+
+from dflows.errors import UserError
+from dflows.records import Record, read_records, write_record
+from experiments.report import main
+from experiments.reports.markdown import BEGIN, END, update_page
+from experiments.reports.text import describe_figure, render_table
+
+ROOT = Path(__file__).parents[2]
+
+METRICS = {
+    "test_bpc": 2.5,
+    "valid_bpc": 2.6,
+    "unigram_bpc": 4.0,
+    "bigram_bpc": 3.0,
+    "characters": {"test": 1000, "valid": 900},
+    "passes": 7,
+    "train_seconds": 100.0,
+    "characters_per_second": 12345.0,
+    "generation_length": 64,
+    "generation_seconds_1": 0.0123,
+}
+
+
+def record(**changes):
+    entries = {
+        "name": "quickstart",
+        "kind": "fit",
+        "config": {},
+        "seed": 0,
+        "device": "CPU",
+        "precision": "32-true",
+        "seconds": 1.0,
+        "parameters": 1,
+        "metrics": METRICS,
+    }
+    return Record(**(entries | changes))
+
+
+def test_readme_and_records_agree():
+    benchmarks = read_records(ROOT / "results/benchmarks")
+    table = render_table(read_records(ROOT / "results/text"), benchmarks)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert update_page(readme, table, "README.md") == readme, "run python -m experiments.report"
+
+
+def test_figure_and_records_agree():
+    figure = html.unescape((ROOT / "docs/figures/text.svg").read_text(encoding="utf-8"))
+    description = describe_figure(read_records(ROOT / "results/text"))
+    assert f">{description}<" in figure, "run python -m experiments.report"
+    for record in read_records(ROOT / "results/text"):
+        # Text is drawn as paths, and every annotation is named in a comment before them.
+        mark = "≤ " if record.likelihood == "bound" else ""
+        assert f"<!-- {record.name}  {mark}{record.metrics['test_bpc']:.2f} -->" in figure
+
+
+def test_a_line_of_the_table_is_a_record():
+    line = render_table([record()]).splitlines()[2]
+    assert line == "| `quickstart.yaml` | 7 | 2.600 | 2.500 | 0.625 | 100 | 12,345 | 0.012 | – |"
+
+
+def test_a_bound_is_never_shown_as_exact():
+    bound = record(name="latent", likelihood="bound")
+    lines = render_table([record(), bound]).splitlines()
+    assert lines[2].startswith("| `latent.yaml` | 7 | ≤ 2.600 | ≤ 2.500 | ≤ 0.625 | 100 |")
+    assert lines[3].startswith("| `quickstart.yaml` | 7 | 2.600 | 2.500 | 0.625 | 100 |")
+    assert lines[-1].startswith(
+        "Likelihoods are exact but for the bounds, marked ≤, over all 1,000"
+    )
+    assert describe_figure([bound]) == "latent: 7 passes, ≤ 2.500 bits"
+
+
+@pytest.mark.parametrize(
+    ("absent", "line"),
+    [
+        ({"passes", "valid_bpc"}, "| – | – | 2.500 | 0.625 | 100 | 12,345 | 0.012 | – |"),
+        ({"unigram_bpc", "train_seconds"}, "| 7 | 2.600 | 2.500 | – | – | 12,345 | 0.012 | – |"),
+        ({"bigram_bpc", "generation_length"}, "| 7 | 2.600 | 2.500 | 0.625 | 100 | 12,345 |"),
+    ],
+)
+def test_what_a_record_lacks_is_a_dash(absent, line):
+    metrics = {name: value for name, value in METRICS.items() if name not in absent}
+    table = render_table([record(metrics=metrics)]).splitlines()
+    assert table[2].startswith(f"| `quickstart.yaml` {line}")
+    assert ("bigram" in table[-1]) == ("bigram_bpc" in metrics and "unigram_bpc" in metrics)
+    assert ("A sequence" in table[-1]) == ("generation_length" in metrics)
+
+
+@pytest.mark.parametrize(
+    ("metrics", "message"),
+    [
+        ({}, "the records of other have no test_bpc"),
+        (METRICS | {"characters": {"test": 1}}, "different corpora"),
+        (METRICS | {"characters": {"valid": 1}}, "the records of other have no characters of test"),
+        ({"test_bpc": 2.0}, "the records of other have no characters of test"),
+    ],
+)
+def test_records_that_do_not_compare_are_refused(metrics, message):
+    with pytest.raises(UserError, match=message):
+        render_table([record(), record(name="other", metrics=metrics)])
+
+
+@pytest.mark.parametrize("speed", [{}, {"characters_per_second": 0}])
+def test_a_benchmark_without_speed_is_refused(speed):
+    benchmark = record(name="throughput-plain", metrics=speed)
+    with pytest.raises(UserError, match="the record of throughput-plain has no characters_per_sec"):
+        render_table([record()], [benchmark])
+
+
+def test_other_benchmarks_are_for_another_page():
+    benchmark = record(name="modular-dense-27-cpu", metrics={"call_seconds": 0.1})
+    assert render_table([record()], [benchmark]) == render_table([record()])
+
+
+def test_a_text_without_entropy_has_no_share_of_it():
+    assert "| 2.500 | – |" in render_table([record(metrics=METRICS | {"unigram_bpc": 0.0})])
+
+
+def test_the_command_writes_table_and_figure(tmp_path, capsys):
+    write_record(tmp_path / "results" / "text", record())
+    readme, figure = tmp_path / "README.md", tmp_path / "docs/figures/text.svg"
+    readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n", encoding="utf-8")
+    options = ["--results", tmp_path / "results", "--readme", readme, "--docs", tmp_path / "docs"]
+    assert main([str(option) for option in options]) == 0
+    assert "2.500" in readme.read_text(encoding="utf-8")
+    assert "old" not in readme.read_text(encoding="utf-8")
+    assert figure.read_text(encoding="utf-8").startswith("<?xml")
+    # A model without a network takes no pass, which is no place on a logarithmic axis.
+    write_record(
+        tmp_path / "results" / "text", record(name="unigrams", metrics=METRICS | {"passes": 0})
+    )
+    assert main([str(option) for option in options]) == 0
+    assert "unigrams: 0 passes" in figure.read_text(encoding="utf-8")
+    readme.write_text("no marks", encoding="utf-8")
+    assert main([str(option) for option in options]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (["--reslts", "x"], "error: unrecognized arguments: --reslts x: --help lists all keys"),
+        (["--results"], "error: argument --results: expected one argument"),
+    ],
+)
+def test_wrong_arguments_are_one_line(arguments, line, capsys):
+    assert main(arguments) == 2
+    printed = capsys.readouterr()
+    assert (printed.out, printed.err) == ("", f"{line}\n")
+
+
+def test_figures_without_passes_are_refused(tmp_path, capsys):
+    metrics = {name: value for name, value in METRICS.items() if name != "passes"}
+    write_record(tmp_path / "text", record(metrics=metrics))
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{BEGIN}\n{END}\n", encoding="utf-8")
+    options = ["--results", tmp_path, "--readme", readme, "--docs", tmp_path]
+    assert main([str(option) for option in options]) == 1
+    assert "no record counts passes" in capsys.readouterr().err
+    assert not (tmp_path / "figures").exists()
+
+
+def test_no_records_are_refused(tmp_path, capsys):
+    assert main(["--results", str(tmp_path)]) == 1
+    assert "holds no records: run python -m dflows.fit" in capsys.readouterr().err

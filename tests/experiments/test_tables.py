@@ -1,0 +1,277 @@
+"""The tables of the experiments, of records made by hand: every row beside its own reference."""
+
+from dataclasses import replace
+
+import pytest
+
+from dflows.bijections import RankPermutation
+from dflows.errors import UserError
+from dflows.orderings import Natural
+from dflows.records import Record
+from experiments.plan import Plan, Reference, Row, Smoke
+from experiments.report import DRAWERS, RENDERERS
+from experiments.reports.experiment import Experiment
+
+TASKS = {
+    "full-rank": ["5x5"],
+    "estimators": ["one", "two"],
+    "mixture": ["grid"],
+    "addition": ["D10"],
+    "potts": ["side3-K3-J0.1"],
+    "language-modelling": ["ptb"],
+    "language-modelling-gpu": ["text8"],
+}
+ROWS = {
+    "flow": Row("flow", reference="own", published={}),
+    "rank-1": Row("other flow", reference="other"),
+}
+RUN = {
+    "exact_nats": 7.7,
+    "test_nats": 7.75,
+    "entropy": 7.5,
+    "factorized_entropy": 8.1,
+    "kl": 0.2,
+    "factorized_kl": 0.6,
+    "accuracy": 0.25,
+    "passes": 6,
+    "fixed_point_iterations": 4.5,
+    "steps": 1000,
+    "train_seconds": 12.0,
+    "test_bpc": 2.25,
+    "test_bpc_stateful": 2.125,
+    "level_bpc": [4.0, 0.5],
+    "unigram_bpc": 4.25,
+    "characters": {"test": 1000},
+    "generation_length": 128,
+    "generation_seconds_1": 0.5,
+    "generation_seconds_32": 1.5,
+    "samples": ["to be\n```\nor not", "to see"],
+}
+AGAIN = RUN | {"exact_nats": 7.9, "test_nats": 7.85, "kl": 0.4, "accuracy": 0.75}
+GRADIENTS = {
+    "gradient_cosine": 0.5,
+    "gradient_norm_ratio": 1.5,
+    "gradient_mixture_cosine": 0.75,
+    "gradient_mixture_norm_ratio": 2.5,
+    "gradient_standard_error": 0.01,
+    "gradient_variance": 12.0,
+}
+
+
+SIZES = {"length": 2, "side": 3, "coupling": 0.1}
+
+
+def trained(flows, **data):
+    """The configuration of a run of so many flows."""
+    given = {"class_path": "datamodules.MixtureDataModule", "init_args": {"num_classes": 2, **data}}
+    return {
+        "data": given,
+        "model": {"init_args": {"flow": {"init_args": {"orderings": [{}] * flows}}}},
+    }
+
+
+def record(name, metrics, seed=0, kind="fit", config=None):
+    return Record(
+        name=name,
+        kind=kind,
+        config=config or trained(1),
+        seed=seed,
+        device="CPU",
+        precision="32-true",
+        seconds=1.0,
+        parameters=1,
+        metrics=metrics,
+    )
+
+
+def experiment(name, absent=()):
+    """Makes an experiment of two rows with a reference each, of which all records lack a metric."""
+    tasks = TASKS[name]
+    references = {
+        "own": Reference([Natural()], RankPermutation),
+        "other": Reference([Natural()], RankPermutation),
+    }
+    rows = {
+        key: Row(row.label, reference=row.reference, published={tasks[0]: 7.25})
+        for key, row in ROWS.items()
+    }
+    found = []
+    for flows, task in enumerate(tasks, 1):
+        config = trained(flows, **(SIZES if name != "mixture" else {}))
+        found += [
+            record(f"flow-{task}", RUN, config=config),
+            record(f"flow-{task}", AGAIN, 1, config=config),
+            record(f"rank-1-{task}", RUN | {"probabilities": [0.25] * 4}, config=config),
+            record(
+                f"gradients-flow-{task}", GRADIENTS, kind="gradients", config={"trained": config}
+            ),
+        ]
+        for key, nats in (("own", 7.6), ("other", 7.0)):
+            metrics = {
+                "reference_nats": nats,
+                "reference_kl": nats - 6.5,
+                "layerwise_nats": nats + 0.05,
+            }
+            # Of estimators' tasks the first has as many flows as one reference, and the second as
+            # the other.
+            tables = {"data": config["data"], "orderings": [""] * (1 if key == "own" else 2)}
+            found.append(
+                record(f"reference-{key}-{task}", metrics, kind="reference", config=tables)
+            )
+    kept = {}
+    for one in found:
+        metrics = {key: value for key, value in one.metrics.items() if key not in absent}
+        kept.setdefault(one.name, []).append(replace(one, metrics=metrics))
+    smoke = Smoke(tasks=tasks[:1], rows=["flow"])
+    plan = Plan(name, {task: {} for task in tasks}, rows, smoke, references=references)
+    return Experiment(plan, kept)
+
+
+@pytest.mark.parametrize(
+    ("name", "line"),
+    [
+        (
+            "full-rank",
+            "| flow | 7.2 | 7.800 ± 0.141 (2) | 7.650 | 7.600 | +0.200 | 50% | 1,000 | 12 |",
+        ),
+        ("full-rank", "| other flow | 7.2 | 7.700 | 7.050 | 7.000 | +0.700 | 67% | 1,000 | 12 |"),
+        ("estimators", "| flow | 7.800 ± 0.141 (2) (12 s) | 7.800 ± 0.141 (2) (12 s) |"),
+        ("estimators", "| *tables, in turn* | 7.650 | 7.050 |"),
+        ("estimators", "| *best tabular flow* | 7.600 | 7.000 |"),
+        ("estimators", "| flow | 0.500 | 1.5 | 0.750 | 2.5 | 0.01 | 12 |"),
+        ("mixture", "| flow | 0.300 ± 0.141 (2) | 0.150 | 1.100 |"),
+        ("mixture", "| other flow | 0.200 | -0.450 | 0.500 |"),
+        (
+            "addition",
+            (
+                "| flow | 7.25 | 7.8000 ± 0.0707 (2) | 50.00% ± 35.36% (2) | 1,000 ± 0 (2) | "
+                "12 ± 0 (2) |"
+            ),
+        ),
+        ("potts", "| flow | 7.25 (below the entropy) | 7.800 ± 0.141 (2) | 7.600 | +0.3000 | 6 |"),
+        (
+            "language-modelling",
+            "| flow | 7.25 | – | 2.250 | 2.125 | – | 6 | 4.5 | 1 | 12 | 0.500 | 1.500 |",
+        ),
+        ("language-modelling", "| flow, 6 passes | 4.00 0.50 |"),
+        ("language-modelling", "    to be↵```↵or not"),
+    ],
+)
+def test_a_row_is_the_mean_of_its_seeds_beside_its_own_reference(name, line):
+    assert line in RENDERERS[name](experiment(name)).splitlines()
+
+
+@pytest.mark.parametrize("name", RENDERERS)
+@pytest.mark.parametrize(
+    "absent",
+    [
+        {"reference_nats", "reference_kl"},
+        {"layerwise_nats"},
+        {"exact_nats", "kl"},
+        {"entropy", "factorized_entropy", "factorized_kl"},
+        {"train_seconds", "steps", "passes", "accuracy"},
+        {"test_bpc", "test_bpc_stateful", "unigram_bpc"},
+        {"samples", "characters", "level_bpc", "generation_length", "generation_seconds_1"},
+        {*GRADIENTS},
+        {*RUN, *GRADIENTS},
+    ],
+    ids=lambda absent: min(absent),
+)
+def test_what_records_lack_is_a_dash(name, absent, tmp_path):
+    partial = experiment(name, absent)
+    text = RENDERERS[name](partial)
+    assert text != RENDERERS[name](experiment(name)) or not absent & USED[name]
+    assert "None" not in text
+    assert "nan" not in text
+    if name in DRAWERS:
+        DRAWERS[name](partial, tmp_path / "figure.svg")
+
+
+USED = {
+    "full-rank": {"reference_nats", "layerwise_nats", "exact_nats", "entropy", "steps"},
+    "estimators": {
+        "reference_nats",
+        "layerwise_nats",
+        "exact_nats",
+        "entropy",
+        "train_seconds",
+        *GRADIENTS,
+    },
+    "mixture": {"reference_kl", "kl", "entropy"},
+    "addition": {"steps", "accuracy"},
+    "potts": {"exact_nats", "entropy", "passes"},
+    **{
+        name: {
+            "characters",
+            "generation_seconds_1",
+            "level_bpc",
+            "samples",
+            "test_bpc",
+            "test_bpc_stateful",
+            "train_seconds",
+        }
+        for name in ("language-modelling", "language-modelling-gpu")
+    },
+}
+"""Some of the metrics that every table shows."""
+
+
+@pytest.mark.parametrize("name", RENDERERS)
+def test_without_records_there_is_no_table(name):
+    full = experiment(name)
+    assert RENDERERS[name](Experiment(full.plan, {})) == ""
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"characters": {"test": 300}}, r"scored \[300, 1000\] characters of test"),
+        ({"unigram_bpc": 3.0}, "they are of different distributions"),
+    ],
+)
+def test_rows_of_different_texts_are_not_compared(changes, message):
+    full = experiment("language-modelling")
+    other = record("rank-1-ptb", RUN | changes)
+    mixed = Experiment(full.plan, full.records | {"rank-1-ptb": [other]})
+    with pytest.raises(UserError, match=message):
+        RENDERERS["language-modelling"](mixed)
+
+
+def test_few_passes_are_compared_with_many_and_flows_with_the_recipe():
+    def made(name, bits, passes, seconds, objective=None, **arguments):
+        one = record(
+            f"{name}-ptb",
+            RUN | {"test_bpc": bits, "passes": passes, "generation_seconds_1": seconds},
+        )
+        model = {"init_args": {"flow": {"init_args": arguments}, "objective": objective}}
+        return replace(one, config={**one.config, "model": model})
+
+    base = "dflows.bases.FactorizedBase"
+    recipe = {"class_path": "dflows.objectives.EndToEnd"}
+    found = {
+        "told": made("told", 1.5, 12, 0.25, ngram_order=8),
+        "levels": made("levels", 1.75, 12, 0.125),
+        "slow": made("slow", 1.625, 128, 1.0, ngram_order=8),
+        "plain": made("plain", 2.0, 128, 0.5),
+        "ours": made("ours", 2.5, 12, 0.5, base={"class_path": base}),
+        "paper": made("paper", 4.0, 2, 0.5, objective=recipe, base=base),
+    }
+    plan = Plan(
+        "language-modelling",
+        {"ptb": {}},
+        {name: Row(name) for name in found},
+        Smoke(tasks=["ptb"], rows=["told"]),
+    )
+    records = {f"{name}-ptb": [one] for name, one in found.items()}
+    lines = RENDERERS["language-modelling"](Experiment(plan, records)).splitlines()
+    begin = lines.index("| few passes | test bpc | beside | its test bpc | more bits |") + 2
+    assert lines[begin : lines.index("", begin)] == [
+        "| told, 12 passes | 1.500 | slow, 128 passes | 1.625 | -0.125 |",
+        "| told, 12 passes | 1.500 | plain, 128 passes | 2.000 | -0.500 |",
+        "| levels, 12 passes | 1.750 | plain, 128 passes | 2.000 | -0.250 |",
+        "| ours, 12 passes | 2.500 | paper, 2 passes | 4.000 | -1.500 |",
+    ]
+    quickest = "told, 12 passes | 4.00 | told, 12 passes | 1.00 |"
+    assert f"| slow, 128 passes | 1.625 | {quickest}" in lines
+    quickest = "levels, 12 passes | 4.00 | told, 12 passes | 1.00 |"
+    assert f"| plain, 128 passes | 2.000 | {quickest}" in lines
