@@ -28,8 +28,9 @@ MOST_WORK = 1 << 17
 STEP = 8
 """Values that one cached step counts as."""
 EVENTS = 4
-NEAR_TIES = 1e-2
-"""Share of the events that round-off may keep from coming back."""
+NEAR_TIES = 1e-4
+"""Near ties a value. Measured were up to 4e-5 in float32 (a Transformer, K = D = 256), and 1e-2 to
+1e-3 in modules of half precision."""
 
 
 def _conditional(transform: DiscreteTransform) -> Iterator[ConditionalTransform]:
@@ -89,8 +90,8 @@ def check_bijective(
     Two logits within round-off of each other may be told apart differently by evaluations of
     different shapes, and the two ways are evaluated in different shapes. An event that does not
     come back is therefore tried again in float64, where there are no such ties: if it does not come
-    back there, the map is no bijection. Of those that do, one event in a hundred is allowed, or
-    one alone, and none where parameters have half precision.
+    back there, the map is no bijection. Of those that do, one in 10,000 values is allowed, or one
+    alone, and none where parameters have half precision.
 
     Args:
         transform: The transform.
@@ -117,9 +118,11 @@ def check_bijective(
             for attempt in range(tries):
                 if attempt:
                     stir(probe)
-                trips.try_both((number, shown), batch)
-                if attempt == 0 and length > 2:
-                    trips.try_both((EVENTS, min(shown, length // 2)), batch, shorter=True)
+                try:
+                    trips.try_both((number, shown), batch)
+                except LengthError:
+                    if shown == length:
+                        raise
             if shown < length and EVENTS * _work(transform, length) <= MOST_WORK:
                 trips.try_values((EVENTS, length))
             trips.close()
@@ -140,21 +143,15 @@ class _RoundTrips:
         self.transform = transform
         self.num_classes = num_classes
         self.context = context
-        self.events = self.near_ties = 0
+        self.events = self.values = self.near_ties = 0
 
-    def try_both(
-        self, shape: tuple[int, int], batch: Tensor | None, *, shorter: bool = False
-    ) -> None:
+    def try_both(self, shape: tuple[int, int], batch: Tensor | None) -> None:
         """Tries base → data → base, and data → base → data in inference mode."""
-        try:
-            self.try_values(shape)
-            with torch.inference_mode():
-                self.try_values(shape, inverted=True)
-                if batch is not None:
-                    self.try_values(shape, batch, inverted=True)
-        except LengthError:
-            if not shorter:
-                raise
+        self.try_values(shape)
+        with torch.inference_mode():
+            self.try_values(shape, inverted=True)
+            if batch is not None:
+                self.try_values(shape, batch, inverted=True)
 
     def try_values(
         self, shape: tuple[int, int], batch: Tensor | None = None, *, inverted: bool = False
@@ -170,6 +167,7 @@ class _RoundTrips:
         value = values_of(batch, self.num_classes, shape).to(device)
         missed = self._there_and_back(transform, value, contexts) != value
         self.events += shape[0]
+        self.values += value.numel()
         events = missed.any(dim=-1).nonzero().squeeze(-1)
         if not len(events):
             return
@@ -193,7 +191,7 @@ class _RoundTrips:
         """
         types = {p.dtype for p in self.transform.parameters() if p.is_floating_point()}
         half = any(torch.finfo(dtype).bits < 32 for dtype in types)
-        if self.near_ties > (0 if half else max(NEAR_TIES * self.events, 1)):
+        if self.near_ties > (0 if half else max(NEAR_TIES * self.values, 1)):
             kept = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in types))
             raise CertificateError(
                 f"{_name(self.transform)} is no bijection in this precision: {self.near_ties} of "

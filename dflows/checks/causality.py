@@ -140,18 +140,18 @@ def check_causal(
                 data = replace(random, batch=batch, batch_size=max(batch_size, 2))
                 _check(data, shaken)
                 if length > 2:
-                    _check_shorter(replace(data, length=length // 2 + 1), shaken)
                     _check_shorter(replace(random, length=length - 1), shaken)
+                    _check_shorter(replace(data, length=length // 2 + 1), shaken)
 
 
 def _check_shorter(probes: _Round, shaken: bool) -> None:
     try:
         _check(probes, shaken)
-    except CertificateError as error:
-        raise CertificateError(f"on an event of {probes.length} dimensions, {error}") from error
     except LengthError:
         pass
     except UserError as error:
+        if isinstance(error, CertificateError) and error.__cause__ is None:
+            raise CertificateError(f"on an event of {probes.length} dimensions, {error}") from error
         raise CertificateError(
             f"an event of {probes.length} dimensions fails where the flow has "
             f"{probes.conditioner.length}: {error}; a backbone must take any length up to the "

@@ -1,6 +1,8 @@
 """All certificates of a flow."""
 
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -144,17 +146,17 @@ def check_flow(
                 trained=trained,
                 batch_size=batch_size,
             )
+        check_maps = partial(
+            check_bijective, num_classes=flow.num_classes, batch=batch, trained=trained
+        )
         stack = [Composition(flow.transforms)] if len(flow.transforms) > 1 else []
         for transform in [*dict.fromkeys(flow.transforms), *stack]:
-            check_bijective(
-                transform,
-                encoded,
-                num_classes=flow.num_classes,
-                length=flow.length,
-                batch=batch,
-                trained=trained,
-            )
+            check_maps(transform, encoded, length=flow.length)
         check_shorter(flow, encoded, batch=batch)
+        if flow.transforms and flow.length > 2:
+            with suppress(LengthError):
+                whole = Composition(flow.transforms)
+                check_maps(whole, encoded, num_values=0, length=flow.length // 2 + 1)
         for length in SHORT:
             if length < flow.length:
                 check_normalized(
