@@ -105,7 +105,7 @@ def check_flow(
     *,
     batch: Tensor | None = None,
     trained: bool = False,
-    batch_size: int = 8,
+    batch_size: int | None = None,
 ) -> None:
     """Runs all certificates on a flow.
 
@@ -126,7 +126,7 @@ def check_flow(
         batch: Data, indices (B, d), on whose rows certificates are shown beside random values.
         trained: Whether to certify the weights as they are too, before a figure is recorded, not
             shaken ones alone.
-        batch_size: Examples that evaluation scores together.
+        batch_size: Examples that evaluation scores together; as many as `batch` has by default.
 
     Raises:
         CertificateError: If one fails.
@@ -134,6 +134,8 @@ def check_flow(
     """
     if batch is not None:
         batch = flow.check_indices(batch)
+    if batch_size is None:
+        batch_size = 2 if batch is None else len(batch)
     with torch.inference_mode(False), torch.no_grad(), flow.exactly(device_of(flow)):
         batch = None if batch is None else batch.clone()
         encoded = _encode(flow, context)
