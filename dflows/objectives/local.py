@@ -68,9 +68,9 @@ class LocalLosses(Objective):
         key = str(number)
         return self.targets[key].log_softmax(dim=-1) if key in self.targets else None
 
-    def idle(self, transform: nn.Module, number: int) -> Tensor | float:
-        """Returns a zero that depends on the parameters of a transform and of its target."""
-        target = self.targets[str(number)] if str(number) in self.targets else None
+    def idle(self, transform: nn.Module | None, number: int) -> Tensor | float:
+        """Returns a zero that depends on the parameters of a transform and on its target."""
+        target = self.targets.get(str(number))
         unused = idle(transform)
         return unused if target is None else unused + 0 * target.sum()
 
