@@ -65,8 +65,8 @@ class RunFolder(Callback):
 
     def _find(self, trainer: pl.Trainer) -> Path:
         logger = trainer.logger
-        if isinstance(logger, (TensorBoardLogger, CSVLogger)) and logger.log_dir is not None:
-            return Path(logger.log_dir)
+        if isinstance(logger, (TensorBoardLogger, CSVLogger)):
+            return Path(str(logger.log_dir))
         if logger is None and self.resumed is not None:
             return self.resumed
         save_dir, name, version = None, None, None
