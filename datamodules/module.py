@@ -39,7 +39,7 @@ class _Place:
 
 
 class StreamDataModule(pl.LightningDataModule, ABC):
-    """Creates a datamodule of an endless training stream and of evaluation splits read once.
+    """A datamodule of an endless training stream and of evaluation splits read once.
 
     A batch is a LongTensor of classes, shape (B, D), or a pair of it and of what it is conditioned
     on: `batch_of` makes it of rows of `row_length` numbers. The training stream never ends. Its
@@ -155,7 +155,7 @@ class StreamDataModule(pl.LightningDataModule, ABC):
         """Returns the classes of a text, a LongTensor of shape (symbols,).
 
         Raises:
-            UserError: The text has a symbol that the vocabulary has not.
+            UserError: If the text has a symbol that the vocabulary has not.
         """
         return torch.from_numpy(self.vocabulary.encode(text).astype(np.int64))
 
@@ -163,7 +163,7 @@ class StreamDataModule(pl.LightningDataModule, ABC):
         """Returns the text of classes.
 
         Raises:
-            UserError: A class is not in 0..K-1.
+            UserError: If a class is not in 0..K-1.
         """
         return self.vocabulary.decode(indices)
 
@@ -215,7 +215,7 @@ class StreamDataModule(pl.LightningDataModule, ABC):
             state_dict: What `state_dict` returned.
 
         Raises:
-            UserError: The checkpoint's vocabulary is another one.
+            UserError: If the checkpoint's vocabulary is another one.
         """
         self.check_vocabulary(
             parse_vocabulary(state_dict["vocabulary"], "the checkpoint's vocabulary")

@@ -34,7 +34,7 @@ Reader: TypeAlias = Callable[[int, int], Array]
 
 
 class TrainingStream(ABC):
-    """Creates an endless sequence of rows, numbered from 0.
+    """An endless sequence of rows, numbered from 0.
 
     Args:
         length: The length of a row.

@@ -336,13 +336,13 @@ class TestOverfit:
         with pytest.raises(UserError, match=r"overfit_batches is 0\.5: give a whole number of bat"):
             fit(pieces(), tmp_path, 8, overfit_batches=0.5)
 
-    @pytest.mark.parametrize("epochs", [-1, 3])
+    @pytest.mark.parametrize(("steps", "epochs"), [(8, -1), (-1, 3)])
     @pytest.mark.parametrize("name", ["2", "3", "3-epoch", "5"])
-    def test_resume(self, name, epochs, tmp_path):
+    def test_resume(self, name, steps, epochs, tmp_path):
         options = {"overfit_batches": 3, "max_epochs": epochs}
-        whole, _ = fit(pieces(), tmp_path / "a", 8, **options)
+        whole, _ = fit(pieces(), tmp_path / "a", steps, **options)
         path = tmp_path / "a" / f"{name}.ckpt"
-        resumed, _ = fit(pieces(), tmp_path / "b", 8, ckpt_path=path, **options)
+        resumed, _ = fit(pieces(), tmp_path / "b", steps, ckpt_path=path, **options)
         assert torch.equal(resumed.rows(), whole.rows()[int(name[0]) :])
 
     def test_evaluates(self, tmp_path):
