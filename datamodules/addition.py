@@ -52,7 +52,7 @@ class AdditionDataModule(StreamDataModule):
         seed: Every seed has an order of its own.
 
     Raises:
-        UserError: An argument is out of range, or evaluation leaves no pair to train on.
+        UserError: If an argument is out of range, or evaluation leaves no pair to train on.
 
     References:
         | Discrete Flows: Invertible Generative Models of Discrete Data (Tran et al., 2019)
