@@ -10,8 +10,8 @@ from dflows.transforms import ConditionalTransform, PermutationTransform
 
 __all__ = [
     "AutoregressiveBase",
-    "Conditioner",
     "ConditionalTransform",
+    "Conditioner",
     "Context",
     "DiscreteFlow",
     "FactorizedBase",
