@@ -19,55 +19,51 @@ no cache holds.
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import measuring
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from dflows import AutoregressiveBase, DiscreteFlow, FactorizedBase, NGramBase
+from dflows import AutoregressiveBase, Conditioner, DiscreteFlow, NGramBase, flows
 from dflows.backbones import LSTM, LevelConvolution, Transformer
 from dflows.bijections import Bijection, ModularAffine, ModularShift, RankPermutation
+from dflows.categorical import inverse_cdf
 from dflows.latent import AutoregressivePrior, FlowPrior, InverseAutoregressivePrior, LatentFlow
 from dflows.metrics import GenerationLatency, time_calls
 from dflows.orderings import CoarseToFine, Natural, Ordering, Parity, Reversed, Strided
-from dflows.transforms import ConditionalTransform
 
 NUM_CLASSES = 27
 HEADS = 4
-Build = Callable[[int, int, int], DiscreteFlow | LatentFlow]
+System = DiscreteFlow | LatentFlow
+Network = Callable[..., nn.Module]
+"""Makes a network of so many features and layers."""
+Build = Callable[[int, int, int], System]
 """Builds a system of so many dimensions, features and layers."""
 
 
-def over_levels(
-    network: Callable[[int, int], nn.Module], ordering: Ordering, length: int, *size: int
-) -> DiscreteFlow:
-    """Builds a base over levels, without flows."""
-    base = AutoregressiveBase(NUM_CLASSES, length, backbone=network(*size), ordering=ordering)
-    return DiscreteFlow(base)
+def language_model(network: Network, ordering: Ordering, length: int, *size: int) -> DiscreteFlow:
+    """Builds a base over levels, without transforms."""
+    return flows.language_model(NUM_CLASSES, length, partial(network, *size), ordering=ordering)
 
 
-def flows(
-    network: Callable[[int, int], nn.Module],
+def stack(
+    network: Network,
     orderings: list[Ordering],
     bijection: type[Bijection],
     length: int,
     *size: int,
 ) -> DiscreteFlow:
-    """Builds flows on a factorized base."""
-    transforms = [
-        ConditionalTransform(length, bijection(NUM_CLASSES), ordering, network(*size))
-        for ordering in orderings
-    ]
-    return DiscreteFlow(FactorizedBase(NUM_CLASSES, length, orderings), transforms)
+    """Builds transforms on a factorized base."""
+    return flows.stack(NUM_CLASSES, length, orderings, partial(network, *size), bijection)
 
 
 def both_directions(length: int, *size: int) -> DiscreteFlow:
-    """Builds a right-to-left flow on a left-to-right base."""
-    flow = over_levels(lstm, Natural(), length, *size)
-    transform = ConditionalTransform(length, RankPermutation(NUM_CLASSES), Reversed(), lstm(*size))
-    return DiscreteFlow(flow.base, [transform])
+    """Builds a right-to-left transform on a left-to-right base."""
+    network = partial(LSTM, *size)
+    base = flows.AutoregressiveFactory(network())
+    return flows.stack(NUM_CLASSES, length, [Reversed()], network, base=base)
 
 
 def latent(prior: Callable[..., FlowPrior], couplings: int, length: int, *size: int) -> LatentFlow:
@@ -85,29 +81,9 @@ def n_gram(length: int, *_: int) -> DiscreteFlow:
     return DiscreteFlow(base)
 
 
-def lstm(width: int, layers: int) -> LSTM:
-    """Builds an LSTM that reads in one direction."""
-    return LSTM(width, layers=layers)
-
-
-def bidirectional(width: int, layers: int) -> LSTM:
-    """Builds an LSTM that reads both ways."""
-    return LSTM(width, layers=layers, bidirectional=True)
-
-
-def causal(width: int, layers: int) -> Transformer:
-    """Builds a Transformer that keeps to the levels."""
-    return Transformer(width, layers=layers, heads=HEADS)
-
-
-def convolution(width: int, layers: int) -> LevelConvolution:
-    """Builds level-causal convolutions, whose passes together are the work of one evaluation."""
-    return LevelConvolution(width, layers=layers)
-
-
-def full(width: int, layers: int) -> Transformer:
-    """Builds a Transformer that sees all dimensions."""
-    return Transformer(width, layers=layers, heads=HEADS, attention="full")
+bidirectional = partial(LSTM, bidirectional=True)
+causal = partial(Transformer, heads=HEADS)
+full = partial(Transformer, heads=HEADS, attention="full")
 
 
 def parities(number: int) -> list[Ordering]:
@@ -118,48 +94,55 @@ def parities(number: int) -> list[Ordering]:
 # Layers at an equal number of parameters; width and layers of the published systems, where there
 # are such, and of ours that are compared with them.
 SYSTEMS: dict[str, tuple[Build, int, tuple[int, int]]] = {
-    "transformer": (partial(over_levels, causal, Natural()), 12, (512, 12)),
-    "transformer-64": (partial(over_levels, causal, Natural()), 64, (512, 64)),
-    "lstm": (partial(over_levels, lstm, Natural()), 1, (512, 1)),
-    "lstm-3": (partial(over_levels, lstm, Natural()), 3, (1000, 3)),
+    "transformer": (partial(language_model, causal, Natural()), 12, (512, 12)),
+    "transformer-64": (partial(language_model, causal, Natural()), 64, (512, 64)),
+    "lstm": (partial(language_model, LSTM, Natural()), 1, (512, 1)),
+    "lstm-3": (partial(language_model, LSTM, Natural()), 3, (1000, 3)),
     "latent-af": (partial(latent, AutoregressivePrior, 5), 1, (250, 2)),
     "latent-iaf": (partial(latent, InverseAutoregressivePrior, 3), 1, (250, 2)),
-    "bipartite-lstm": (partial(flows, bidirectional, parities(2), ModularAffine), 1, (512, 1)),
-    "bipartite-4": (partial(flows, full, parities(4), ModularAffine), 3, (512, 3)),
-    "bipartite-8-shift": (partial(flows, full, parities(8), ModularShift), 2, (512, 2)),
-    "bipartite-8": (partial(flows, full, parities(8), ModularAffine), 2, (512, 2)),
+    "bipartite-lstm": (partial(stack, bidirectional, parities(2), ModularAffine), 1, (512, 1)),
+    "bipartite-4": (partial(stack, full, parities(4), ModularAffine), 3, (512, 3)),
+    "bipartite-8-shift": (partial(stack, full, parities(8), ModularShift), 2, (512, 2)),
+    "bipartite-8": (partial(stack, full, parities(8), ModularAffine), 2, (512, 2)),
     "both-directions": (both_directions, 1, (512, 1)),
     "coarse-to-fine": (
-        partial(flows, convolution, [CoarseToFine(8)], RankPermutation),
+        partial(stack, LevelConvolution, [CoarseToFine(8)], RankPermutation),
         4,
         (512, 4),
     ),
     **{
         f"few-pass-{passes}": (
-            partial(flows, convolution, [Strided(passes + 1)], RankPermutation),
+            partial(stack, LevelConvolution, [Strided(passes + 1)], RankPermutation),
             4,
             (512, 4),
         )
         for passes in (4, 8, 16, 32)
     },
     **{
-        f"levels-{passes}": (partial(over_levels, convolution, Strided(passes)), 4, (512, 4))
+        f"levels-{passes}": (
+            partial(language_model, LevelConvolution, Strided(passes)),
+            4,
+            (512, 4),
+        )
         for passes in (4, 8, 16, 32)
     },
-    "levels-16-transformer": (partial(over_levels, causal, Strided(16)), 12, (512, 12)),
+    "levels-16-transformer": (partial(language_model, causal, Strided(16)), 12, (512, 12)),
     "n-gram": (n_gram, 0, (0, 0)),
 }
 OPPONENT = "transformer"
 
 
-def parameters_of(flow: DiscreteFlow | LatentFlow) -> int:
+def conditioner_of(flow: DiscreteFlow) -> Conditioner:
+    """Returns the network of a base over levels."""
+    return cast("AutoregressiveBase", flow.base).conditioner
+
+
+def parameters_of(flow: System) -> int:
     """Counts parameters."""
     return sum(parameter.numel() for parameter in flow.parameters())
 
 
-def sample(
-    flow: DiscreteFlow | LatentFlow, number: int, generator: torch.Generator | None = None
-) -> Tensor:
+def sample(flow: System, number: int, generator: torch.Generator | None = None) -> Tensor:
     """Draws so many sequences."""
     if isinstance(flow, LatentFlow):
         return flow.sample(number, generator=generator)
@@ -179,46 +162,38 @@ def equal_width(build: Build, length: int, layers: int, parameters: int) -> int:
     return width
 
 
-def choose(logits: Tensor, noise: Tensor) -> Tensor:
-    """Draws values (N,) as the base does, from logits (N, K) and noise (N,)."""
-    cumulative = logits.softmax(dim=-1).cumsum(dim=-1)
-    threshold = noise.unsqueeze(-1) * cumulative[..., -1:]
-    return (cumulative[..., :-1] <= threshold).sum(dim=-1)
-
-
-def again_and_again(
-    flow: DiscreteFlow, number: int, generator: torch.Generator, every: int
-) -> Tensor:
-    """Draws by evaluating the whole network on all that precedes, for one character in so many."""
+def anew(flow: DiscreteFlow, number: int, generator: torch.Generator, every: int) -> Tensor:
+    """Samples by evaluating the network anew on all that precedes, one character in so many."""
+    conditioner = conditioner_of(flow)
     noise = flow.base.noise(number, flow.length, generator)
     y = torch.zeros(noise.shape, dtype=torch.long, device=noise.device)
     for dimension in range(0, flow.length, every):
-        logits = flow.base.conditioner.level_logits(y[:, : dimension + 1], dimension)
-        y[:, dimension] = choose(logits[:, 0], noise[:, dimension])
+        logits = conditioner.level_logits(y[:, : dimension + 1], dimension)
+        y[:, dimension] = inverse_cdf(noise[:, dimension], logits=logits[:, 0])
     return y
 
 
 def by_module(flow: DiscreteFlow, number: int, generator: torch.Generator, every: int) -> Tensor:
-    """Draws with nn.LSTM, a character at a time."""
-    conditioner = flow.base.conditioner
-    backbone = conditioner.backbone
+    """Samples with nn.LSTM, one character in so many."""
+    conditioner = conditioner_of(flow)
+    backbone, embedding = cast("LSTM", conditioner.backbone), conditioner.embedding
     noise = flow.base.noise(number, flow.length, generator)
     y = torch.zeros(noise.shape, dtype=torch.long, device=noise.device)
     before, state = backbone.start.expand(number, -1), None
     for dimension in range(0, flow.length, every):
-        inputs = (before + conditioner.query[dimension]).unsqueeze(1)
+        inputs = (before + embedding.query[dimension]).unsqueeze(1)
         output, state = backbone.lstm(inputs, state)
         logits = conditioner.head(backbone.linear(output[:, 0]))
-        y[:, dimension] = choose(logits, noise[:, dimension])
-        before = conditioner.embedding[y[:, dimension]]
+        y[:, dimension] = inverse_cdf(noise[:, dimension], logits=logits)
+        before = embedding.values[y[:, dimension]]
     return y
 
 
-NAIVE = {"transformer": again_and_again, "lstm": by_module, "lstm-3": by_module}
+NAIVE = {"transformer": anew, "lstm": by_module, "lstm-3": by_module}
 
 
 def ways_of(
-    name: str, flow: DiscreteFlow | LatentFlow, device: torch.device, compiled: bool, every: int
+    name: str, flow: System, device: torch.device, compiled: bool, every: int
 ) -> Iterator[tuple[str, Callable[[int], Tensor], int]]:
     """Yields the ways to run a system, and for how many characters one that is drawn stands."""
 
@@ -277,7 +252,7 @@ UNCOUNTED = {
 }
 
 
-def weights_read(flow: DiscreteFlow | LatentFlow) -> int:
+def weights_read(flow: System) -> int:
     """Counts the bytes of weights that the passes read, one after the other."""
 
     def size(module: nn.Module) -> int:
@@ -295,7 +270,7 @@ def weights_read(flow: DiscreteFlow | LatentFlow) -> int:
 class Roofline:
     """Creates a device's limits, measured.
 
-    Arguments:
+    Args:
         device: The device.
         smoke: Whether to measure roughly.
     """
@@ -305,7 +280,7 @@ class Roofline:
         self.bandwidth = measuring.bandwidth(device, 2**22 if smoke else 2**30 if cuda else 2**28)
         self.rate = measuring.matrix_rate(device, 128 if smoke else 8192 if cuda else 1024)
 
-    def seconds(self, flow: DiscreteFlow | LatentFlow, number: int) -> float:
+    def seconds(self, flow: System, number: int) -> float:
         """Returns the least seconds for so many sequences, of a flow that is not accelerated.
 
         A graph that is replayed would tell of no operations.
@@ -317,7 +292,7 @@ class Roofline:
 
 def measure(
     name: str,
-    flow: DiscreteFlow | LatentFlow,
+    flow: System,
     roofline: Roofline,
     options: Any,
     device: torch.device,
@@ -400,7 +375,7 @@ def main() -> None:
         f"{roofline.bandwidth / 1e9:.1f} GB/s, {roofline.rate / 1e9:.1f} GFLOP/s, "
         f"{torch.get_num_threads()} threads"
     )
-    built: dict[str, DiscreteFlow | LatentFlow] = {}
+    built: dict[str, System] = {}
     measured: dict[str, dict[str, dict[str, Any]]] = {}
     for name in dict.fromkeys([OPPONENT, *options.systems]):
         build, layers, paper = SYSTEMS[name]

@@ -18,16 +18,15 @@ from typing import Any
 
 import measuring
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from dflows import AutoregressiveBase, DiscreteFlow, FactorizedBase, modular
+from dflows import DiscreteFlow, flows, modular
 from dflows.backbones import DilatedConvolution, LevelConvolution, Transformer
 from dflows.bijections import ModularAffine, RankPermutation
-from dflows.estimators import LocalObjective
 from dflows.metrics import GenerationLatency
-from dflows.orderings import Parity, Strided
+from dflows.objectives import Local
+from dflows.orderings import Ordering, Parity, Strided
 from dflows.representations import to_one_hot
-from dflows.transforms import ConditionalTransform
 
 MOST_BYTES = 2**28
 """Bytes of one intermediate result of an opponent."""
@@ -125,13 +124,45 @@ def time_maps(
     return found
 
 
+class Training(nn.Module):
+    """Creates what a training step takes of a flow.
+
+    Args:
+        flow: The flow.
+        objective: What is maximised.
+    """
+
+    def __init__(self, flow: DiscreteFlow, objective: Local) -> None:
+        super().__init__()
+        objective.prepare(flow)
+        self.flow = flow
+        self.objective = objective
+
+    def stepper(self, y: Tensor) -> Callable[[], None]:
+        """Returns a training step."""
+        optimizer = torch.optim.AdamW(self.parameters(), fused=True)
+
+        def step() -> None:
+            loss = -self.objective(self.flow, y).mean() / y.shape[1]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+
+        return step
+
+    @property
+    def size(self) -> int:
+        """Parameters, those of the objective included."""
+        return sum(parameter.numel() for parameter in self.parameters())
+
+
 def steps_of(
     device: torch.device, smoke: bool
-) -> dict[str, tuple[DiscreteFlow, DiscreteFlow, tuple[int, int, int]]]:
+) -> dict[str, tuple[Training, Training, tuple[int, int, int]]]:
     """Builds flows and language models of the same network and ordering, with (N, D, K)."""
     num_classes, length, rows = (5, 32, 2) if smoke else (50, 128, 16)
     width, layers = (16, 1) if smoke else (128, 3)
-    networks: dict[str, tuple[Callable[[], torch.nn.Module], Any]] = {
+    networks: dict[str, tuple[Callable[[], nn.Module], Ordering]] = {
         "transformer": (partial(Transformer, width, layers=layers), Strided(16)),
         "level-convolution": (partial(LevelConvolution, width, layers=layers), Strided(16)),
         "masked-convolution": (partial(DilatedConvolution, width, layers=layers), Parity()),
@@ -141,45 +172,24 @@ def steps_of(
     for name, (backbone, ordering) in networks.items():
         for kind, bijection in bijections.items():
             torch.manual_seed(0)
-            draws = name == "masked-convolution"
-            estimator = LocalObjective("level" if draws else "all")
-            transform = ConditionalTransform(
-                length, bijection(num_classes), ordering, backbone(), estimator
-            )
-            flow = DiscreteFlow(FactorizedBase(num_classes, length, [ordering]), [transform])
-            base = AutoregressiveBase(
-                num_classes,
-                length,
-                backbone=backbone(),
-                ordering=ordering,
-                draw="level" if draws else "all",
-            )
-            model = DiscreteFlow(base)
-            shape = (rows, length, num_classes)
-            built[f"{name}-{kind}"] = flow.to(device), model.to(device), shape
+            both = [
+                Training(flow, Local("levels")).to(device)
+                for flow in (
+                    flows.stack(num_classes, length, [ordering], backbone, bijection),
+                    flows.language_model(num_classes, length, backbone, ordering=ordering),
+                )
+            ]
+            built[f"{name}-{kind}"] = both[0], both[1], (rows, length, num_classes)
     return built
 
 
-def stepper(flow: DiscreteFlow, y: Tensor) -> Callable[[], None]:
-    """Returns a training step."""
-    optimizer = torch.optim.AdamW(flow.parameters(), fused=True)
-
-    def step() -> None:
-        loss = -flow.objective(y).mean() / y.shape[1]
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-
-    return step
-
-
 def time_steps(
-    flow: DiscreteFlow, model: DiscreteFlow, shape: tuple[int, int, int], repeats: int
+    flow: Training, model: Training, shape: tuple[int, int, int], repeats: int
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Times the steps of both in turns."""
     device = next(flow.parameters()).device
     y = torch.randint(shape[2], shape[:2], device=device)
-    steps = [stepper(flow, y), stepper(model, y)]
+    steps = [flow.stepper(y), model.stepper(y)]
     latencies = [GenerationLatency().to(device) for _ in steps]
     for turn in range(repeats + 1):
         for step, latency in zip(steps, latencies, strict=True):
@@ -240,11 +250,9 @@ def main() -> None:
             flush=True,
         )
         config = {"network": name, "shape": of, "opponent": f"step-{name}-language-model"}
-        parameters = sum(parameter.numel() for parameter in flow.parameters())
-        write(f"step-{name}", config, metrics, parameters=parameters)
-        parameters = sum(parameter.numel() for parameter in model.parameters())
+        write(f"step-{name}", config, metrics, parameters=flow.size)
         config = {"network": name, "shape": of}
-        write(f"step-{name}-language-model", config, plain, parameters=parameters)
+        write(f"step-{name}-language-model", config, plain, parameters=model.size)
 
 
 if __name__ == "__main__":

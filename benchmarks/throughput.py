@@ -54,9 +54,9 @@ def by_hand(config: str, steps: int) -> float:
         cli = build(config, steps, folder)
     module, data = cli.model, cli.datamodule
     flow, settings = module.flow, module.optimization
-    flow.start(data.class_counts())
+    flow.base.init_from_counts(data.class_counts())
     optimizer = torch.optim.AdamW(
-        [parameter for parameter in flow.parameters() if parameter.requires_grad],
+        [parameter for parameter in module.parameters() if parameter.requires_grad],
         lr=settings.learning_rate,
         betas=settings.betas,
         weight_decay=settings.weight_decay,
@@ -71,10 +71,10 @@ def by_hand(config: str, steps: int) -> float:
     counts = torch.zeros_like(flow.base.logits, dtype=torch.double)
     for step in range(1, steps + 1):
         y = next(batches)
-        loss = -flow.objective(y).mean() / y.shape[1]
+        loss = -module.objective(flow, y, progress=(step - 1) / steps).mean() / y.shape[1]
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(flow.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         if module.base_refit_every and step % module.base_refit_every == 0:

@@ -130,7 +130,7 @@ class StreamDataModule(pl.LightningDataModule, ABC):
         unigram = float(entropy_in_bits(self.class_counts(split).unsqueeze(0)))
         name = "unigram_bpc" if split == "test" else f"{split}_unigram_bpc"
         report = Report({name: unigram})
-        report.row(f"{split}, unigram entropy", f"{unigram:.4f}", "bits per character")
+        report.row(f"{split}, unigram entropy", f"{unigram:.4f}", "bits of a character alone")
         if self.entropy is None:
             return report
         report.metrics["entropy"] = self.entropy
@@ -173,9 +173,21 @@ class StreamDataModule(pl.LightningDataModule, ABC):
         return self.vocabulary.num_classes
 
     def setup(self, stage: str) -> None:
-        """Begins a fit with the first row, which a checkpoint that is loaded next may change."""
+        """Begins a fit with the first row, which a checkpoint that is loaded next may change.
+
+        Raises:
+            UserError: If the trainer is to overfit a part of an epoch.
+        """
         if stage == "fit":
+            overfit = 0 if self.trainer is None else self.trainer.overfit_batches  # type: ignore[attr-defined]
+            if isinstance(overfit, float) and overfit:
+                raise UserError(
+                    f"trainer.overfit_batches is {overfit}: give a whole number of batches"
+                )
             self._known = _Place(row=0, batches=0)
+            # Both are wrong of these loaders, which know their workers and shuffle by number.
+            for message in ("Your `IterableDataset` has `__len__`", "You requested to overfit but"):
+                warnings.filterwarnings("ignore", message)
 
     def encode(self, text: str) -> Tensor:
         """Returns the classes of a text, a LongTensor of shape (symbols,).
@@ -299,7 +311,6 @@ class StreamDataModule(pl.LightningDataModule, ABC):
         ]
         if trainer.max_epochs in (None, -1) and not fractions:
             return None
-        _hush()
         if stream.rows_per_epoch is not None:
             return -(-stream.rows_per_epoch // (self.batch_size * trainer.world_size))
         if isinstance(limit, int):
@@ -317,8 +328,10 @@ class StreamDataModule(pl.LightningDataModule, ABC):
 
         A checkpoint holds its count too. What workers have fetched ahead is not in it.
         """
-        trainer = self.trainer
-        return 0 if trainer is None else trainer.fit_loop.epoch_loop.batch_progress.total.processed
+        if self.trainer is None:
+            return 0
+        progress = self.trainer.fit_loop.epoch_loop.batch_progress.state_dict()
+        return int(progress["total"]["processed"])
 
     def _row(self) -> int:
         """Returns the training row that comes next, counted over all processes."""
@@ -329,18 +342,11 @@ class StreamDataModule(pl.LightningDataModule, ABC):
     def _first_row(self) -> int:
         """Returns the row with which the training loader begins."""
         trainer = self.trainer
-        if trainer is None or not trainer.overfit_batches:
+        if trainer is None or not trainer.overfit_batches:  # type: ignore[attr-defined]
             return self._row()
-        _hush()
-        progress = trainer.fit_loop.epoch_loop.batch_progress
-        batches = 0 if progress.is_last_batch else progress.current.processed
+        state = trainer.fit_loop.epoch_loop.batch_progress.state_dict()
+        batches = 0 if state["is_last_batch"] else state["current"]["processed"]
         return batches * self.batch_size * trainer.world_size
-
-
-def _hush() -> None:
-    """Silences warnings of Lightning that are wrong of these loaders."""
-    warnings.filterwarnings("ignore", message="Your `IterableDataset` has `__len__` defined")
-    warnings.filterwarnings("ignore", message="You requested to overfit but enabled")
 
 
 class _TrainingLoader(DataLoader[Tensor]):

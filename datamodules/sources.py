@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 from dflows.errors import UserError
 
 if TYPE_CHECKING:
-    from datasets import IterableDataset
+    from datasets import DatasetBuilder, IterableDataset
 
 __all__ = ["SPLITS", "HubText", "KingJames", "LocalText", "TextSource"]
 
@@ -263,7 +263,8 @@ class HubText(TextSource):
         fractions: Where it has one split only: the parts of train, valid and test that its split
             `train` is cut into by position.
         column: The column that holds the text.
-        separator: Text that is put after every row.
+        separator: Text that is put after every row; of a data set of text files, whose text is read
+            as it is with the ends of its lines, after every file.
         revision: A branch, tag or commit. Data sets that are defined by a script are to be had from
             `refs/convert/parquet`, with `data_dir` in place of `name`.
         data_dir: The folder of the data set that is read.
@@ -306,33 +307,61 @@ class HubText(TextSource):
 
     def pieces(self, stream: str) -> Iterator[tuple[str, str]]:
         """Yields the text of the data set's rows; see the base class."""
-        rows = self._rows(stream)
+        texts = self._texts(stream)
         empty = True
-        for number in itertools.count(1):
+        while True:
             try:
-                row = next(rows, None)
+                origin, text = next(texts, ("", None))
+            except UserError:
+                raise
             except Exception as error:  # noqa: BLE001 - readers, hub and network raise of all kinds
                 raise self._failure(stream, error) from None
-            if row is None:
+            if text is None:
                 break
-            origin = f"{self.describe(stream)}, row {number}"
-            text = _text(row, self._column, origin) + self._separator
             empty = empty and not text
             yield origin, text
         if empty:
             raise UserError(f"{self.describe(stream)} is empty: give a split with text")
 
-    def _rows(self, stream: str) -> Iterator[Mapping[str, Any]]:
-        from datasets import load_dataset
+    def _texts(self, stream: str) -> Iterator[tuple[str, str]]:
+        from datasets import load_dataset_builder
+        from datasets.packaged_modules.text.text import Text
 
         with _quiet():
-            dataset = load_dataset(
-                self._path, split=self._splits[stream], streaming=True, **self._options
-            )
+            builder = load_dataset_builder(self._path, **self._options)
+            split = self._splits[stream]
+            files = builder.config.data_files
+            if isinstance(builder, Text) and files is not None and split in files:
+                dataset = None
+            else:
+                dataset = builder.as_streaming_dataset(split)
+        if dataset is None:
+            # Its own reader drops the ends of lines, or makes them all "\n".
+            yield from self._text_files(stream, builder, files[split])
+            return
         names = dataset.column_names
         if names and self._column in names:
             dataset = dataset.select_columns([self._column])
-        yield from _all_rows(dataset)
+        for number, row in enumerate(_all_rows(dataset), 1):
+            origin = f"{self.describe(stream)}, row {number}"
+            yield origin, _text(row, self._column, origin) + self._separator
+
+    def _text_files(
+        self, stream: str, builder: "DatasetBuilder", files: Sequence[str]
+    ) -> Iterator[tuple[str, str]]:
+        """Yields the text of files of the hub, packed or not, as it is."""
+        from datasets import DownloadConfig, StreamingDownloadManager
+        from datasets.utils.file_utils import xopen
+
+        config = DownloadConfig(token=builder.token, storage_options=builder.storage_options)
+        manager = StreamingDownloadManager(download_config=config)
+        for packed in files:
+            origin = f"{self.describe(stream)}, {packed.split('/')[-1]}"
+            for path in manager.iter_files(manager.download_and_extract(packed)):
+                with xopen(path, "rb", download_config=config) as file:
+                    for text in _decode(file, origin):
+                        yield origin, text
+                yield origin, self._separator
 
     def _failure(self, stream: str, error: Exception) -> UserError:
         if isinstance(error, ConnectionError):

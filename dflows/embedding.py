@@ -96,7 +96,7 @@ class Embedding(nn.Module):
         super().__init__()
         self.length = length
         self.width = width = backbone.width
-        self.name = type(backbone).__name__
+        self.name = backbone.display_name
         self.aligned = context is not None and context.aligned
         self.embeds = backbone.embeds
         if not self.embeds:

@@ -76,11 +76,8 @@ class DiscreteFlow(nn.Module):
         ...         for ordering in [Parity(), Parity(first=1)]
         ...     ],
         ... )
-        >>> states = torch.cartesian_prod(*[torch.arange(3)] * 4)
-        >>> round(flow.log_prob(states).exp().sum().item(), 5)
-        1.0
-        >>> flow.sample((2,)).shape, flow.passes
-        (torch.Size([2, 4]), 2)
+        >>> flow.log_prob(torch.zeros(2, 4, dtype=torch.long)).shape, flow.passes
+        (torch.Size([2]), 2)
     """
 
     def __init__(
@@ -177,7 +174,7 @@ class DiscreteFlow(nn.Module):
         """Returns indices (…, d) as 64-bit integers: :func:`~dflows.representations.check_indices`.
 
         Raises:
-            UserError: If they are none of the flow's classes, or have more dimensions.
+            UserError: If they are no indices of the flow's classes, or have too many dimensions.
         """
         return check_indices(y, self.num_classes, self.length, wait=wait)
 

@@ -5,7 +5,7 @@ Each is a function that returns a :class:`~dflows.flow.DiscreteFlow`; in a confi
 """
 
 from collections.abc import Callable
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from torch import nn
 
@@ -34,23 +34,22 @@ WIDTH = 96
 
 
 class AutoregressiveFactory:
-    """Creates what makes an autoregressive base of its choices, once K and D are known.
+    """Creates what makes an autoregressive base of a network, once K and D are known.
 
     Args:
-        backbone: Makes the network.
+        backbone: The network, of one base.
         ordering: Which dimensions condition which; natural by default.
         context: What it is conditioned on; its encoder is the flow's to give.
         ngram_order: As in :func:`stack`; only for a base without transforms.
 
     Example:
-        >>> from functools import partial
-        >>> AutoregressiveFactory(partial(LSTM, width=8))(num_classes=3, length=4).passes
+        >>> AutoregressiveFactory(LSTM(width=8))(num_classes=3, length=4).passes
         4
     """
 
     def __init__(
         self,
-        backbone: Callable[[], nn.Module],
+        backbone: nn.Module,
         ordering: Ordering | None = None,
         context: Context | None = None,
         ngram_order: int | None = None,
@@ -67,11 +66,15 @@ class AutoregressiveFactory:
                 num_classes,
                 length,
                 self.ordering,
-                self.backbone(),
+                self.backbone,
                 context=self.context,
                 expert=_expert(num_classes, self.ngram_order),
             )
         )
+
+
+BaseFactory: TypeAlias = AutoregressiveFactory | Callable[[int, int], Base]
+"""Makes the distribution of x, given K and D."""
 
 
 def _expert(num_classes: int, ngram_order: int | None) -> NGramExpert | None:
@@ -84,7 +87,7 @@ def stack(
     orderings: list[Ordering],
     backbone: Callable[[], nn.Module],
     bijection: Callable[[int], Bijection] = RankPermutation,
-    base: Callable[[int, int], Base] = FactorizedBase,
+    base: BaseFactory = FactorizedBase,
     *,
     share_backbone: bool = False,
     context: Context | None = None,
@@ -145,7 +148,7 @@ def bipartite(
     num_transforms: int = 2,
     parts: Literal["parity", "halves"] = "parity",
     bijection: Callable[[int], Bijection] = RankPermutation,
-    base: Callable[[int, int], Base] = FactorizedBase,
+    base: BaseFactory = FactorizedBase,
     context: Context | None = None,
 ) -> DiscreteFlow:
     """Makes the paper's bipartite flow: one part of the dimensions given the other, in turns.
@@ -191,7 +194,7 @@ def autoregressive(
     *,
     num_transforms: int = 1,
     bijection: Callable[[int], Bijection] = RankPermutation,
-    base: Callable[[int, int], Base] = FactorizedBase,
+    base: BaseFactory = FactorizedBase,
     context: Context | None = None,
     ngram_order: int | None = None,
 ) -> DiscreteFlow:
@@ -238,7 +241,7 @@ def strided(
     backbone: Callable[[], nn.Module] | None = None,
     *,
     bijection: Callable[[int], Bijection] = RankPermutation,
-    base: Callable[[int, int], Base] = FactorizedBase,
+    base: BaseFactory = FactorizedBase,
     context: Context | None = None,
     ngram_order: int | None = None,
 ) -> DiscreteFlow:
@@ -284,7 +287,7 @@ def language_model(
     context: Context | None = None,
     ngram_order: int | None = None,
 ) -> DiscreteFlow:
-    """Makes an autoregressive base without a transform: over the natural ordering, a language model.
+    """Makes an autoregressive base without a transform: in the natural ordering, a language model.
 
     Args:
         num_classes: K.
@@ -301,7 +304,7 @@ def language_model(
         >>> language_model(num_classes=27, length=16).passes
         16
     """
-    make = AutoregressiveFactory(backbone or _lstm, ordering, context, ngram_order)
+    make = AutoregressiveFactory((backbone or _lstm)(), ordering, context, ngram_order)
     encoder = None if context is None else context.encoder
     return DiscreteFlow(make(num_classes, length), (), encoder)
 

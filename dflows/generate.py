@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from dflows.cli.checkpoints import add_checkpoint_arguments, load_model, read_checkpoint
-from dflows.cli.configs import Parser, Seed
+from dflows.cli.configs import Parser, check_seed
 from dflows.cli.errors import run_command
 from dflows.cli.noise import quiet
 from dflows.cli.trained import draw
@@ -46,7 +46,7 @@ def generate(arguments: Sequence[str]) -> None:
         "--length", type=int | None, default=None, help="Characters of a sample; a window's."
     )
     parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--seed", type=Seed, default=0)
+    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--method", type=Method, default="levels")
     parser.add_argument(
         "--prompt", type=str | None, default=None, help="What every sample begins with."
@@ -59,6 +59,7 @@ def generate(arguments: Sequence[str]) -> None:
         "--cuda_graph", action="store_true", help="Launch all levels at once on a CUDA device."
     )
     config = parser.parse_args(list(arguments))
+    check_seed("seed", config.seed)
     for key in ("num_samples", "length"):
         if config[key] is not None and config[key] < 1:
             raise UserError(f"{key} is {config[key]}: give at least 1")

@@ -238,6 +238,6 @@ def affine_inverse(
 ) -> Tensor:
     r"""Computes :math:`x = \sigma^{-1} (y - \mu) \bmod M`, the inverse of :func:`affine`.
 
-    The arguments, the result and the errors are those of :func:`affine`, with `y` in the place of `x`.
+    Arguments, result and errors are those of :func:`affine`, with `y` in the place of `x`.
     """
     return _apply(y, loc, scale, num_classes, modulus, inverse=True)

@@ -34,7 +34,8 @@ class Remembered(Generic[T]):
 
     def __call__(self, levels: Tensor) -> T:
         for known, version, value in self._entries:
-            if known is levels and known._version == version:
+            # A copy that was made in inference mode holds tensors that know no version.
+            if known is levels and not known.is_inference() and known._version == version:
                 return value
         with torch.inference_mode(False):
             # A tensor made in inference mode could not be saved for the gradient.

@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 
 from dflows.errors import UserError
+from dflows.representations import full_precision
 
 __all__ = ["Auxiliary", "AuxiliaryHeads"]
 
@@ -14,7 +14,7 @@ __all__ = ["Auxiliary", "AuxiliaryHeads"]
 class Auxiliary:
     """Creates the settings of auxiliary losses.
 
-    Arguments:
+    Args:
         layers: Whether every layer predicts, not the last alone. Layer l of n does so until the
             part `until` · l / n of the training is done.
         until: The part of the training in which the layers do.
@@ -61,13 +61,14 @@ class AuxiliaryHeads(nn.Module):
 
     save l = n, t = 0, which is the likelihood itself.
 
-    Arguments:
+    Args:
         num_classes: K.
         width: Features of one dimension.
         layers: Layers whose features come, the last included.
         settings: Which losses there are.
 
     Example:
+        >>> import torch
         >>> heads = AuxiliaryHeads(num_classes=5, width=8, layers=3, settings=Auxiliary())
         >>> features = [torch.randn(2, 6, 8)] * 3
         >>> heads(features, torch.randint(5, (2, 6)), progress=0.0).shape
@@ -110,11 +111,11 @@ class AuxiliaryHeads(nn.Module):
     def _scores(self, logits: Tensor, y: Tensor, first: int) -> Tensor:
         """Scores the targets from number `first` on by their logits (N, D, n·K)."""
         logits = logits.unflatten(-1, (-1, self.num_classes))
-        log_probs = logits.to(torch.promote_types(logits.dtype, torch.float)).log_softmax(dim=-1)
+        log_probs = full_precision(logits).log_softmax(dim=-1)
         total = log_probs.new_zeros(len(y))
         for number in range(log_probs.shape[-2]):
-            ahead = number + first
-            known = y[:, ahead:].unsqueeze(-1)
+            offset = number + first
+            known = y[:, offset:].unsqueeze(-1)
             score = log_probs[:, : known.shape[1], number].gather(-1, known).sum(dim=(1, 2))
-            total = total + (self.settings.target_weight if ahead else 1.0) * score
+            total = total + (self.settings.target_weight if offset else 1.0) * score
         return total

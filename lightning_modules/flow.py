@@ -1,20 +1,19 @@
 """The module that trains a discrete flow."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Generator, Tensor, nn
 from torch.optim import Optimizer
 
-from dflows.bases import Base, ClosedFormBase
+from dflows.bases import Base
 from dflows.checks import check_flow
-from dflows.counted import Counted
 from dflows.errors import UserError
-from dflows.experts import Expert, leave_one_out
 from dflows.flow import DiscreteFlow
 from dflows.metrics import ExactMatch, LevelBits, ResidualEntropy
 from dflows.objectives import EndToEnd, Layerwise, Local, Objective
@@ -22,6 +21,8 @@ from dflows.orderings import Ordering, alike
 from dflows.reporting import Report
 from dflows.transforms import DiscreteTransform
 from lightning_modules.base import DEFAULT_OPTIMIZATION, BaseModule, Batch, Optimization, compute
+from lightning_modules.counting import Counting, unseen_residual
+from lightning_modules.refit import ClosedFormRefit
 
 __all__ = ["FlowModule"]
 
@@ -50,10 +51,6 @@ def _shared_levels(flow: DiscreteFlow) -> Ordering | None:
     if not found or any(not torch.equal(levels, found[0]) for levels in found):
         return None
     return orderings[0] if int(found[0].max()) + 1 < flow.length else None
-
-
-def _counted(module: nn.Module) -> list[Counted]:
-    return [part for part in module.modules() if isinstance(part, Counted)]
 
 
 class FlowModule(BaseModule):
@@ -91,7 +88,6 @@ class FlowModule(BaseModule):
 
     takes_prompt = True
     initialised: Tensor
-    base_counts: Tensor
 
     def __init__(
         self,
@@ -108,22 +104,14 @@ class FlowModule(BaseModule):
         if (stages := objective.num_stages(flow)) > 1 and optimization.cycles == 1 and settles:
             optimization = replace(optimization, cycles=stages)
         super().__init__(optimization)
-        if base_count_windows < 1:
-            raise UserError(f"base_count_windows is {base_count_windows}: give at least 1")
-        if base_refit_every < 0 or not 0 <= base_refit_decay < 1:
-            raise UserError(
-                f"base_refit_every is {base_refit_every} and base_refit_decay is "
-                f"{base_refit_decay}: give at least 0 steps, and a factor from 0 to below 1"
-            )
         self.flow = flow
         self.objective = objective
-        self.base_refit_every = base_refit_every
-        self.base_refit_decay = base_refit_decay
-        self.base_count_windows = base_count_windows
         self.register_buffer("initialised", torch.tensor(False))
-        self._check_counted()
-        if base_refit_every:
-            self._prepare_refit(flow)
+        self.counting = Counting(flow, base_count_windows)
+        refits = base_refit_every != 0
+        self.base_refit = (
+            ClosedFormRefit(flow, base_refit_every, base_refit_decay) if refits else None
+        )
         orderings = [transform.ordering for transform in flow.conditional_transforms]
         self.residual_entropy = ResidualEntropy(
             len(flow.transforms), flow.num_classes, alike(orderings, flow.length)
@@ -136,51 +124,8 @@ class FlowModule(BaseModule):
         self.residual_bpc: list[float] = []
         self.level_bpc: list[float] = []
         self._step_before = 0
-        self._done: float | None = None
-
-    def _prepare_refit(self, flow: DiscreteFlow) -> None:
-        if not isinstance(flow.base, ClosedFormBase):
-            raise UserError(
-                f"base_refit_every is {self.base_refit_every}, and a {type(flow.base).__name__} "
-                "has no closed form: set it to 0, or choose FactorizedBase"
-            )
-        flow.base.requires_grad_(False)
-        if not any(parameter.requires_grad for parameter in flow.parameters()):
-            raise UserError(
-                f"base_refit_every is {self.base_refit_every}, and beside the base the model has "
-                "nothing to train: set it to 0, or give it transforms"
-            )
-        nothing = torch.zeros(1, 1, dtype=torch.long)
-        self.register_buffer("base_counts", torch.zeros_like(flow.base.count(nothing)))
-
-    def _check_counted(self) -> None:
-        """Refuses what could not be counted on what it is to predict."""
-        flow = self.flow
-        parts: list[nn.Module] = [flow.base, *flow.transforms]
-        *inner, outer = parts
-        for part in inner:
-            if any(isinstance(module, Expert) and _counted(module) for module in part.modules()):
-                raise UserError(
-                    f"n-grams are added to the logits of a {type(part).__name__} that transforms "
-                    "stand on, and they are counted on the data: give them to the transform next "
-                    "to the data, or to a base without transforms"
-                )
-        if outer is not flow.base and _counted(flow.base) and self.conditional:
-            raise UserError(
-                f"a {type(flow.base).__name__} counts classes and knows nothing of a context, and "
-                "the transforms on it are given one: choose an AutoregressiveBase with a context, "
-                "or a FactorizedBase, or leave the context away"
-            )
-
-    @property
-    def _counted_on_residuals(self) -> list[Counted]:
-        """What is counted on what the transforms leave of the data."""
-        return _counted(self.flow.base) if len(self.flow.transforms) else []
-
-    @property
-    def _counted_on_data(self) -> list[Counted]:
-        """What is counted on the data themselves."""
-        return _counted([self.flow.base, *self.flow.transforms][-1])
+        self._done: float | None = 0.0
+        self._certified = False
 
     def evaluate_objective(self, batch: Batch) -> Tensor:
         value: Tensor = self.objective(
@@ -274,21 +219,35 @@ class FlowModule(BaseModule):
         return self.flow.base.parameters() if len(self.flow.transforms) else ()
 
     def prepare(self) -> None:
-        stages = self.objective.num_stages(self.flow)
-        if stages > 1 and not self.has_end:
-            raise UserError(
-                f"the training has {stages} stages and no end: set trainer.max_steps, max_epochs "
-                "or max_time"
-            )
-        data = self.data
+        # An objective of stages needs the progress, and says so.
+        self.objective.frozen(self.flow, 0.0 if self.has_end else None)
         if not self.initialised:
-            self.flow.base.init_from_counts(data.class_counts(self.flow.num_classes))
+            counts = self.data.class_counts(self.flow.num_classes)
+            if counts is not None:
+                self.flow.base.init_from_counts(counts)
             self.initialised.fill_(True)
-        self.certify(trained=False)
+        self._certified = False
         rank_zero_info(self.describe())
+
+    def on_fit_start(self) -> None:
+        """Certifies the flow where it is trained: on its device, and in its precision."""
+        super().on_fit_start()
+        if (batch := self._first_batch()) is not None:
+            self._certify_untrained(batch)
+
+    def _first_batch(self) -> Batch | None:
+        """Returns the first training batch, unless reading it would take it from the training."""
+        found = self.data.first_batch()
+        return None if found is None else [part for part in found if part is not None]
+
+    def _certify_untrained(self, batch: Batch) -> None:
+        self.certify(batch, trained=False)
+        self._certified = True
 
     def certify(self, batch: Batch | None = None, *, trained: bool = True) -> None:
         """Shows that the flow is what its likelihood presumes: :func:`dflows.checks.check_flow`.
+
+        It does so in the precision of the trainer.
 
         Args:
             batch: Examples; the first of the training data where they are not given.
@@ -297,9 +256,14 @@ class FlowModule(BaseModule):
         Raises:
             CertificateError: If it is not.
         """
-        batch = self.data.first_batch() if batch is None else batch
-        y, context = self.indices_of(batch), self.context_of(batch)
-        check_flow(self.flow, context, batch=y, trained=trained)
+        batch = self._first_batch() if batch is None else batch
+        y = context = None
+        if batch is not None:
+            batch = self.transfer_batch_to_device(batch, self.device, 0)
+            y, context = self.indices_of(batch), self.context_of(batch)
+        precision = None if self._trainer is None else self.trainer.precision_plugin
+        with nullcontext() if precision is None else precision.forward_context():
+            check_flow(self.flow, context, batch=y, trained=trained)
 
     def describe(self) -> str:
         """Returns what the model is, in a line."""
@@ -316,43 +280,23 @@ class FlowModule(BaseModule):
         return ", ".join(parts)
 
     def on_train_start(self) -> None:
-        """Counts what has not been counted: on the data first, for transforms depend on it."""
-        for part in self._counted_on_data:
-            if not part.num_counted:
-                self._count(part, self.data.chunks())
-        for part in self._counted_on_residuals:
-            if not part.num_counted:
-                self._count(part, self._residuals())
+        """Counts what has not been counted."""
+        number = self.counting.begin(self.data)
+        if number and not any(True for _ in self.flow.parameters()):
+            self.characters_read = number
 
     def on_validation_start(self) -> None:
         """Counts a base on what the transforms have come to leave."""
-        trainer = self.trainer
-        if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            for part in self._counted_on_residuals:
-                self._count(part, self._residuals())
-
-    def _count(self, part: Counted, chunks: Iterable[Any]) -> None:
-        with torch.inference_mode(mode=False):
-            part.count(chunks)
-        if not any(True for _ in self.flow.parameters()):
-            self.characters_read = part.num_counted
-        rank_zero_info(f"{part}, counted on {part.num_counted:,} characters")
-
-    def _residuals(self) -> Iterator[Tensor]:
-        """Yields what the transforms leave of the first training windows."""
-        for batch in self.data.batches(self.base_count_windows):
-            yield self._left(self.transfer_batch_to_device(batch, self.device, 0))
-
-    def _left(self, batch: Batch) -> Tensor:
-        """Returns what the transforms leave of training data, as they would of unseen data."""
-        with leave_one_out(counted=True):
-            return self.flow.residuals(self.indices_of(batch), self.context_of(batch))[-1]
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            self.counting.again(self.data)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Notes the step, of accumulated batches only the last makes one, and how much is done."""
         super().on_train_batch_start(batch, batch_idx)
+        if not self._certified:  # the data can be iterated once only
+            self._certify_untrained(batch)
         self._step_before = self.trainer.global_step
-        self._done = self.progress(self._step_before)
+        self._done = self.progress(self._step_before) if self.has_end else None
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Keeps still what does not learn in this stage."""
@@ -362,17 +306,13 @@ class FlowModule(BaseModule):
 
     def on_train_batch_end(self, outputs: object, batch: Batch, batch_idx: int) -> None:
         """Refits the base, unless it is held."""
-        step = self.trainer.global_step
-        base = self.flow.base
-        if not self.base_refit_every or step == self._step_before or step % self.base_refit_every:
+        step, refit = self.trainer.global_step, self.base_refit
+        if refit is None or step == self._step_before or step % refit.every:
             return
-        if step <= self.optimization.hold_base_steps:
-            return
-        if isinstance(base, ClosedFormBase):
-            counts = base.count(self._left(batch))
-            counts = self.trainer.strategy.reduce(counts, reduce_op="sum")
-            self.base_counts = self.base_counts * self.base_refit_decay + counts
-            base.refit(self.base_counts)
+        if step > self.optimization.hold_base_steps:
+            x = unseen_residual(self.flow, self.indices_of(batch), self.context_of(batch))
+            counts = self.trainer.strategy.reduce(refit.count(self.flow, x), reduce_op="sum")
+            refit.update(self.flow, counts)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Adds a batch to the test metrics, those of every transform included."""

@@ -120,7 +120,9 @@ class LanguageModel(TextModule):
     def _auxiliary_heads(self, settings: Auxiliary) -> AuxiliaryHeads:
         conditioner = self.conditioner
         backbone = conditioner.backbone
-        if not (conditioner.one_pass and conditioner.embedding.embeds and conditioner.left_to_right):
+        if not (
+            conditioner.one_pass and conditioner.embedding.embeds and conditioner.left_to_right
+        ):
             raise UserError(
                 "auxiliary losses need a level-causal backbone over Natural, without a context: "
                 f"a {type(backbone).__name__} over {conditioner.ordering!r} is none"
@@ -163,7 +165,7 @@ class LanguageModel(TextModule):
             return super().evaluate_objective(batch)
         with leave_one_out():
             logits, features = self.conditioner.layer_logits(y)
-        added: Tensor = self.auxiliary(features, y, self._done)
+        added: Tensor = self.auxiliary(features, y, self._done or 0.0)
         # The value stays the log-likelihood; what is added is in the gradient alone.
         return AutoregressiveBase.score(logits, y).sum(dim=-1) + added - added.detach()
 

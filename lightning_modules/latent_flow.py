@@ -1,16 +1,15 @@
 """The opponents with a continuous latent sequence: AF/SCF and IAF/SCF, judged by bounds."""
 
 import copy
-from collections.abc import Callable
 from typing import Literal
 
 import torch
 from pytorch_lightning.utilities import rank_zero_info
-from torch import Generator, Tensor, nn
+from torch import Generator, Tensor
 
 from dflows.checks import CertificateError
 from dflows.errors import UserError
-from dflows.latent import FlowPrior, LatentFlow
+from dflows.latent import LatentFlow
 from dflows.metrics import BitsPerCharacter
 from dflows.reporting import Report
 from lightning_modules.base import DEFAULT_OPTIMIZATION, BaseModule, Batch, Optimization, compute
@@ -35,11 +34,7 @@ class LatentFlowModule(BaseModule):
     1. Before a fit the prior is checked: what its two directions make of each other.
 
     Args:
-        num_classes: K; taken from the data where a command builds the module.
-        length: D; likewise.
-        prior: The density of the latent sequence: called without arguments.
-        inference: The network behind the posterior: called without arguments.
-        emission: The network behind the characters given the latent sequence: likewise.
+        flow: The model.
         num_draws: Latent sequences drawn for a window in training and validation.
         importance_draws: Those of the bounds on the test split, drawn at once: memory grows with
             them and with `eval_batch_size`.
@@ -48,18 +43,17 @@ class LatentFlowModule(BaseModule):
         optimization: Settings of the optimizer.
 
     Raises:
-        UserError: If a number is out of range, or a network does not fit.
+        UserError: If a number is out of range.
 
     References:
         Latent Normalizing Flows for Discrete Sequences (Ziegler & Rush, 2019), arXiv:1901.10548
 
     Example:
-        >>> from functools import partial
         >>> from dflows.backbones import LSTM
         >>> from dflows.latent import InverseAutoregressivePrior
-        >>> prior = partial(InverseAutoregressivePrior, features=4, hidden=8)
-        >>> network = partial(LSTM, width=8, bidirectional=True)
-        >>> LatentFlowModule(27, 16, prior, network, network).passes
+        >>> prior = InverseAutoregressivePrior(features=4, hidden=8)
+        >>> inference, emission = (LSTM(width=8, bidirectional=True) for _ in range(2))
+        >>> LatentFlowModule(LatentFlow(27, 16, prior, inference, emission)).passes
         2
     """
 
@@ -67,11 +61,7 @@ class LatentFlowModule(BaseModule):
 
     def __init__(
         self,
-        num_classes: int,
-        length: int,
-        prior: Callable[[], FlowPrior],
-        inference: Callable[[], nn.Module],
-        emission: Callable[[], nn.Module],
+        flow: LatentFlow,
         *,
         num_draws: int = 1,
         importance_draws: int = 16,
@@ -88,7 +78,7 @@ class LatentFlowModule(BaseModule):
         ):
             if value < least:
                 raise UserError(f"{name} is {value}: give at least {least}")
-        self.flow = LatentFlow(num_classes, length, prior(), inference(), emission())
+        self.flow = flow
         self.num_draws = num_draws
         self.importance_draws = importance_draws
         self.kl_zero_steps = kl_zero_steps
@@ -147,13 +137,21 @@ class LatentFlowModule(BaseModule):
         )
 
     def prepare(self) -> None:
-        if self.context_of(self.data.first_batch()) is not None:
+        if (self.data.first_batch() or (None, None))[1] is not None:
             raise UserError(
                 "a LatentFlowModule takes no context, and the data are conditioned on one: choose "
                 "a LanguageModel or a FlowModule with context_features"
             )
-        self._check_prior()
         rank_zero_info(self.describe())
+        self.certify(trained=False)
+
+    def certify(self, batch: Batch | None = None, *, trained: bool = True) -> None:
+        """Shows that the prior inverts itself: what its two directions make of each other.
+
+        Raises:
+            CertificateError: If it does not.
+        """
+        self._check_prior()
 
     @torch.no_grad()
     def _check_prior(self) -> None:

@@ -43,9 +43,9 @@ class Overlapping:
 class TextModule(FlowModule, ABC):
     """A flow that also scores the test split as one text, from its first character on.
 
-    Where the data are a text, testing logs `test_bpc_stateful` beside `test_bpc`: bits per character
-    of the same characters where windows do not begin anew, each counted once. It is found by one
-    process alone.
+    Where the data are a text, testing logs `test_bpc_stateful` beside `test_bpc`: bits per
+    character of the same characters where windows do not begin anew, each counted once. It is found
+    by one process alone.
 
     Args:
         flow: The flow.

@@ -22,8 +22,8 @@ def runs(tmp_path_factory):
         # Clipping would hide gradients of a wrong size.
         arguments += ("--trainer.gradient_clip_val", 0, "--model.base_refit_every", 2)
         # A backbone that runs masked draws levels, other ones in every process.
-        arguments += ("--model.backbone", "dflows.backbones.LevelConvolution")
-        arguments += ("--model.backbone.width", 8, "--model.backbone.layers", 1)
+        arguments += ("--model.flow.backbone", "dflows.backbones.LevelConvolution")
+        arguments += ("--model.flow.backbone.width", 8, "--model.flow.backbone.layers", 1)
         if processes == 1:
             assert run_here("fit", *arguments) == 0
         else:
@@ -55,7 +55,7 @@ def test_gradients_and_weights_are_those_of_one_process(checkpoints):
 
 
 def test_the_base_is_refitted_from_the_counts_of_all_processes(checkpoints):
-    one, two = (checkpoints[n]["state_dict"]["base_counts"] for n in (1, 2))
+    one, two = (checkpoints[n]["state_dict"]["base_refit.counts"] for n in (1, 2))
     assert one.sum() == pytest.approx(8 * 16 * (1 + 0.99))
     assert torch.equal(one.sum(dim=1), two.sum(dim=1))
 
@@ -70,13 +70,50 @@ def test_metrics_are_those_of_one_process(runs):
     assert two["residual_bpc"] == pytest.approx(one["residual_bpc"], rel=0.02)
 
 
-def test_flows_that_a_process_draws_nobody_for_do_not_stop_the_others(tmp_path):
+def test_transforms_that_a_process_samples_no_example_for_do_not_stop_the_others(tmp_path):
     config = small_config(tmp_path, write_text(tmp_path), max_steps=STEPS, val_check_interval=STEPS)
-    # Of the one example that a process has, one of the two flows is drawn; the other waits for it.
-    more = ("--model.estimator", "dflows.estimators.LocalObjective", "--model.estimator.draw")
-    more += ("flow", "--data.batch_size", 1, "--trainer.devices", 2, "--trainer.strategy", "ddp")
+    # For the one example that a process has, one of the two transforms is sampled.
+    more = ("--model.objective", "dflows.objectives.Local", "--model.objective.subsample")
+    more += (
+        "transforms",
+        "--data.batch_size",
+        1,
+        "--trainer.devices",
+        2,
+        "--trainer.strategy",
+        "ddp",
+    )
     done = run_apart("fit", "--config", config, *more, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     metrics = read_record(tmp_path / "runs" / "small" / "version_0" / "small-1.json").metrics
     assert metrics["steps"] == STEPS
     assert metrics["characters"] == {"valid": 300, "test": 300}
+
+
+def test_a_process_without_a_validation_batch_is_not_waited_for(tmp_path):
+    more = {"max_steps": STEPS, "val_check_interval": 2}
+    config = small_config(tmp_path, write_text(tmp_path), **more)
+    # Of a split of one window there is one batch, and buffers that both processes share.
+    arguments = ("--data.max_eval_characters", 16, "--data.batch_size", 4)
+    arguments += (
+        "--model.base_refit_every",
+        2,
+        "--trainer.devices",
+        2,
+        "--trainer.strategy",
+        "ddp",
+    )
+    done = run_apart("fit", "--config", config, *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    metrics = read_record(tmp_path / "runs" / "small" / "version_0" / "small-1.json").metrics
+    assert metrics["characters"] == {"valid": 16, "test": 16}
+
+
+def test_two_processes_that_diverge_both_end(tmp_path):
+    config = small_config(tmp_path, write_text(tmp_path), max_steps=STEPS, val_check_interval=STEPS)
+    more = ("--trainer.callbacks", "tests.callbacks.Spoil", "--trainer.devices", 2)
+    done = run_apart("fit", "--config", config, *more, "--trainer.strategy", "ddp", cwd=tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "the training diverged: a gradient at step 2 is not finite" in done.stderr
+    assert not list(tmp_path.rglob("*.ckpt"))
+    assert not list(tmp_path.rglob("*-[01].json"))

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from datamodules.vocabulary import CharacterVocabulary, IntegerVocabulary
-from dflows import acceleration
+from dflows import Context, acceleration, flows
 from dflows.backbones import LSTM
-from dflows.cli.checkpoints import KEY, describe_run, load_model, read_checkpoint
-from dflows.generate import draw
+from dflows.cli.checkpoints import describe_run, load_model, read_checkpoint
+from dflows.cli.trained import draw
 from dflows.orderings import Parity
 from lightning_modules import FlowModule, LanguageModel
+from lightning_modules.checkpoints import KEY
 from tests.commands import ODD, run_apart, run_here, small_config, write_text
 
 
@@ -66,17 +67,19 @@ def test_a_conditional_model_is_refused(tmp_path, capsys):
         "length": 4,
         "orderings": ["dflows.orderings.Parity"],
         "backbone": {"class_path": "dflows.backbones.LSTM", "init_args": {"width": 4}},
-        "context_features": 2,
+        "context": {"features": 2},
     }
-    model = {"class_path": "lightning_modules.FlowModule", "init_args": init_args}
-    module = FlowModule(3, 4, [Parity()], partial(LSTM, width=4), context_features=2)
+    made = {"class_path": "dflows.flows.stack", "init_args": init_args}
+    model = {"class_path": "lightning_modules.FlowModule", "init_args": {"flow": made}}
+    flow = flows.stack(3, 4, [Parity()], partial(LSTM, width=4), context=Context(2))
+    module = FlowModule(flow)
     described = describe_run({"model": model, "data": {}}, IntegerVocabulary(3).to_json(), 4)
     path = tmp_path / "some.ckpt"
     torch.save({"state_dict": module.state_dict(), KEY: described}, path)
     assert run_here("generate", "--checkpoint", path) == 1
     assert capsys.readouterr().err == (
         f"error: the model in {path} is conditional, and this command has no context to give it: "
-        "draw with flow(context).sample() in Python\n"
+        "use dflows.load(path).sample(context=context) in Python\n"
     )
 
 
@@ -84,13 +87,14 @@ def test_a_conditional_model_is_refused(tmp_path, capsys):
 def language_model(tmp_path_factory):
     """A checkpoint of an LSTM over windows of 16."""
     folder = tmp_path_factory.mktemp("language-model")
-    module = LanguageModel(len(ALPHABET), 16, partial(LSTM, width=8))
+    module = LanguageModel(flows.language_model(len(ALPHABET), 16, partial(LSTM, width=8)))
     init_args = {
         "num_classes": len(ALPHABET),
         "length": 16,
         "backbone": {"class_path": "dflows.backbones.LSTM", "init_args": {"width": 8}},
     }
-    model = {"class_path": "lightning_modules.LanguageModel", "init_args": init_args}
+    made = {"class_path": "dflows.flows.language_model", "init_args": init_args}
+    model = {"class_path": "lightning_modules.LanguageModel", "init_args": {"flow": made}}
     vocabulary = CharacterVocabulary(ALPHABET).to_json()
     described = describe_run({"model": model, "data": {}}, vocabulary, 16)
     path = folder / "model.ckpt"
@@ -169,7 +173,6 @@ def test_a_low_temperature_repeats_itself(checkpoint, capsys):
         (("--num_samples", 0), "num_samples is 0: give at least 1"),
         (("--length", 0), "length is 0: give at least 1"),
         (("--temperature", 0), "temperature is 0.0: give a positive number"),
-        (("--seed", -1), "seed is -1: give at least 0"),
         (("--device", "nonsense"), "device nonsense cannot be had"),
     ],
 )
@@ -183,6 +186,12 @@ def test_a_method_that_there_is_not_is_a_usage_error(checkpoint, capsys):
     assert run_here("generate", "--checkpoint", checkpoint, "--method", "magic") == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert "method" in line
+
+
+@pytest.mark.parametrize("seed", ["1" * 20, -1])
+def test_a_seed_that_is_none_is_a_usage_error(checkpoint, seed, capsys):
+    assert run_here("generate", "--checkpoint", checkpoint, "--seed", seed) == 2
+    assert capsys.readouterr().err == f"error: seed is {seed}: give a number from 0 to 4294967295\n"
 
 
 def test_no_checkpoint_is_a_usage_error(capsys):
@@ -202,7 +211,7 @@ class Unigram(BaseModule):
         super().__init__()
         self.logits = nn.Parameter(torch.zeros(classes))
 
-    def objective(self, batch):
+    def evaluate_objective(self, batch):
         return self.log_prob(batch)
 
     def log_prob(self, batch):

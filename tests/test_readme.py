@@ -7,6 +7,7 @@ import shlex
 import pytest
 import yaml
 
+from dflows.errors import UserError
 from experiments.reproduce import EXPERIMENTS
 from tests.commands import ROOT, run_apart, run_here, write_text
 
@@ -23,12 +24,17 @@ def command_lines():
     return [(words[2].partition(".")[2], words[3:]) for words in commands]
 
 
-def test_the_library_example_runs():
-    (example,) = (block for block in blocks("python") if "DiscreteFlow(" in block)
+def test_the_library_examples_run(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flow, training, loading = (part for part in blocks("python") if "nn.Module" not in part)
     names = {}
-    exec(example, names)
-    assert names["flow"]().sample((4,)).shape == (4, 8)
+    exec(flow, names)
+    assert names["flow"].sample((4,)).shape == (4, 8)
     assert all(parameter.grad is not None for parameter in names["flow"].parameters())
+    exec(training, names)
+    assert names["trainer"].global_step == 4
+    with pytest.raises(UserError, match="no checkpoint runs/quickstart"):
+        exec(loading, names)
 
 
 def test_the_backbone_of_one_s_own_trains_in_the_quickstart(tmp_path):
@@ -52,14 +58,23 @@ def test_the_backbone_of_one_s_own_trains_in_the_quickstart(tmp_path):
 @pytest.mark.parametrize(
     ("choice", "module", "interface"),
     [
-        ("bijection", "bijections", {"Bijection", "Choose"}),
+        ("bijection", "bijections", {"Bijection", "SoftmaxBijection"}),
+        (
+            "gradient rule",
+            "gradients",
+            {"ExampleWeights", "GradientRule", "example_weights", "gumbel_like"},
+        ),
         ("ordering", "orderings", {"Ordering", "alike", "untransformed"}),
-        ("backbone", "backbones", {"Backbone", "SteppedBackbone"}),
-        ("estimator", "estimators", {"Draw", "Estimator"}),
-        ("base", "bases", {"Base"}),
+        (
+            "backbone",
+            "backbones",
+            {"Backbone", "Masked", "State", "StatefulBackbone", "SteppedBackbone", "as_backbone"},
+        ),
+        ("base", "bases", {"Base", "ClosedFormBase"}),
+        ("objective", "objectives", {"Objective"}),
     ],
 )
-def test_the_five_choices_have_the_members_that_are_exported(choice, module, interface):
+def test_the_choices_have_the_members_that_are_exported(choice, module, interface):
     (row,) = re.findall(rf"^\| {choice} \|.*$", README, flags=re.MULTILINE)
     members = re.findall(r"`(\w+)`", row)
     exported = set(importlib.import_module(f"dflows.{module}").__all__)

@@ -62,6 +62,11 @@ class Backbone(nn.Module, ABC):
         self.level_causal = level_causal
 
     @property
+    def display_name(self) -> str:
+        """What messages call it."""
+        return type(self).__name__
+
+    @property
     def num_layers(self) -> int:
         """Number of layers whose features :meth:`layer_features` gives."""
         return 1

@@ -49,6 +49,10 @@ class Masked(Backbone):
         super().__init__(given[0], level_causal=False)
         self.network = network
 
+    @property
+    def display_name(self) -> str:
+        return type(self.network).__name__
+
     def extra_repr(self) -> str:
         return f"width={self.width}"
 

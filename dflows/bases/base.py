@@ -171,7 +171,7 @@ class Base(nn.Module, ABC):
 
     @abstractmethod
     def init_from_counts(self, counts: Tensor) -> None:
-        """Initialises the distribution from the counts of the training data's classes, before training.
+        """Initialises the distribution from the counts of the training data's classes.
 
         Args:
             counts: Counts (K,), or (D, K) of every dimension's own.

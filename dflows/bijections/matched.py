@@ -115,9 +115,8 @@ class MatchedAffine(SoftmaxBijection):
         mapping = modular.affine_inverse if inverse else modular.affine
         return mapping(classes, self.locs[:, None], self.scales[:, None], self.num_classes)
 
-    @torch.no_grad()
-    def _best(self, logits: Tensor, table: Tensor) -> Tensor:
-        """Computes the index (…) of the best map by exact sums, given logits that were checked."""
+    def _integers(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Computes what is summed: weights (…, K) of the classes, and steps (K,) of log t."""
         target = self.target.double()
         target = target - target.min()
         largest = target.max()
@@ -126,18 +125,21 @@ class MatchedAffine(SoftmaxBijection):
                 "MatchedAffine's target, a parameter, is not finite. Training has most likely "
                 "diverged: lower the learning rate, or clip gradients"
             )
-        steps = 2.0 ** (BITS - WEIGHT_BITS - (self.num_classes - 1).bit_length())
-        target = (target / largest.clamp(min=torch.finfo(target.dtype).tiny) * steps).round()
-        every = target[table].T
+        bits = BITS - WEIGHT_BITS - (self.num_classes - 1).bit_length()
+        target = target / largest.clamp(min=torch.finfo(target.dtype).tiny)
+        logits = logits.double()
+        weights = (logits - logits.amax(dim=-1, keepdim=True)).exp()
+        return (weights * 2.0**WEIGHT_BITS).round(), (target * 2.0**bits).round()
 
-        def best(rows: Tensor) -> Tensor:
-            weights = (rows - rows.amax(dim=-1, keepdim=True)).exp() * 2.0**WEIGHT_BITS
-            return (weights.round() @ every).max(dim=-1).indices
-
-        rows = logits.reshape(-1, self.num_classes).double()
+    @torch.no_grad()
+    def _best(self, logits: Tensor, table: Tensor) -> Tensor:
+        """Computes the index (…) of the best map by exact sums, given logits that were checked."""
+        weights, steps = self._integers(logits.reshape(-1, self.num_classes))
+        every = steps[table].T
         entries = BLOCK_ENTRIES.get(logits.device.type, MANY_ENTRIES)
-        blocks = rows.split(max(SMALLEST_BLOCK, entries // len(table)))
-        return torch.cat([best(block) for block in blocks]).reshape(logits.shape[:-1])
+        blocks = weights.split(max(SMALLEST_BLOCK, entries // len(table)))
+        best = [(block @ every).max(dim=-1).indices for block in blocks]  # the first that ties
+        return torch.cat(best).reshape(logits.shape[:-1])
 
     def _scores(self, logits: Tensor, table: Tensor) -> Tensor:
         """Computes the expected log-probabilities (…, C) of x under every map."""

@@ -12,7 +12,7 @@ from typing import Any
 import pytorch_lightning as pl
 import yaml
 from jsonargparse import Namespace
-from jsonargparse.typing import NonNegativeInt, restricted_number_type
+from jsonargparse.typing import NonNegativeInt
 from pytorch_lightning.callbacks import ProgressBar as AnyProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.loggers import TensorBoardLogger
@@ -37,7 +37,7 @@ from dflows.records import check_folder, check_name
 from lightning_modules import BaseModule
 from lightning_modules.checkpoints import ModelParser, load_weights
 
-__all__ = ["FlowCLI", "Parser", "Seed", "resolved_arguments", "shipped_configs"]
+__all__ = ["FlowCLI", "Parser", "check_seed", "resolved_arguments", "shipped_configs"]
 
 DEFAULTS: dict[str, Any] = {
     # The training stream has no end: a run is as long as max_steps or max_time say.
@@ -144,10 +144,22 @@ LINKED: dict[str, Callable[[StreamDataModule], int]] = {
 """Keys of the model, and of a flow that it is given, that are those of the data."""
 
 SEEDS = 2**32
-Seed = restricted_number_type("Seed", int, [(">=", 0), ("<", SEEDS)], docstring="A seed.")
-"""What seeds all generators: a number from 0 to below 2**32."""
 
 PLACES = ("model.init_args", "model.init_args.flow.init_args")
+
+
+def check_seed(key: str, seed: int) -> None:
+    """Refuses what not all generators take as a seed.
+
+    Args:
+        key: What the seed is called.
+        seed: The seed.
+
+    Raises:
+        argparse.ArgumentError: If it is not from 0 to below 2**32.
+    """
+    if not 0 <= seed < SEEDS:
+        raise argparse.ArgumentError(None, f"{key} is {seed}: give a number from 0 to {SEEDS - 1}")
 
 
 def _folder_of_run(checkpoint: Path) -> Path | None:
@@ -234,11 +246,8 @@ class FlowCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parses, and refuses a seed that no generator takes, before one is asked for it."""
         super().parse_arguments(parser, args)
-        seed = self.config.seed_everything
-        if not isinstance(seed, bool) and not 0 <= seed < SEEDS:
-            raise argparse.ArgumentError(
-                None, f"seed_everything is {seed}: give a number from 0 to {SEEDS - 1}"
-            )
+        if not isinstance(self.config.seed_everything, bool):
+            check_seed("seed_everything", self.config.seed_everything)
 
     def before_instantiate_classes(self) -> None:
         """Settles where the run is kept: in a folder of its own, or in that which it goes on in."""
@@ -259,7 +268,7 @@ class FlowCLI(LightningCLI):
             logger.init_args.save_dir = str(below_here(folder.parents[1]))
             logger.init_args.name = folder.parent.name
             logger.init_args.version = folder.name
-        elif own and logger.init_args.name is None:
+        elif isinstance(logger, Namespace) and logger.get("init_args.name", "") is None:
             logger.init_args.name = config.name
 
     def _check_config(self) -> None:
@@ -326,7 +335,9 @@ class FlowCLI(LightningCLI):
         self._drop_progress_bar()
         trainer = super().instantiate_trainer(plugins=plugins, **kwargs)
         self.stopwatch = Stopwatch()
-        self.folder = RunFolder(self.config.name, self._resumed_folder)
+        given = self.config.ckpt_path
+        checkpoint = None if given is None else Path(given)
+        self.folder = RunFolder(self.config.name, self._resumed_folder, checkpoint)
         trainer.callbacks[:0] = [self.folder, Certificates(), self.stopwatch]  # type: ignore[attr-defined]
         return trainer
 

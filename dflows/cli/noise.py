@@ -18,6 +18,8 @@ _WARNINGS = (
     ".*RNN module weights are not part of single contiguous chunk.*",
     # Lightning's use of torch is Lightning's to change.
     ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",
+    # A learning rate that is tried and too large ends the search.
+    ".*`training_step` returned `None`.*",
     # One checkpoint, of the same name, is all that a run keeps.
     ".*Checkpoint directory .* exists and is not empty.*",
 )

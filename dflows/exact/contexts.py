@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dflows.conditioner import Conditioner, evaluated_by
 from dflows.representations import full_precision, is_one_hot
@@ -35,21 +36,26 @@ def _logits(conditioner: Conditioner, y: Tensor, first_level: int) -> Tensor | N
     if is_one_hot(y):  # values with a gradient, of a row's own
         return None
     layout = conditioner.layout(y.shape[1], y.device)
-    found, count = [], 0
+    distinct, count = [], 0
     for level in range(first_level, len(layout.members)):
         lower = y[:, layout.levels < level]
         if conditioner.num_classes ** lower.shape[1] > MOST_CONTEXTS:
             return None
-        rows, which = _distinct(lower, conditioner.num_classes)
-        found.append((level, rows, which))
-        count += len(rows)
+        distinct.append(_distinct(lower, conditioner.num_classes))
+        count += len(distinct[-1][0])
     if count >= len(y):
         return None
-    logits = full_precision(conditioner.head.weight).new_zeros(*y.shape, conditioner.num_logits)
-    for level, rows, which in found:
-        part = conditioner.level_logits(y[rows], level)[which]
-        logits.index_copy_(1, layout.members[level], part)
-    return logits
+    # All logits there are, after a row of zeros for the levels below the first; and which of them
+    # those of every row and dimension are.
+    table = [full_precision(conditioner.head.weight).new_zeros(1, conditioner.num_logits)]
+    number, first = torch.zeros_like(y), 1
+    for level, (rows, which) in enumerate(distinct, first_level):
+        table.append(conditioner.level_logits(y[rows], level).flatten(0, 1))
+        dimensions = layout.members[level]
+        member = torch.arange(len(dimensions), device=y.device)
+        number[:, dimensions] = first + which.unsqueeze(-1) * len(dimensions) + member
+        first += len(table[-1])
+    return F.embedding(number, torch.cat(table))
 
 
 @contextmanager

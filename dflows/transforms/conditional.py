@@ -1,4 +1,4 @@
-"""The conditional transform: a bijection of every dimension, given the dimensions of lower levels."""
+"""The conditional transform: a bijection of every dimension, given those of lower levels."""
 
 import torch
 from torch import Tensor

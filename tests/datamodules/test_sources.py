@@ -337,6 +337,30 @@ class TestHubLayouts:
         )
         assert text_of(source) == "two"
 
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_text_files_are_read_as_they_are(self, packed, tmp_path):
+        texts = {"train": ODD * 20 + "a\r\n\rb\n\n  c", "validation": "\n\n", "test": "x\r\n"}
+        for split, text in texts.items():
+            path = tmp_path / f"{split}.txt{'.gz' * packed}"
+            content = text.encode()
+            path.write_bytes(gzip.compress(content) if packed else content)
+        source = HubText(str(tmp_path))
+        assert text_of(source, "train") == texts["train"]
+        assert text_of(source, "valid") == texts["validation"]
+        assert text_of(source, "test") == texts["test"]
+
+    def test_several_text_files(self, tmp_path):
+        for name, text in (("a", "one\r\n"), ("b", "two\n\n"), ("c", "three")):
+            (tmp_path / f"{name}.txt").write_bytes(text.encode())
+        source = HubText(str(tmp_path), fractions=(0.8, 0.1, 0.1), separator="|")
+        assert text_of(source) == "one\r\n|two\n\n|three|"
+        assert source.place("all", 8) == f"{tmp_path} (train), b.txt, line 1, column 3"
+
+    def test_text_that_is_not_utf8(self, tmp_path):
+        (tmp_path / "train.txt").write_bytes(b"abc\xff")
+        with pytest.raises(UserError, match=r"train\.txt is not UTF-8 at byte 3 .*save the file"):
+            text_of(HubText(str(tmp_path), fractions=(0.8, 0.1, 0.1)))
+
     def test_place(self, tmp_path):
         write_parquet(tmp_path / "train.parquet", ["ab", "c\nd"])
         source = HubText(str(tmp_path), fractions=(0.8, 0.1, 0.1))

@@ -35,7 +35,7 @@ MADE = {
     ),
     "strided": lambda *n, **o: flows.strided(*n, 3, **o),
     "strided over a base": lambda *n, **o: flows.strided(
-        *n, 2, causal, base=AutoregressiveFactory(causal, Strided(2), **o), **o
+        *n, 2, causal, base=AutoregressiveFactory(causal(), Strided(2), **o), **o
     ),
     "language model": flows.language_model,
     "language model, strided": lambda *n, **o: flows.language_model(
@@ -73,7 +73,7 @@ def test_probabilities_sum_to_1(name):
         (flows.autoregressive(K, 9, lstm, num_transforms=3), 24),
         (flows.strided(K, 64, 8, causal), 7),
         (flows.strided(K, 640, 8, causal), 7),
-        (flows.strided(K, 64, 8, causal, base=AutoregressiveFactory(causal, Strided(4))), 11),
+        (flows.strided(K, 64, 8, causal, base=AutoregressiveFactory(causal(), Strided(4))), 11),
         (flows.language_model(K, 9), 9),
         (flows.language_model(K, 9, causal, ordering=Strided(3)), 3),
         (flows.stack(K, 9, [], small), 0),
@@ -172,12 +172,12 @@ class TestChoices:
         with pytest.raises(UserError, match="logits of the classes themselves"):
             flows.strided(K, D, 2, causal, bijection=ModularAffine, ngram_order=3)
 
-    def test_a_factory_makes_a_new_base_each_time(self):
-        factory = AutoregressiveFactory(lstm)
-        one, two = factory(K, D), factory(K, D)
-        assert isinstance(one, AutoregressiveBase)
-        assert one.conditioner is not two.conditioner
-        assert one.ordering == Natural()
+    def test_a_factory_makes_a_base_of_its_network(self):
+        network = lstm()
+        base = AutoregressiveFactory(network)(K, D)
+        assert isinstance(base, AutoregressiveBase)
+        assert base.conditioner.backbone is network
+        assert base.ordering == Natural()
 
     @pytest.mark.parametrize(
         ("make", "message"),
@@ -211,8 +211,7 @@ def test_half_precision_flows_are_normalized_and_their_likelihood_that_of_full_s
     bijection, backbone, dtype
 ):
     torch.manual_seed(0)
-    base = AutoregressiveFactory(backbone)
-    for standing in (FactorizedBase, base):
+    for standing in (FactorizedBase, AutoregressiveFactory(backbone())):
         flow = flows.stack(K, D, [Natural(), Parity()], backbone, bijection, standing)
         flow = shaken(flow).to(dtype)
         with torch.no_grad():

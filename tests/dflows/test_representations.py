@@ -1,10 +1,12 @@
 import pytest
 import torch
 
-from dflows.errors import UserError
+from dflows.errors import NonFiniteError, UserError
 from dflows.representations import (
     batch_shape,
+    check_logits,
     flatten_batch,
+    full_precision,
     is_one_hot,
     to_indices,
     to_one_hot,
@@ -64,3 +66,64 @@ def test_a_context_is_repeated_for_the_batch_dimensions_in_front(event):
 def test_a_context_of_another_batch_is_refused(y, context, message):
     with pytest.raises(UserError, match=message):
         flatten_batch(torch.zeros(y, dtype=torch.long), torch.zeros(context))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float32, torch.float32),
+        (torch.float64, torch.float64),
+    ],
+)
+def test_full_precision_is_float32_or_better(dtype, expected):
+    values = torch.tensor([0.5, -torch.inf, 3.0], dtype=dtype)
+    for full in (full_precision(values), check_logits(values, "A part")):
+        assert full.dtype == expected
+        assert torch.equal(full, values.to(expected))
+        assert dtype != expected or full is values
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+class TestCheckLogits:
+    @pytest.mark.parametrize(
+        ("row", "what"),
+        [
+            ([0.0, torch.nan, 1.0], "NaN"),
+            ([-torch.inf, torch.nan, torch.inf], "NaN"),
+            ([0.0, torch.inf, 1.0], r"\+inf"),
+            ([-torch.inf, torch.inf, -torch.inf], r"\+inf"),
+            ([-torch.inf] * 3, "nothing but -inf"),
+        ],
+    )
+    def test_rows_that_choose_nothing_are_refused(self, dtype, row, what):
+        logits = torch.zeros(4, 5, 3, dtype=dtype)
+        logits[2, 3] = torch.tensor(row)
+        with pytest.raises(NonFiniteError, match=f"A part.*{what} in 1 of 20 rows"):
+            check_logits(logits, "A part")
+        with pytest.raises(NonFiniteError, match="2 of 40 rows"):
+            check_logits(logits.expand(2, 4, 5, 3), "A part")
+
+    def test_a_row_of_a_finite_maximum_is_not(self, dtype):
+        largest = torch.finfo(dtype).max
+        for row in ([0.0, -torch.inf], [largest, largest], [-largest, -torch.inf]):
+            logits = torch.tensor(row, dtype=dtype).expand(100, 2)  # their sum overflows
+            assert torch.equal(check_logits(logits, "A part"), logits.to(full_precision(logits)))
+
+    def test_no_rows_are_no_error(self, dtype):
+        assert check_logits(torch.zeros(3, 0, 4, dtype=dtype), "A part").shape == (3, 0, 4)
+
+
+def test_a_check_is_no_part_of_the_graph():
+    logits = torch.randn(3, 4, requires_grad=True)
+    assert check_logits(logits, "A part") is logits
+
+
+def test_what_cannot_be_looked_at_is_not_refused():
+    logits = torch.full((3, 4), torch.nan, device="meta")
+    assert check_logits(logits, "A part") is logits
+    compiled = torch.compile(
+        lambda t: check_logits(t, "A part") + 0, backend="eager", fullgraph=True
+    )
+    assert compiled(torch.full((3, 4), torch.nan)).isnan().all()

@@ -5,24 +5,28 @@ import torch
 
 from datamodules import CharacterVocabulary
 from dflows.cli.checkpoints import (
-    KEY,
     Checkpoint,
     WholeCheckpoints,
-    check_trusted,
     checkpoint_argument,
     describe_run,
     load_model,
     read_checkpoint,
 )
 from dflows.errors import UserError
+from lightning_modules.checkpoints import KEY, check_trusted
 from tests.commands import everything_in
 
 MODEL = {
     "class_path": "lightning_modules.LanguageModel",
     "init_args": {
-        "num_classes": 3,
-        "length": 4,
-        "backbone": {"class_path": "dflows.backbones.LSTM", "init_args": {"width": 4}},
+        "flow": {
+            "class_path": "dflows.flows.language_model",
+            "init_args": {
+                "num_classes": 3,
+                "length": 4,
+                "backbone": {"class_path": "dflows.backbones.LSTM", "init_args": {"width": 4}},
+            },
+        }
     },
 }
 VOCABULARY = CharacterVocabulary("abc")
@@ -34,7 +38,13 @@ def checkpoint(model=MODEL, data=None, weights=None):
 
 
 def nested(**init_args):
-    return {**MODEL, "init_args": {**MODEL["init_args"], **init_args}}
+    flow = MODEL["init_args"]["flow"]
+    flow = {**flow, "init_args": {**flow["init_args"], **init_args}}
+    return {**MODEL, "init_args": {"flow": flow}}
+
+
+def vouched_for(found, allowed=()):
+    check_trusted(found.config, allowed, found.path)
 
 
 class TestTrust:
@@ -56,17 +66,17 @@ class TestTrust:
 
     def test_foreign_data_are_refused(self):
         with pytest.raises(UserError, match=r"names the class evil\.Data"):
-            check_trusted(checkpoint(data={"class_path": "evil.Data"}))
+            vouched_for(checkpoint(data={"class_path": "evil.Data"}))
 
     def test_file_names_of_data_are_no_classes(self):
         data = {"class_path": "datamodules.TextDataModule", "init_args": {"path": "corpus.txt"}}
-        check_trusted(checkpoint(data=data))
+        vouched_for(checkpoint(data=data))
 
     def test_packages_can_be_allowed(self):
         model = nested(backbone={"class_path": "mine.networks.Small"})
-        check_trusted(checkpoint(model), ["mine"])
+        vouched_for(checkpoint(model), ["mine"])
         with pytest.raises(UserError, match=r"mine\.networks\.Small"):
-            check_trusted(checkpoint(model), ["min", "other"])
+            vouched_for(checkpoint(model), ["min", "other"])
 
 
 class TestLoad:
@@ -99,10 +109,11 @@ class TestLoad:
 
 
 def _weights():
+    from dflows import flows
     from dflows.backbones import LSTM
     from lightning_modules import LanguageModel
 
-    return LanguageModel(3, 4, lambda: LSTM(width=4)).state_dict()
+    return LanguageModel(flows.language_model(3, 4, lambda: LSTM(width=4))).state_dict()
 
 
 class TestWhole:

@@ -100,17 +100,17 @@ class TestKeys:
             ),
             (
                 (
-                    "model: {init_args: {orderings: [{class_path: dflows.orderings.Natural, "
-                    "init_args: {foo: 3}}]}}"
+                    "model: {init_args: {flow: {init_args: {orderings: [{class_path: "
+                    "dflows.orderings.Natural, init_args: {foo: 3}}]}}}}"
                 ),
                 (
-                    "model.orderings (dflows.orderings.Natural): Option 'foo' is not accepted: it "
-                    "takes no keys"
+                    "model.flow.orderings (dflows.orderings.Natural): Option 'foo' is not accepted"
+                    ": it takes no keys"
                 ),
             ),
             (
-                "model: {init_args: {backbone: {init_args: {width: five}}}}",
-                "model.backbone.width (lightning_modules.FlowModule): Expected a <class 'int'>",
+                "model: {init_args: {flow: {init_args: {backbone: {init_args: {width: five}}}}}}",
+                "model.flow.backbone.width (dflows.flows.stack): Expected a <class 'int'>",
             ),
         ],
     )
@@ -129,29 +129,34 @@ class TestKeys:
             (("--model.lrr", 3), "Option 'lrr' is not accepted"),
             (("--trainer.max_stepz", 3), "unrecognized arguments: --trainer.max_stepz 3"),
             (("--trainer.max_step", 3), "unrecognized arguments: --trainer.max_step 3"),
+            (("--seed_everything", "1" * 20), f"seed_everything is {'1' * 20}: give a number from"),
+            (
+                ("--seed_everything", -1),
+                "seed_everything is -1: give a number from 0 to 4294967295",
+            ),
             (("--trainer.max_steps", "many"), "trainer.max_steps: Expected a <class 'int'>"),
-            (("--model.backbone", "dflows.backbones.Nope"), "has no attribute 'Nope'"),
-            (("--model.backbone", "torch.nn.Linear"), "in_features, out_features"),
+            (("--model.flow.backbone", "dflows.backbones.Nope"), "has no attribute 'Nope'"),
+            (("--model.flow.backbone", "torch.nn.Linear"), "in_features, out_features"),
             (
                 (
-                    "--model.bijection",
+                    "--model.flow.bijection",
                     "dflows.bijections.ModularAffine",
-                    "--model.bijection.foo",
+                    "--model.flow.bijection.foo",
                     1,
                 ),
-                "model.bijection (dflows.bijections.ModularAffine): Option 'foo' is not accepted",
+                "flow.bijection (dflows.bijections.ModularAffine): Option 'foo' is not accepted",
             ),
             # A rank permutation has no scale.
             (
                 (
-                    "--model.bijection",
+                    "--model.flow.bijection",
                     "dflows.bijections.RankPermutation",
-                    "--model.bijection.scale",
+                    "--model.flow.bijection.scale",
                     "true",
                 ),
                 "(dflows.bijections.RankPermutation): Option 'scale' is not accepted: its keys are",
             ),
-            (("--model.bijection.foo", 1), "its keys are num_classes, temperature"),
+            (("--model.flow.bijection.foo", 1), "its keys are num_classes, temperature"),
             (
                 ("--model.optimization.foo", 1),
                 "unrecognized arguments: --optimization.foo=1: its keys are learning_rate, base_",
@@ -161,7 +166,11 @@ class TestKeys:
                 "--optimization.foo.bar=1: --help lists all keys",
             ),
             (
-                ("--model.context_encoder", "torch.nn.Identity", "--model.context_encoder.foo", 1),
+                (
+                    *("--model.flow.context.features", 4),
+                    *("--model.flow.context.encoder", "torch.nn.Identity"),
+                    *("--model.flow.context.encoder.foo", 1),
+                ),
                 "Option 'foo' is not accepted: it takes no keys",
             ),
         ],
@@ -175,14 +184,19 @@ class TestKeys:
             (("--data.length", 0), "length must be at least 1, not 0"),
             (("--data.length", "null"), "length must be at least 1, not None"),
             (("--data.vocabulary", "null"), "vocabulary is None: give train, corpus, bytes"),
-            (("--model.backbone.width", 0), "width is 0: give at least 1"),
+            (("--model.flow.backbone.width", 0), "width is 0: give at least 1"),
             (("--model.optimization.learning_rate", -1), "optimization.learning_rate is -1"),
-            (("--model.execution", "causal"), "is not level-causal"),
             (("--trainer.accelerator", "abacus"), "invalid accelerator name"),
             (("--model.base_refit_decay", 2), "base_refit_decay is 2"),
-            (("--model.init_args.length", 8), "model.init_args.length is 8, and the data have 16"),
-            (("--model.num_classes", 5), "model.init_args.num_classes is 5, and the data have 23"),
-            (("--trainer.max_steps", -1), "in turn, and it has no end"),
+            (
+                ("--model.flow.length", 8),
+                "model.init_args.flow.init_args.length is 8, and the data have 16",
+            ),
+            (
+                ("--model.flow.num_classes", 5),
+                "model.init_args.flow.init_args.num_classes is 5, and the data have 23",
+            ),
+            (("--trainer.max_steps", -1), "the training has 2 stages and no end"),
             (("--trainer.max_steps", 0), "trainer.max_steps is 0: give at least 1"),
             (("--trainer.enable_checkpointing", "false"), "trainer.enable_checkpointing is false"),
             (("--seed_everything", "false"), "seed_everything is false"),
@@ -225,8 +239,8 @@ class TestBackbones:
     @pytest.fixture
     def with_backbone(self, refused):
         def run(name):
-            more = ("--model.width", 8, "--model.backbone.init_args.width", 8)
-            return refused("--model.backbone", f"tests.dflows.cli.bad_backbones.{name}", *more)
+            more = ("--model.flow.backbone.init_args.width", 8)
+            return refused("--model.flow.backbone", f"tests.dflows.cli.bad_backbones.{name}", *more)
 
         return run
 
@@ -237,7 +251,7 @@ class TestBackbones:
         assert "mixes the examples of a batch" in with_backbone("Mixing")
 
     def test_causal_leak(self, refused):
-        line = refused("--model.backbone", "tests.dflows.cli.bad_backbones.Leaking")
+        line = refused("--model.flow.backbone", "tests.dflows.cli.bad_backbones.Leaking")
         assert "leaks: the value at dimension" in line
 
     def test_failing(self, with_backbone):
