@@ -94,6 +94,11 @@ class LocalLosses(Objective):
             need_all: Whether x must then be right at all dimensions nonetheless.
         """
         target = self.target(number)
+        if target is None and transform.bijection.needs_target:
+            raise UserError(
+                f"{type(self).__name__} has no target for a {type(transform.bijection).__name__}: "
+                "call objective.prepare(flow) once, before the optimizer is made"
+            )
         if one_level and not transform.conditioner.one_pass:
             sampled = _sampled_level(transform, y, target, context)
             if not need_all:

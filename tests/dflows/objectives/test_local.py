@@ -222,6 +222,13 @@ def test_what_has_no_loss_of_its_own_is_refused():
     Local().prepare(DiscreteFlow(FactorizedBase(3, 4), [PermutationTransform([1, 0, 3, 2])]))
 
 
+@pytest.mark.parametrize("subsample", ["none", "levels", "transforms"])
+def test_it_is_to_be_prepared(subsample):
+    flow, y = make_flow(3, 4, [Natural()], "affine"), torch.zeros(2, 4, dtype=torch.long)
+    with pytest.raises(UserError, match=r"no target for a ModularAffine: call objective\.prepare"):
+        Local(subsample)(flow, y)
+
+
 def test_the_subsample_is_one_of_three():
     assert "subsample='levels'" in repr(Local("levels"))
     with pytest.raises(UserError, match="give 'none', 'levels', 'transforms'"):
