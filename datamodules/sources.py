@@ -332,10 +332,13 @@ class HubText(TextSource):
             split = self._splits[stream]
             files = builder.config.data_files
             if isinstance(builder, Text) and files is not None and split in files:
-                # Its own reader drops the ends of lines, or makes them all "\n".
-                yield from self._text_files(stream, builder, files[split])
-                return
-            dataset = builder.as_streaming_dataset(split)
+                dataset = None
+            else:
+                dataset = builder.as_streaming_dataset(split)
+        if dataset is None:
+            # Its own reader drops the ends of lines, or makes them all "\n".
+            yield from self._text_files(stream, builder, files[split])
+            return
         names = dataset.column_names
         if names and self._column in names:
             dataset = dataset.select_columns([self._column])
@@ -353,8 +356,8 @@ class HubText(TextSource):
         config = DownloadConfig(token=builder.token, storage_options=builder.storage_options)
         manager = StreamingDownloadManager(download_config=config)
         for packed in files:
+            origin = f"{self.describe(stream)}, {packed.split('/')[-1]}"
             for path in manager.iter_files(manager.download_and_extract(packed)):
-                origin = f"{self.describe(stream)}, {path.split('/')[-1]}"
                 with xopen(path, "rb", download_config=config) as file:
                     for text in _decode(file, origin):
                         yield origin, text

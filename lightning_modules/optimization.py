@@ -163,9 +163,9 @@ def keep_settings(optimizer: Optimizer, settings: Callable[[], Sequence[dict[str
         given = [len(group["params"]) for group in state_dict["param_groups"]]
         if sizes != given:
             raise UserError(
-                f"the checkpoint and the model do not fit each other: its optimizer has {sum(given)} "
-                f"parameters in {len(given)} groups, the model {sum(sizes)} in {len(sizes)}: give "
-                "it the configuration that it was trained with"
+                "the checkpoint and the model do not fit each other: its optimizer has "
+                f"{sum(given)} parameters in {len(given)} groups, the model {sum(sizes)} in "
+                f"{len(sizes)}: give it the configuration that it was trained with"
             )
 
     optimizer.register_load_state_dict_pre_hook(check)

@@ -175,7 +175,7 @@ def test_changed_settings_of_the_optimizer_are_applied_and_recorded(tmp_path):
             ("--model.flow.backbone.width", 12),
             "do not fit the model: size mismatch for flow.transforms.0",
         ),
-        (("--model.flow.share_backbone", "true"), "the model do not fit each other"),
+        (("--model.flow.share_backbone", "true"), "are one parameter of the model, and two in"),
         (("--data.vocabulary", "bytes"), "another vocabulary (23 symbols, here 256)"),
     ],
 )

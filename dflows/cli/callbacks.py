@@ -66,7 +66,7 @@ class RunFolder(Callback):
     def _find(self, trainer: pl.Trainer) -> Path:
         logger = trainer.logger
         if isinstance(logger, (TensorBoardLogger, CSVLogger)):
-            return Path(logger.log_dir)
+            return Path(str(logger.log_dir))
         if logger is None and self.resumed is not None:
             return self.resumed
         save_dir, name, version = None, None, None

@@ -68,8 +68,8 @@ class LocalLosses(Objective):
         key = str(number)
         return self.targets[key].log_softmax(dim=-1) if key in self.targets else None
 
-    def idle(self, transform: nn.Module, number: int) -> Tensor | float:
-        """Returns a zero that depends on the parameters of a transform and of its target."""
+    def idle(self, transform: nn.Module | None, number: int) -> Tensor | float:
+        """Returns a zero that depends on the parameters of a transform and on its target."""
         unused, target = idle(transform), self.target(number)
         return unused if target is None else unused + 0 * target.sum()
 
