@@ -134,7 +134,7 @@ class MatchedAffine(SoftmaxBijection):
 
     def _integers(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Computes what is summed: weights (…, K) of the classes, and steps (K,) of log t."""
-        target = self.target.double()
+        target = self.target.detach().double()
         target = target - target.min()
         largest = target.max()
         if is_at_hand(largest) and not math.isfinite(largest):
