@@ -1,6 +1,7 @@
 """The table and the figure of the mixture experiment."""
 
 import math
+import textwrap
 from pathlib import Path
 
 import torch
@@ -93,7 +94,7 @@ def draw(experiment: Experiment, file: Path) -> None:
                 values = torch.tensor(records[0].metrics["probabilities"])
                 side = math.isqrt(len(values))
                 row = experiment.plan.rows[name]
-                title = f"{row.label}\nKL {number(records[0].metrics.get('kl'))}"
+                title = f"{textwrap.fill(row.label, 28)}\nKL {number(records[0].metrics.get('kl'))}"
                 if (best := experiment.reference(row, task, "reference_kl")) is not None:
                     title += f", best table {best:.3f}"
                 _panel(axis, values.reshape(side, side), most, title)
