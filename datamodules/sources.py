@@ -31,7 +31,7 @@ FileFormat = Literal["auto", "text", "gzip", "parquet"]
 
 
 class TextSource(ABC):
-    """Creates a source of text with the splits "train", "valid" and "test".
+    """A source of text with the splits "train", "valid" and "test".
 
     A split is a stream of text, or a part of one by position.
 
@@ -39,7 +39,7 @@ class TextSource(ABC):
         fractions: The parts of train, valid and test where one stream is cut by position.
 
     Raises:
-        UserError: The fractions are not three positive numbers that sum to 1.
+        UserError: If the fractions are not three positive numbers that sum to 1.
     """
 
     def __init__(self, fractions: Sequence[float] | None = None) -> None:
@@ -64,15 +64,15 @@ class TextSource(ABC):
         """Yields a stream's text in consecutive pieces, each with what messages call its origin.
 
         Raises:
-            UserError: The text cannot be read.
+            UserError: If the text cannot be read.
         """
 
     def dataset(self, stream: str) -> "IterableDataset":
         """Returns a stream as a data set whose rows hold consecutive blocks of text, key "text".
 
         Raises:
-            UserError: The library's cache folder cannot be written. Iterating raises the errors of
-                `pieces`.
+            UserError: If the library's cache folder cannot be written. Iterating raises the errors
+                of `pieces`.
         """
         from datasets import Features, IterableDataset, Value
 
@@ -164,7 +164,8 @@ class LocalText(TextSource):
         separator: Parquet: text that is put after every row.
 
     Raises:
-        UserError: A split has no file, both ways of naming files are used, or bad fractions.
+        UserError: If a split has no file, both ways of naming files are used, or the fractions
+            do not sum to 1.
     """
 
     def __init__(
@@ -271,7 +272,7 @@ class HubText(TextSource):
         data_files: The files that are read: a pattern, several, or those of each split.
 
     Raises:
-        UserError: Bad fractions.
+        UserError: If the fractions are not three positive numbers that sum to 1.
     """
 
     def __init__(

@@ -28,7 +28,7 @@ from dflows.embedding import Context, Embedding, Layout, behind
 from dflows.errors import UserError
 from dflows.experts import Expert
 from dflows.orderings import Ordering
-from dflows.representations import full_precision, is_one_hot, to_indices
+from dflows.representations import full_precision, is_one_hot, to_indices, without_autocast
 
 __all__ = ["Conditioner", "Context", "evaluated_by"]
 
@@ -243,7 +243,7 @@ class Conditioner(nn.Module):
 
     def _logits(self, features: Tensor, y: Tensor, chosen: Tensor | None = None) -> Tensor:
         """Computes logits of features; of all dimensions, of some (n,), or of those true (N, d)."""
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features.device.type):
             logits = _affine(self.head, features)
             if self.expert is None:
                 return logits

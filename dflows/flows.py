@@ -151,7 +151,7 @@ def bipartite(
     base: BaseFactory = FactorizedBase,
     context: Context | None = None,
 ) -> DiscreteFlow:
-    """Makes the paper's bipartite flow: one part of the dimensions given the other, in turns.
+    """Makes the paper's bipartite flow: one part of the dimensions given the other, by turns.
 
     Generation takes one network evaluation a transform.
 

@@ -56,7 +56,7 @@ class RunFolder(Callback):
         """Finds the folder, which all processes share, and tells checkpoints of it."""
         if self.path is None:
             found = str(self._find(trainer).absolute()) if trainer.is_global_zero else None
-            self.path = Path(trainer.strategy.broadcast(found))
+            self.path = Path(str(trainer.strategy.broadcast(found)))
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, _Checkpoint):
                 callback.dirpath = callback.dirpath or str(self.path)
@@ -66,7 +66,7 @@ class RunFolder(Callback):
     def _find(self, trainer: pl.Trainer) -> Path:
         logger = trainer.logger
         if isinstance(logger, (TensorBoardLogger, CSVLogger)):
-            return Path(str(logger.log_dir))
+            return Path(logger.log_dir)
         if logger is None and self.resumed is not None:
             return self.resumed
         save_dir, name, version = None, None, None

@@ -7,10 +7,14 @@ import pytest
 import pytorch_lightning as pl
 import torch
 import yaml
+from torch import nn
 
 from datamodules import FullRankDataModule, LocalText, TextDataModule
-from dflows.backbones import LSTM, MADE, DilatedConvolution, Transformer
+from dflows import flows
+from dflows.backbones import LSTM, MADE, DilatedConvolution, Masked, Table, Transformer
+from dflows.bases import NGramBase
 from dflows.errors import UserError
+from dflows.flow import DiscreteFlow
 from dflows.orderings import Natural, Reversed, Strided
 from lightning_modules import Auxiliary, LanguageModel, Optimization
 from tests import training
@@ -36,15 +40,22 @@ def text(tmp_path):
             D,
             4,
             vocabulary="corpus",
-            **{"eval_batch_size": 3, "consecutive": True} | options,
+            **{"eval_batch_size": 3, "stateful": True} | options,
         )
 
     return make
 
 
+def built(num_classes, backbone=RECURRENT, *, ordering=None, ngram_order=None, **options):
+    flow = flows.language_model(
+        num_classes, D, backbone, ordering=ordering, ngram_order=ngram_order
+    )
+    return LanguageModel(flow, **options)
+
+
 def model(data, backbone=RECURRENT, **options):
     torch.manual_seed(0)
-    return shaken(LanguageModel(data.num_classes, D, backbone, **options))
+    return shaken(built(data.num_classes, backbone, **options))
 
 
 def bits(log_probs):
@@ -59,10 +70,10 @@ def after(module, before, character):
 
 
 class TestScoredBothWays:
-    @pytest.mark.parametrize("carry", [False, True])
-    def test_an_lstm_carries_its_state(self, text, tmp_path, carry):
+    @pytest.mark.parametrize("stateful", [False, True])
+    def test_an_lstm_hands_its_state_on(self, text, tmp_path, stateful):
         data = text()
-        module = model(data, carry=carry)
+        module = model(data, stateful=stateful)
         (result,) = trainer(tmp_path).test(module, datamodule=data, verbose=False)
         characters = torch.cat([batch.flatten() for batch in data.test_dataloader()])
         assert len(characters) % D  # the last window is shorter
@@ -71,7 +82,7 @@ class TestScoredBothWays:
         states, before, scores = [None, None], backbone.start, []
         with torch.no_grad():
             for n, character in enumerate(characters):
-                x = before + conditioner.query[n % D]
+                x = before + conditioner.embedding.query[n % D]
                 for layer, weights in enumerate(backbone.lstm.all_weights):
                     zeros = torch.zeros(8)
                     states[layer] = torch.lstm_cell(
@@ -81,9 +92,9 @@ class TestScoredBothWays:
                     x = states[layer][0]
                 logits = conditioner.head(backbone.linear(x))
                 scores.append(logits.log_softmax(-1)[character])
-                before = conditioner.embedding[character]
-        assert result["test_bpc_carried"] == pytest.approx(bits(scores), rel=1e-5)
-        assert result["test_bpc_carried"] != pytest.approx(result["test_bpc"], rel=1e-3)
+                before = conditioner.embedding.values[character]
+        assert result["test_bpc_stateful"] == pytest.approx(bits(scores), rel=1e-5)
+        assert result["test_bpc_stateful"] != pytest.approx(result["test_bpc"], rel=1e-3)
         # Again, the same: nothing is left of the first time. And windows begin from zero.
         assert trainer(tmp_path).test(module, datamodule=data, verbose=False) == [result]
         windows = [
@@ -99,7 +110,7 @@ class TestScoredBothWays:
         self, text, tmp_path, stride, eval_batch_size
     ):
         data = text(eval_batch_size=eval_batch_size)
-        module = model(data, ATTENTIVE, carried_stride=stride)
+        module = model(data, ATTENTIVE, overlap_stride=stride)
         (result,) = trainer(tmp_path).test(module, datamodule=data, verbose=False)
         characters = torch.cat([batch.flatten() for batch in data.test_dataloader()])
         stride = stride or 3
@@ -115,51 +126,51 @@ class TestScoredBothWays:
                     scores.append(after(module, characters[first:n], characters[n]))
         assert len(scores) == len(characters)
         assert min(seen[D:]) >= D - stride
-        assert result["test_bpc_carried"] == pytest.approx(bits(scores), rel=1e-5)
+        assert result["test_bpc_stateful"] == pytest.approx(bits(scores), rel=1e-5)
         if stride == D:
-            assert result["test_bpc_carried"] == pytest.approx(result["test_bpc"], rel=1e-6)
+            assert result["test_bpc_stateful"] == pytest.approx(result["test_bpc"], rel=1e-6)
 
     @pytest.mark.parametrize(
         ("backbone", "options"),
         [
             (partial(MADE, width=8, length=D), {}),
             (partial(DilatedConvolution, width=8, layers=1), {}),
-            (RECURRENT, {"execution": "masked"}),
+            (lambda: Masked(nn.Sequential(nn.Linear(8, 8), nn.Tanh()), width=8), {}),
         ],
     )
     def test_any_network_from_left_to_right_is(self, text, tmp_path, backbone, options):
         data = text()
         module = model(data, backbone, **options)
         (result,) = trainer(tmp_path).test(module, datamodule=data, verbose=False)
-        assert math.isfinite(result["test_bpc_carried"])
+        assert math.isfinite(result["test_bpc_stateful"])
 
     @pytest.mark.parametrize("ordering", [Reversed(), Strided(3)])
     def test_another_ordering_has_windows_alone(self, text, tmp_path, ordering):
         data = text()
         module = model(data, ATTENTIVE, ordering=ordering)
         (result,) = trainer(tmp_path).test(module, datamodule=data, verbose=False)
-        assert "test_bpc_carried" not in result
+        assert "test_bpc_stateful" not in result
 
     def test_data_that_are_no_text_have_windows_alone(self, tmp_path):
         data = FullRankDataModule(length=D, num_classes=2, batch_size=8, eval_examples=64)
         (result,) = trainer(tmp_path).test(model(data), datamodule=data, verbose=False)
-        assert "test_bpc_carried" not in result
+        assert "test_bpc_stateful" not in result
 
 
-class TestCarry:
+class TestStateful:
     def test_windows_go_on_from_a_state_without_a_gradient(self, text):
         data = text()
-        module = model(data, carry=True, restart=0.0)
+        module = model(data, stateful=True, restart=0.0)
         first, second = torch.randint(data.num_classes, (2, 3, D))
-        begun = module.objective(first)
+        begun = module.evaluate_objective(first)
         torch.testing.assert_close(begun, module.log_prob(first))
         last, (hidden, cells) = (
             first[:, -1],
-            module.conditioner.carry(first, first.new_full((3,), -1))[1],
+            module.conditioner.resume(first, first.new_full((3,), -1))[1],
         )
-        logits, _ = module.conditioner.carry(second, last, (hidden.detach(), cells.detach()))
+        logits, _ = module.conditioner.resume(second, last, (hidden.detach(), cells.detach()))
         expected = logits.log_softmax(-1).gather(-1, second.unsqueeze(-1)).sum(dim=(1, 2))
-        found = module.objective(second)
+        found = module.evaluate_objective(second)
         torch.testing.assert_close(found, expected)
         assert not torch.allclose(found, module.log_prob(second))
         parameters = list(module.flow.parameters())
@@ -172,10 +183,10 @@ class TestCarry:
 
     def test_some_windows_begin_anew(self, text):
         data = text()
-        module = model(data, carry=True, restart=0.5)
+        module = model(data, stateful=True, restart=0.5)
         first, second = torch.randint(data.num_classes, (2, 64, D))
-        module.objective(first)
-        same = torch.isclose(module.objective(second), module.log_prob(second))
+        module.evaluate_objective(first)
+        same = torch.isclose(module.evaluate_objective(second), module.log_prob(second))
         assert 10 < same.sum() < 54
 
     @pytest.mark.parametrize("steps", [3, 4])
@@ -183,11 +194,10 @@ class TestCarry:
         def fit(steps, name, **more):
             data = text()
             torch.manual_seed(1)
-            module = LanguageModel(
+            module = built(
                 data.num_classes,
-                D,
                 partial(RECURRENT, weight_drop=0.3),
-                carry=True,
+                stateful=True,
                 optimization=Optimization(learning_rate=0.01),
             )
             run = trainer(tmp_path, steps)
@@ -207,25 +217,27 @@ class TestCarry:
 
     def test_a_new_fit_begins_anew(self, text, tmp_path):
         data = text()
-        module = model(data, carry=True)
+        module = model(data, stateful=True)
         trainer(tmp_path, steps=2).fit(module, datamodule=data)
         module.trainer = trainer(tmp_path)
         module.trainer.datamodule = data
-        assert module._state is not None
+        assert module._windows is not None
         module.prepare()
-        assert module._state is None
+        assert module._windows is None
 
     def test_windows_of_any_places_are_refused(self, text, tmp_path):
-        data = text(consecutive=False)
-        with pytest.raises(UserError, match="set consecutive of a TextDataModule"):
-            trainer(tmp_path).fit(model(data, carry=True), datamodule=data)
+        data = text(stateful=False)
+        with pytest.raises(UserError, match="set stateful of a TextDataModule"):
+            trainer(tmp_path).fit(model(data, stateful=True), datamodule=data)
 
     def test_another_batch_begins_anew(self, text):
         data = text()
-        module = model(data, carry=True, restart=0.0)
+        module = model(data, stateful=True, restart=0.0)
         first, second = torch.randint(data.num_classes, (2, 4, D))
-        module.objective(first)
-        torch.testing.assert_close(module.objective(second[:3]), module.log_prob(second[:3]))
+        module.evaluate_objective(first)
+        torch.testing.assert_close(
+            module.evaluate_objective(second[:3]), module.log_prob(second[:3])
+        )
 
 
 class TestAuxiliary:
@@ -237,10 +249,10 @@ class TestAuxiliary:
         assert len(module.state_dict()) > len(plain.state_dict())
         y = torch.randint(data.num_classes, (5, D))
         torch.testing.assert_close(module.log_prob(y), plain.log_prob(y))
-        torch.testing.assert_close(module.objective(y), plain.log_prob(y))
-        module.objective(y).sum().backward()
-        plain.objective(y).sum().backward()
-        _, features = plain.conditioner.layers(y)
+        torch.testing.assert_close(module.evaluate_objective(y), plain.log_prob(y))
+        module.evaluate_objective(y).sum().backward()
+        plain.evaluate_objective(y).sum().backward()
+        _, features = plain.conditioner.layer_logits(y)
         added = module.auxiliary(features, y, 0.0).sum()
         added.backward()
         for (name, one), two in zip(
@@ -255,7 +267,7 @@ class TestAuxiliary:
         assert module.auxiliary is None
         assert not [name for name in module.state_dict() if "auxiliary" in name]
         y = torch.randint(data.num_classes, (5, D))
-        torch.testing.assert_close(module.objective(y), module.log_prob(y))
+        torch.testing.assert_close(module.evaluate_objective(y), module.log_prob(y))
 
     @pytest.mark.parametrize("layers", [False, True])
     def test_layers_end_with_a_part_of_the_training(self, text, tmp_path, layers):
@@ -300,15 +312,16 @@ class TestAuxiliary:
 @pytest.mark.parametrize(
     ("backbone", "options", "message"),
     [
-        (ATTENTIVE, {"carried_stride": 0}, "carried_stride is 0: give a number from 1 to 6"),
-        (ATTENTIVE, {"carried_stride": 7}, "carried_stride is 7"),
+        (ATTENTIVE, {"overlap_stride": 0}, "overlap_stride is 0: give a number from 1 to 6"),
+        (ATTENTIVE, {"overlap_stride": 7}, "overlap_stride is 7"),
         (RECURRENT, {"restart": 1.5}, "restart is 1.5"),
-        (ATTENTIVE, {"carry": True}, "carry is set, and a Transformer over .* has no state"),
-        (RECURRENT, {"carry": True, "ordering": Reversed()}, "has no state to carry"),
+        (ATTENTIVE, {"stateful": True}, "stateful is set, and a Transformer over .* has no state"),
+        (RECURRENT, {"stateful": True, "ordering": Reversed()}, "has no state that goes on"),
+        (RECURRENT, {"stateful": True, "ngram_order": 2}, "has no state that goes on"),
         (
             RECURRENT,
-            {"carry": True, "auxiliary": Auxiliary(layers=False)},
-            "unset carry or auxiliary",
+            {"stateful": True, "auxiliary": Auxiliary(layers=False)},
+            "unset stateful or auxiliary",
         ),
         (RECURRENT, {"auxiliary": Auxiliary()}, "no layer before its last"),
         (
@@ -322,29 +335,46 @@ class TestAuxiliary:
             "need a level-causal backbone over Natural",
         ),
         (
-            ATTENTIVE,
-            {"auxiliary": Auxiliary(), "execution": "masked", "ordering": Natural()},
+            partial(DilatedConvolution, width=8),
+            {"auxiliary": Auxiliary(), "ordering": Natural()},
+            "need a level-causal backbone over Natural",
+        ),
+        (
+            partial(Table, width=2, num_classes=3, length=D),
+            {"auxiliary": Auxiliary(layers=False)},
             "need a level-causal backbone over Natural",
         ),
     ],
 )
 def test_what_does_not_fit_is_refused(backbone, options, message):
     with pytest.raises(UserError, match=message):
-        LanguageModel(3, D, backbone, **options)
+        built(3, backbone, **options)
+
+
+@pytest.mark.parametrize(
+    "flow",
+    [
+        lambda: flows.bipartite(3, D),
+        lambda: flows.stack(3, D, [], LSTM),
+        lambda: DiscreteFlow(NGramBase(3, D)),
+        lambda: flows.autoregressive(3, D, RECURRENT, base=flows.AutoregressiveFactory(RECURRENT)),
+    ],
+)
+def test_it_is_an_autoregressive_base_alone(flow):
+    with pytest.raises(UserError, match="a LanguageModel is an autoregressive base alone"):
+        LanguageModel(flow())
+
+
+def network(name, **options):
+    backbone = {"class_path": f"dflows.backbones.{name}", "init_args": options}
+    return {"class_path": "dflows.flows.language_model", "init_args": {"backbone": backbone}}
 
 
 PROCESSES = {
-    "carry": {
-        "carry": True,
-        "restart": 0.0,
-        "backbone": {"class_path": "dflows.backbones.LSTM", "init_args": {"width": 8}},
-    },
+    "stateful": {"flow": network("LSTM", width=8), "stateful": True, "restart": 0.0},
     "auxiliary": {
+        "flow": network("Transformer", width=8, layers=2, heads=2),
         "auxiliary": {"until": 0.5},
-        "backbone": {
-            "class_path": "dflows.backbones.Transformer",
-            "init_args": {"width": 8, "layers": 2, "heads": 2},
-        },
     },
 }
 
@@ -357,13 +387,13 @@ def test_two_processes_train_as_one(name, tmp_path):
         "class_path": "lightning_modules.LanguageModel",
         "init_args": {**PROCESSES[name], "optimization": {"learning_rate": 0.01}},
     }
-    content["data"]["init_args"]["consecutive"] = name == "carry"
+    content["data"]["init_args"]["stateful"] = name == "stateful"
     config.write_text(yaml.safe_dump(content, allow_unicode=True), encoding="utf-8")
     runs = tmp_path / "runs" / "small"
     two = ("--trainer.devices", 2, "--trainer.strategy", "ddp", "--data.batch_size", 4)
     assert run_here("fit", "--config", config) == 0
     stops = [()]
-    if name == "carry":
+    if name == "stateful":
         # The two stop half-way, and go on from what one of them has written.
         stops = [("--trainer.max_steps", 3), ("--ckpt_path", runs / "version_1" / "last.ckpt")]
     for more in stops:
@@ -378,6 +408,6 @@ def test_two_processes_train_as_one(name, tmp_path):
     for key, weight in first.items():
         torch.testing.assert_close(second[key], weight, rtol=1e-3, atol=1e-5, msg=key)
     assert run_here("evaluate", "--checkpoint", runs / "version_1") == 0
-    if name == "carry":
+    if name == "stateful":
         (one, *_), (both, *_) = (checkpoint["training"]["states"] for checkpoint in checkpoints)
         assert torch.equal(both.flatten(), one.flatten())

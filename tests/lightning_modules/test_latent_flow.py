@@ -12,7 +12,7 @@ from datamodules import AdditionDataModule, FullRankDataModule
 from dflows.backbones import LSTM
 from dflows.checks import CertificateError
 from dflows.errors import UserError
-from dflows.latent import AutoregressivePrior, InverseAutoregressivePrior
+from dflows.latent import AutoregressivePrior, InverseAutoregressivePrior, LatentFlow
 from dflows.records import read_record
 from lightning_modules import LatentFlowModule, Optimization
 from tests import training
@@ -23,8 +23,9 @@ NETWORK = partial(LSTM, width=8, bidirectional=True)
 
 
 def made(num_classes=5, length=16, kind=AutoregressivePrior, **options):
-    prior = partial(kind, features=4, hidden=8, couplings=2, coupling_width=8)
-    return LatentFlowModule(num_classes, length, prior, NETWORK, NETWORK, **options)
+    prior = kind(features=4, hidden=8, couplings=2, coupling_width=8)
+    flow = LatentFlow(num_classes, length, prior, NETWORK(), NETWORK())
+    return LatentFlowModule(flow, **options)
 
 
 def trainer(folder, steps=1, **options):
@@ -56,7 +57,7 @@ def test_so_it_is_in_training(text, tmp_path):
     y = torch.zeros(2, 16, dtype=torch.long)
     module._trainer = None  # no step done: the divergence has no weight
     torch.manual_seed(1)
-    found = module.objective(y)
+    found = module.evaluate_objective(y)
     torch.manual_seed(1)
     assert torch.equal(found, module.flow.terms(y).log_emission.mean(0))
 
@@ -69,7 +70,7 @@ def test_steps_reduce_the_loss(kind):
     losses = []
     for _ in range(25):
         torch.manual_seed(0)
-        loss = -module.objective(y).mean()
+        loss = -module.evaluate_objective(y).mean()
         losses.append(loss.item())
         optimizer.zero_grad()
         loss.backward()
@@ -88,7 +89,10 @@ def test_it_is_tested_by_two_bounds_that_do_not_change(kind, text, tmp_path):
     torch.rand(3)
     assert run.test(module, datamodule=text, verbose=False) == [first]
     assert first["test_bpc_importance"] < first["test_bpc"]
-    assert module.counted["characters"]["test"] == 300
+    assert module.scores["test"].characters == 300
+    report = module.report("test")
+    assert report.metrics["test_bpc_importance"] == pytest.approx(first["test_bpc_importance"])
+    assert report.metrics["importance_draws"] == 8
     (again,) = run.validate(module, datamodule=text, verbose=False)
     assert run.validate(module, datamodule=text, verbose=False) == [again]
 
@@ -115,6 +119,8 @@ def test_a_prior_that_does_not_invert_itself_is_refused(text, tmp_path, monkeypa
         module.flow.prior.start.add_(1)
     with pytest.raises(CertificateError, match="AutoregressivePrior does not invert itself"):
         trainer(tmp_path).fit(module, datamodule=text)
+    with pytest.raises(CertificateError, match="AutoregressivePrior does not invert itself"):
+        module.certify()
 
 
 def test_a_context_is_refused(tmp_path):
@@ -152,16 +158,21 @@ def test_the_commands_take_it(kind, tmp_path, monkeypatch, capsys):
     config["model"] = {
         "class_path": "lightning_modules.LatentFlowModule",
         "init_args": {
-            "prior": {"class_path": f"dflows.latent.{kind.__name__}", "init_args": prior},
-            "inference": network,
-            "emission": network,
+            "flow": {
+                "class_path": "dflows.latent.LatentFlow",
+                "init_args": {
+                    "prior": {"class_path": f"dflows.latent.{kind.__name__}", "init_args": prior},
+                    "inference": network,
+                    "emission": network,
+                },
+            },
             "importance_draws": 4,
         },
     }
     path.write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
     assert run_here("fit", "--config", path, "--record", tmp_path) == 0
     printed = capsys.readouterr().out
-    assert "characters, bound; unigram" in printed
+    assert "300 characters, bound" in printed
     assert "bound of 4 draws a window" in printed
     assert "exact" not in printed
     record = read_record(tmp_path / "small-1.json")

@@ -1,4 +1,4 @@
-"""N-gram models through the trainer: counted once, tested both ways, and counted under flows."""
+"""N-gram models through the trainer: counted once, tested both ways, and under transforms."""
 
 import math
 from functools import partial
@@ -9,9 +9,12 @@ import torch
 import yaml
 
 from datamodules import AdditionDataModule, FullRankDataModule, LocalText, TextDataModule
+from dflows import flows
 from dflows.backbones import DilatedConvolution
 from dflows.bases import NGramBase
+from dflows.embedding import Context
 from dflows.errors import UserError
+from dflows.objectives import EndToEnd
 from dflows.orderings import Parity
 from dflows.records import read_record
 from lightning_modules import FlowModule, NGramModule, Optimization
@@ -36,19 +39,19 @@ def test_it_is_counted_on_the_whole_text_and_scores_it_both_ways(order, streamin
     run.fit(module, datamodule=data)
     base = module.flow.base
     assert base.num_counted == data.characters("train") == 2400
-    assert module.counted["characters"]["train"] == 2400
+    assert module.characters_read == 2400
     expected = NGramBase(data.num_classes, 16, order=order)
-    expected.count(data.evaluation_chunks("train"))
+    expected.count(data.training_chunks())
     assert torch.equal(base.grams.keys, expected.grams.keys)
     assert torch.equal(base.grams.counts, expected.grams.counts)
     (result,) = run.test(module, datamodule=data, verbose=False)
     test = torch.cat([batch.flatten() for batch in data.test_dataloader()])
-    carried = -base.log_prob(test[None]).mean() / math.log(2)
-    assert result["test_bpc_carried"] == pytest.approx(carried.item(), abs=1e-5)
+    stateful = -base.log_prob(test[None]).mean() / math.log(2)
+    assert result["test_bpc_stateful"] == pytest.approx(stateful.item(), abs=1e-5)
     if order == 1:
-        assert result["test_bpc"] == pytest.approx(carried.item(), abs=1e-5)
+        assert result["test_bpc"] == pytest.approx(stateful.item(), abs=1e-5)
     else:
-        assert result["test_bpc"] > carried
+        assert result["test_bpc"] > stateful
     # Again, the same: nothing is left of the first time.
     assert run.test(module, datamodule=data, verbose=False) == [result]
 
@@ -70,7 +73,7 @@ def test_data_without_an_end_are_drawn(tmp_path):
     (result,) = run.test(module, datamodule=data, verbose=False)
     # The same grams serve at all positions, so that it falls short of the entropy.
     assert data.entropy < result["test_nats"] < data.factorized_entropy
-    assert "test_bpc_carried" not in result
+    assert "test_bpc_stateful" not in result
 
 
 def test_a_context_is_refused(tmp_path):
@@ -81,32 +84,36 @@ def test_a_context_is_refused(tmp_path):
 
 def test_several_processes_are_refused(text):
     module = NGramModule(text.num_classes, 16)
-    module._trainer = SimpleNamespace(datamodule=text, world_size=2)
+    module._trainer = SimpleNamespace(datamodule=text, world_size=2)  # all that is asked
     with pytest.raises(UserError, match="2 processes would count the same"):
         module.prepare()
 
 
-class TestUnderFlows:
-    def module(self, data, **options):
-        return FlowModule(
+class TestUnderTransforms:
+    def module(self, data, context=None, **options):
+        flow = flows.stack(
             data.num_classes,
             16,
             [Parity(), Parity(first=1)],
             CONVOLUTION,
             base=partial(NGramBase, order=3),
-            base_count_windows=10,
-            **options,
+            context=context,
         )
+        return FlowModule(flow, base_count_windows=10, **options)
 
     def test_a_context_is_refused(self, text):
         with pytest.raises(UserError, match="knows nothing of a context"):
-            self.module(text, context_features=3)
+            self.module(text, Context(3))
+
+    def test_end_to_end_there_would_be_no_gradient(self, text):
+        with pytest.raises(UserError, match="a NGramBase has none: train with Local"):
+            self.module(text, objective=EndToEnd())
 
     def test_it_is_counted_on_what_they_leave(self, text, tmp_path):
         module = self.module(text, optimization=Optimization(learning_rate=0.05))
         run = trainer(tmp_path, steps=5)
         run.fit(module, datamodule=text)
-        assert "train" not in module.counted["characters"]
+        assert module.characters_read is None
         base = module.flow.base
         assert base.num_counted == 10 * 16
         rows = torch.from_numpy(text.training_stream().open()(0, 10).astype("int64"))
@@ -143,18 +150,18 @@ def test_the_commands_take_it(tmp_path, monkeypatch, capsys):
     path.write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
     assert run_here("fit", "--config", path, "--record", tmp_path) == 0
     printed = capsys.readouterr().out
-    assert "test, context carried" in printed
+    assert "test, stateful" in printed
     assert "no network" in printed
     record = read_record(tmp_path / "small-1.json")
     assert record.parameters == 0
     assert record.metrics["passes"] == 0
-    assert record.metrics["test_bpc_carried"] < record.metrics["test_bpc"]
+    assert record.metrics["test_bpc_stateful"] < record.metrics["test_bpc"]
     speed = record.metrics["characters_per_second"]
     assert speed * record.metrics["train_seconds"] == pytest.approx(2400)
     run = tmp_path / "runs" / "small" / "version_0"
     assert run_here("evaluate", "--checkpoint", run, "--record", tmp_path) == 0
     again = read_record(tmp_path / "small-test-1.json")
-    for key in ("test_bpc", "test_bpc_carried"):
+    for key in ("test_bpc", "test_bpc_stateful"):
         assert again.metrics[key] == pytest.approx(record.metrics[key])
     capsys.readouterr()
     assert run_here("generate", "--checkpoint", run, "--num_samples", 2, "--length", 40) == 0

@@ -1,4 +1,4 @@
-"""Models that are told of n-grams: counted where training begins, and left out of what they saw."""
+"""Networks that are conditioned on n-grams: counted where training begins, one left out after."""
 
 from functools import partial
 
@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from datamodules import FullRankDataModule
+from dflows import flows
 from dflows.backbones import LSTM, LevelConvolution
-from dflows.bases import AutoregressiveBase
-from dflows.bijections import ModularAffine, RankPermutation
+from dflows.bases import NGramBase
+from dflows.bijections import ModularAffine
 from dflows.errors import UserError
+from dflows.experts import leave_one_out
 from dflows.ngrams import NGrams
 from dflows.orderings import Natural, Strided
 from lightning_modules import Auxiliary, FlowModule, LanguageModel, Optimization
@@ -20,12 +22,21 @@ NETWORK = partial(LevelConvolution, width=8, layers=1, distances=(1, 4), window=
 D = 16
 
 
-def language_model(num_classes, **options):
-    return LanguageModel(num_classes, D, NETWORK, ordering=Strided(4), ngram_order=3, **options)
+def language_model(num_classes):
+    return LanguageModel(
+        flows.language_model(num_classes, D, NETWORK, ordering=Strided(4), ngram_order=3)
+    )
 
 
-def flow_module(num_classes):
-    return FlowModule(num_classes, D, [Strided(4)], NETWORK, ngram_order=3)
+def flow_module(num_classes, **options):
+    return FlowModule(flows.strided(num_classes, D, 4, NETWORK, ngram_order=3), **options)
+
+
+def both(num_classes):
+    """An expert next to the data, and a counted base beneath."""
+    base = partial(NGramBase, order=2)
+    flow = flows.strided(num_classes, D, 4, NETWORK, ngram_order=3, base=base)
+    return FlowModule(flow, base_count_windows=10)
 
 
 MODULES = pytest.mark.parametrize("make", [language_model, flow_module])
@@ -54,9 +65,9 @@ def test_a_checkpoint_holds_them(make, text, tmp_path):
     module = make(text.num_classes)
     run = trainer(tmp_path)
     run.fit(module, datamodule=text)
-    run.save_checkpoint(tmp_path / "told.ckpt")
+    run.save_checkpoint(tmp_path / "some.ckpt")
     other = make(text.num_classes)
-    state = torch.load(tmp_path / "told.ckpt", weights_only=True)["state_dict"]
+    state = torch.load(tmp_path / "some.ckpt", weights_only=True)["state_dict"]
     other.load_state_dict(state)
     y = torch.randint(text.num_classes, (3, D))
     module.eval(), other.eval()
@@ -65,14 +76,15 @@ def test_a_checkpoint_holds_them(make, text, tmp_path):
 
 def test_a_language_model_begins_as_they_are(text, tmp_path):
     module = language_model(text.num_classes)
-    module.flow.start(text.class_counts())
+    module.flow.base.init_from_counts(text.class_counts())
     grams_of(module).count(text.training_chunks())
     y = next(iter(text.val_dataloader()))
     scores = module.eval().flow.base.log_prob(y)
     # Nothing is known ahead of the last row, whose left end is the end of what is known.
     expected = grams_of(module).log_prob(y[:, -4:])
     torch.testing.assert_close(scores[:, -4:], expected.float())
-    known = module.conditioner._gram_logits(grams_of(module), y, None).sum(dim=-1)
+    expert, levels = module.conditioner.expert, Strided(4).levels(D)
+    known = expert(y, levels, num_terms=expert.num_terms(levels)).sum(dim=-1)
     expected = known.log_softmax(dim=-1).gather(-1, y.unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(scores, expected.float())
 
@@ -93,7 +105,7 @@ def test_training_leaves_out_what_was_counted(training, text):
     module = shaken(language_model(text.num_classes)).train(training)
     grams_of(module).count(text.training_chunks())
     y = next(iter(text.train_dataloader()))
-    whole, objective = module.flow.log_prob(y), module.flow.objective(y)
+    whole, objective = module.flow.log_prob(y), module.evaluate_objective(y)
     assert torch.allclose(whole, objective) is not training
 
 
@@ -110,49 +122,70 @@ def test_samples_are_those_of_the_fixed_point(text, tmp_path):
 
 def test_auxiliary_losses_leave_out_what_was_counted_too(text):
     network = partial(LSTM, width=8)
-    module = LanguageModel(
-        text.num_classes, D, network, ngram_order=3, auxiliary=Auxiliary(layers=False)
-    )
+    flow = flows.language_model(text.num_classes, D, network, ngram_order=3)
+    module = LanguageModel(flow, auxiliary=Auxiliary(layers=False))
     module = shaken(module).train()
     grams_of(module).count(text.training_chunks())
     y = next(iter(text.train_dataloader()))
-    with module.flow.without_own():
+    with leave_one_out():
         expected = module.flow.log_prob(y)
-    torch.testing.assert_close(module.objective(y), expected)
+    torch.testing.assert_close(module.evaluate_objective(y), expected)
     assert not torch.allclose(expected, module.flow.log_prob(y))
 
 
 def test_a_refitted_base_sees_what_is_left_of_unseen_text(text, tmp_path):
-    module = FlowModule(
-        text.num_classes,
-        D,
-        [Strided(4)],
-        NETWORK,
-        ngram_order=3,
-        optimization=Optimization(learning_rate=1e-9),
-        base_refit_every=1,
+    module = flow_module(
+        text.num_classes, optimization=Optimization(learning_rate=1e-9), base_refit_every=1
     )
     y = next(iter(text.train_dataloader()))
     trainer(tmp_path, steps=1, limit_val_batches=0).fit(module, datamodule=text)
-    with module.flow.without_own(True):
+    with leave_one_out(counted=True):
         unseen = module.flow.residuals(y)[-1]
-    torch.testing.assert_close(module.base_counts, module.flow.base.count(unseen))
+    torch.testing.assert_close(module.base_refit.counts, module.flow.base.count(unseen))
     assert not torch.equal(unseen, module.flow.residuals(y)[-1])
+
+
+def test_an_expert_is_counted_before_the_base_beneath(text, tmp_path, monkeypatch):
+    module = both(text.num_classes)
+    base = module.flow.base.grams
+    (expert,) = (part for part in module.modules() if isinstance(part, NGrams) and part is not base)
+    order, count = [], NGrams.count
+
+    def note(grams, chunks):
+        order.append("base" if grams is base else "expert")
+        count(grams, chunks)
+
+    monkeypatch.setattr(NGrams, "count", note)
+    run = trainer(tmp_path, steps=4, limit_val_batches=1)
+    run.fit(module, datamodule=text)
+    # Anew before each of two validations, not before the sanity check.
+    assert order == ["expert", "base", "base", "base"]
+    assert expert.num_counted == text.characters("train")
+    assert base.num_counted == 10 * D
+    rows = torch.cat([*text.training_batches(10)])
+    with leave_one_out(counted=True):
+        unseen = module.flow.residuals(rows)[-1]
+    expected = NGrams(text.num_classes, 2)
+    expected.count([unseen])
+    # The last validation came after the last step.
+    assert torch.equal(base.keys, expected.keys)
+    assert torch.equal(base.counts, expected.counts)
 
 
 def test_data_without_a_text_are_refused(tmp_path):
     data = FullRankDataModule(D, 3, batch_size=4, eval_batch_size=4, eval_examples=8)
-    with pytest.raises(UserError, match="a FullRankDataModule has no text to count them on"):
+    with pytest.raises(UserError, match="no text to count them on: leave ngram_order away"):
         trainer(tmp_path).fit(flow_module(3), datamodule=data)
 
 
 def test_what_does_not_fit_is_refused():
     with pytest.raises(UserError, match="logits of the classes themselves"):
-        FlowModule(3, D, [Natural()], NETWORK, ModularAffine, ngram_order=2)
-    with pytest.raises(UserError, match="there is no flow that could be told"):
-        FlowModule(3, D, [], NETWORK, ngram_order=2)
+        flows.stack(3, D, [Natural()], NETWORK, ModularAffine, ngram_order=2)
+    with pytest.raises(UserError, match="there is no transform that could be conditioned on"):
+        flows.stack(3, D, [], NETWORK, ngram_order=2)
     with pytest.raises(UserError, match="order is 40: give 1 to 32"):
-        LanguageModel(3, D, NETWORK, ngram_order=40)
-    base = partial(AutoregressiveBase, backbone=NETWORK(), grams=NGrams(3))
-    with pytest.raises(UserError, match="a AutoregressiveBase that flows stand on"):
-        FlowModule(3, D, [Natural()], NETWORK, RankPermutation, base=base)
+        flows.language_model(3, D, NETWORK, ngram_order=40)
+    base = flows.AutoregressiveFactory(NETWORK, ngram_order=3)
+    flow = flows.stack(3, D, [Natural()], NETWORK, base=base)
+    with pytest.raises(UserError, match="a AutoregressiveBase that transforms stand on"):
+        FlowModule(flow)
