@@ -61,12 +61,12 @@ def test_every_parameter_of_a_stack_receives_a_gradient(name, bijection, base):
 
 
 @every
-@pytest.mark.parametrize("progress", [0.0, 0.4, 0.7, 1.0])
+@pytest.mark.parametrize("progress", [0.0, 0.4, 0.9])
 @pytest.mark.parametrize("backbone", ["causal", "masked"])
 def test_a_single_example_leaves_no_parameter_without_a_gradient(name, progress, backbone):
     flow = make_flow(3, 4, [Strided(columns=3), Natural()], "affine", backbone)
     objective = prepared(name, flow)
-    for seed in range(4):
+    for seed in range(2):
         torch.manual_seed(seed)
         objective(flow, torch.randint(3, (1, 4)), progress=progress).sum().backward()
         for module in (flow, objective):
@@ -76,8 +76,9 @@ def test_a_single_example_leaves_no_parameter_without_a_gradient(name, progress,
 
 @every
 @pytest.mark.parametrize("bijection", BIJECTIONS)
-@pytest.mark.parametrize("backbone", ["causal", "masked"])
-@pytest.mark.parametrize("base", ["factorized", "autoregressive"])
+@pytest.mark.parametrize(
+    ("backbone", "base"), [("causal", "autoregressive"), ("masked", "factorized")]
+)
 def test_values_are_log_probabilities_or_estimates_of_them(name, bijection, backbone, base):
     flow = make_flow(
         3, 4, [Parity(), Strided(columns=3)], bijection, backbone, base=base_of(base, 3, 4)
