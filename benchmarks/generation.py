@@ -62,7 +62,7 @@ def stack(
 def both_directions(length: int, *size: int) -> DiscreteFlow:
     """Builds a right-to-left transform on a left-to-right base."""
     network = partial(LSTM, *size)
-    base = flows.AutoregressiveFactory(network)
+    base = flows.AutoregressiveFactory(network())
     return flows.stack(NUM_CLASSES, length, [Reversed()], network, base=base)
 
 

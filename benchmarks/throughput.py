@@ -53,7 +53,7 @@ def by_hand(config: str, steps: int) -> float:
     with tempfile.TemporaryDirectory() as folder:
         cli = build(config, steps, folder)
     module, data = cli.model, cli.datamodule
-    flow, settings = module.flow, module.optimization
+    flow, settings, refit = module.flow, module.optimization, module.base_refit
     flow.base.init_from_counts(data.class_counts())
     optimizer = torch.optim.AdamW(
         [parameter for parameter in module.parameters() if parameter.requires_grad],
@@ -68,7 +68,6 @@ def by_hand(config: str, steps: int) -> float:
     batches = iter(data.train_dataloader())
     begin = time.perf_counter()
     characters = 0
-    counts = torch.zeros_like(flow.base.logits, dtype=torch.double)
     for step in range(1, steps + 1):
         y = next(batches)
         loss = -module.objective(flow, y, progress=(step - 1) / steps).mean() / y.shape[1]
@@ -77,9 +76,8 @@ def by_hand(config: str, steps: int) -> float:
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)
         optimizer.step()
         schedule.step()
-        if module.base_refit_every and step % module.base_refit_every == 0:
-            counts = counts * module.base_refit_decay + flow.base.count(flow.residuals(y)[-1])
-            flow.base.refit(counts)
+        if refit is not None and step % refit.every == 0:
+            refit.update(flow, refit.count(flow, flow.residuals(y)[-1]))
         characters += y.numel()
     return characters / (time.perf_counter() - begin)
 

@@ -1,4 +1,4 @@
-"""Addition: two numbers are given, digit by digit, and their sum is to be told."""
+"""Addition: the sum of two numbers, given both digit by digit."""
 
 import math
 
@@ -18,29 +18,29 @@ from dflows.errors import UserError
 __all__ = ["AdditionDataModule"]
 
 MOST_PAIRS = 1 << 62
-"""Further pairs are left away: no training sees as many."""
+"""The most pairs that are numbered: no training sees as many."""
 LONGEST_EPOCH = 1 << 32
-"""Rows of an epoch: of more training pairs no training sees the end."""
+"""The most rows of an epoch: no training sees the end of more."""
 ROUNDS = 4
 
 
 def _num_pairs(num_classes: int, length: int) -> int:
-    """Returns the number of pairs of addends, up to the most that are told apart."""
+    """Returns the number of pairs of addends, at most :data:`MOST_PAIRS`."""
     return min(num_classes ** min(2 * length, MOST_PAIRS.bit_length()), MOST_PAIRS)
 
 
 class AdditionDataModule(StreamDataModule):
     r"""Creates sums of D digits, given their addends.
 
-    A batch is a pair: the sums (B, D), and what they are conditioned on, the two addends of each
-    (B, 2, D); both LongTensors of digits 0..K-1, the most significant first. The carry beyond the
-    first digit is dropped. Since the addends are uniform, so is the sum; given the addends nothing
-    is uncertain. Decoded from the left, a digit needs carries of which nothing is known yet.
+    A batch is a pair of LongTensors of digits 0..K-1, the most significant first: the sums (B, D),
+    and their context, the two addends of each (B, 2, D). The carry beyond the first digit is
+    dropped. The addends are uniform, and so is the sum; given the addends it is certain. Decoded
+    from the left, a digit depends on carries that are not known yet.
 
     All :math:`K^{2D}` pairs of addends are numbered in an order that the seed shuffles. The first
-    of them are the validation split, the next ones the test split, and all others the training
-    stream. The order has every pair once: no pair of one split occurs in another, and training
-    meets none again before it has met all.
+    are the validation split, the next the test split, and all others the training stream. The order
+    has every pair once: no pair of one split occurs in another, and training repeats none before it
+    has seen all.
 
     Args:
         length: The digits of a number, D.
@@ -49,10 +49,10 @@ class AdditionDataModule(StreamDataModule):
         eval_batch_size: The sums of an evaluation batch, in each process.
         eval_examples: The sums of the validation split, and of the test split.
         num_workers: The worker processes of each loader.
-        seed: Every seed has an order of its own.
+        seed: The seed of the order.
 
     Raises:
-        UserError: An argument is out of range, or evaluation leaves no pair to train on.
+        UserError: If an argument is out of range, or evaluation leaves no pair to train on.
 
     References:
         | Discrete Flows: Invertible Generative Models of Discrete Data (Tran et al., 2019)
@@ -104,15 +104,16 @@ class AdditionDataModule(StreamDataModule):
 
     @property
     def entropy(self) -> float:
-        """The exact entropy given the addends: 0 nats, since nothing is uncertain."""
+        """The exact entropy given the addends: 0 nats, for the sum is certain."""
         return 0.0
 
     @property
     def entropy_from_left(self) -> float:
         """The least loss in nats of a model that reads addends and sum from the left, together.
 
-        A digit of the sum is uncertain by the carry from all digits to the right, unless the
-        addends' digits are K - 1 together: then it is the carry to the left, which is known.
+        The carry from the digits to the right makes a digit of the sum uncertain, unless the
+        addends' digits add up to K - 1: then that carry is also the one to the left, which is
+        known.
         """
         total = 0.0
         for place in range(self.length):
@@ -137,8 +138,8 @@ class AdditionDataModule(StreamDataModule):
         """Returns how often each digit occurs in the sums of a split, a LongTensor of shape (K,).
 
         Args:
-            split: "valid" and "test" are counted; for "train", the numbers to be expected in a
-                million sums are returned, rounded.
+            split: "valid" and "test" are counted; "train" has the counts expected in a million
+                sums, rounded.
         """
         if split == "train":
             each = round(EXPECTED_SAMPLES * self.length / self.num_classes)
@@ -152,7 +153,7 @@ class AdditionDataModule(StreamDataModule):
         return self._sums(2 * self._eval_examples)
 
     def evaluation_chunks(self, split: str) -> Chunks:
-        """Returns the sums of a split, each with its addends, one after the other."""
+        """Returns the sums of a split, each with its addends."""
         first = {"valid": 0, "test": self._eval_examples}[split]
         return [self._sums(first).open()(0, self._eval_examples).reshape(-1)]
 
@@ -161,11 +162,11 @@ class AdditionDataModule(StreamDataModule):
 
 
 class _Sums(TrainingStream):
-    """Creates sums with their addends: all pairs, in a random order of which any can be had.
+    """Creates sums with their addends: all pairs, in a random order with random access.
 
-    The order is a Feistel network over the digits of a pair's number. A round hands one addend on
-    and adds to the other, digit by digit and modulo K, what is drawn by the first: whatever is
-    drawn, it can be undone, so that every pair comes once.
+    The order is a Feistel network over the digits of a pair's number. A round keeps one addend and
+    adds random digits, seeded by it, to the other, digit by digit and modulo K. Every round can be
+    undone, so every pair occurs once.
     """
 
     def __init__(self, length: int, num_classes: int, seed: int, first: int) -> None:
@@ -178,12 +179,12 @@ class _Sums(TrainingStream):
 
     @property
     def rows_per_epoch(self) -> int | None:
-        """The pairs that are not held out, unless they are beyond any training."""
+        """The pairs that are not held out, or `None` where they exceed any training."""
         pairs = self._pairs - self._first
         return pairs if pairs <= LONGEST_EPOCH else None
 
     def open(self) -> Reader:
-        """Returns what reads sums, of any number at any time."""
+        """Returns the reader of the sums, with random access."""
         return self._read
 
     def _read(self, first: int, rows: int) -> Array:
@@ -195,11 +196,11 @@ class _Sums(TrainingStream):
             numbers, digits[:, -1 - place] = np.divmod(numbers, self._num_classes)
         one, other = digits[:, : self._digits], digits[:, self._digits :]
         for counter in self._counters:
-            one, other = other, (one + self._drawn(counter, other)) % self._num_classes
+            one, other = other, (one + self._random_digits(counter, other)) % self._num_classes
         return np.concatenate([self._sum(one, other), one, other], axis=1)
 
-    def _drawn(self, counter: CounterRNG, digits: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Returns digits (n, D) that are drawn by others (n, D)."""
+    def _random_digits(self, counter: CounterRNG, digits: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Returns random digits (n, D), seeded by others (n, D)."""
         state = np.zeros(len(digits), np.uint64)
         for digit in digits.T:
             state = counter.bits(state + digit.astype(np.uint64))

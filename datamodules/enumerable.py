@@ -26,25 +26,25 @@ SHOWN_STATES = 10_000
 
 
 class EnumerableDataModule(StreamDataModule):
-    r"""Creates independent draws from a distribution over all :math:`K^D` states.
+    r"""Independent samples from a distribution over all :math:`K^D` states.
 
-    A subclass returns the table of its probabilities from `tabulate`. Training draws never repeat:
-    draw number n is the same whoever computes it, and every process and worker computes its own.
-    The evaluation splits are fixed.
+    A subclass returns the table of its probabilities from `tabulate`. The training stream has no
+    end: sample number n is the same whoever computes it, and every process and worker computes its
+    own. The evaluation splits are fixed.
 
     Args:
         length: The number of dimensions, D.
         num_classes: The number of classes, K.
-        batch_size: The draws of a training batch, in each process.
-        eval_batch_size: The draws of an evaluation batch, in each process.
-        eval_examples: The draws of the validation split, and of the test split.
+        batch_size: The samples of a training batch, in each process.
+        eval_batch_size: The samples of an evaluation batch, in each process.
+        eval_examples: The samples of the validation split, and of the test split.
         enumerated: Whether the table is sure to be needed, so that too many states are refused at
             once and not when it is asked for.
         num_workers: The worker processes of each loader.
-        seed: Every seed has draws of its own.
+        seed: Every seed has samples of its own.
 
     Raises:
-        UserError: An argument is out of range, or there are more states than can be held.
+        UserError: If an argument is out of range, or there are more states than can be held.
 
     Example:
         >>> class Coins(EnumerableDataModule):
@@ -94,7 +94,7 @@ class EnumerableDataModule(StreamDataModule):
         """The probability of every state, float64, shape (K,) * D.
 
         Raises:
-            UserError: There are more states than can be held.
+            UserError: If there are more states than can be held.
         """
         check_enumerable(self.num_classes, self.length)
         return self.tabulate()
@@ -164,24 +164,24 @@ class EnumerableDataModule(StreamDataModule):
 
         Args:
             split: "valid" and "test" are counted; for "train", which has no end, the numbers to be
-                expected in a million draws are returned, rounded.
+                expected in a million samples are returned, rounded.
         """
         if split == "train":
             return (self.marginals.sum(0) * EXPECTED_SAMPLES).round().long()
-        (draws,) = self.evaluation_chunks(split)
-        return torch.from_numpy(np.bincount(draws, minlength=self.num_classes))
+        (samples,) = self.evaluation_chunks(split)
+        return torch.from_numpy(np.bincount(samples, minlength=self.num_classes))
 
     def samples(self, key: int) -> TrainingStream:
-        """Returns an endless stream of draws, one for each key."""
+        """Returns an endless stream of samples, one for each key."""
         shape = (self.num_classes,) * self.length
         return _TableSamples(self._cumulative, shape, CounterRNG(self.seed, key))
 
     def training_stream(self) -> TrainingStream:
-        """Returns the endless draws."""
+        """Returns the endless samples."""
         return self.samples(0)
 
     def evaluation_chunks(self, split: str) -> Chunks:
-        """Returns the draws of a split, one after the other."""
+        """Returns the samples of a split, one after the other."""
         read = self.samples({"valid": 1, "test": 2}[split]).open()
         return [read(0, self._eval_examples).reshape(-1)]
 
@@ -191,7 +191,7 @@ class EnumerableDataModule(StreamDataModule):
 
 
 class _TableSamples(TrainingStream):
-    """Creates independent draws, each found in the cumulative distribution by one random number."""
+    """Creates independent samples, each found in the table by one random number."""
 
     def __init__(self, cumulative: Tensor, shape: tuple[int, ...], counter: CounterRNG) -> None:
         super().__init__(len(shape))
@@ -200,7 +200,7 @@ class _TableSamples(TrainingStream):
         self._counter = counter
 
     def open(self) -> Reader:
-        """Returns what reads draws, of any number at any time."""
+        """Returns what reads samples, of any number at any time."""
         return self._read
 
     def _read(self, first: int, rows: int) -> Array:

@@ -14,26 +14,26 @@ __all__ = ["FullRankDataModule"]
 
 
 class FullRankDataModule(EnumerableDataModule):
-    r"""Creates independent draws from a full-rank distribution over all :math:`K^D` states.
+    r"""Creates independent samples from a full-rank distribution over all :math:`K^D` states.
 
     By default its probabilities are one draw from the flat Dirichlet distribution, so that no
-    factorization holds. Training draws never repeat: draw number n is the same whoever computes it,
+    factorization holds. Training samples never repeat: number n is the same whoever computes it,
     and every process and worker computes its own. The evaluation splits are fixed.
 
     Args:
         length: The number of dimensions, D.
         num_classes: The number of classes, K.
-        batch_size: The draws of a training batch, in each process.
-        eval_batch_size: The draws of an evaluation batch, in each process.
-        eval_examples: The draws of the validation split, and of the test split.
+        batch_size: The samples of a training batch, in each process.
+        eval_batch_size: The samples of an evaluation batch, in each process.
+        eval_examples: The samples of the validation split, and of the test split.
         probabilities: The distribution, in place of a random one: :math:`K^D` numbers in the order
             of the states' digits (the last dimension runs first), or a nested list of them. They
             are divided by their sum.
         num_workers: The worker processes of each loader.
-        seed: Every seed has a distribution and draws of its own.
+        seed: Every seed has a distribution and samples of its own.
 
     Raises:
-        UserError: An argument is out of range, or there are more states than can be held.
+        UserError: If an argument is out of range, or there are more states than can be held.
 
     References:
         | Discrete Flows: Invertible Generative Models of Discrete Data (Tran et al., 2019)

@@ -32,7 +32,7 @@ class PottsLattice:
             is so joined twice, where the side is 2, counts twice.
 
     Raises:
-        UserError: An argument is out of range, or the lattice is too wide for its partition
+        UserError: If an argument is out of range, or the lattice is too wide for its partition
             function to be computed.
 
     Example:

@@ -13,7 +13,7 @@ __all__ = ["MixtureDataModule"]
 
 
 class MixtureDataModule(EnumerableDataModule):
-    r"""Creates draws from a mixture of Gaussians over the plane, discretized in K × K bins.
+    r"""Creates samples from a mixture of Gaussians over the plane, discretized in K × K bins.
 
     The plane is the square :math:`[0, K]^2` and its bins have side 1, so that class k of either
     dimension has its centre at :math:`k + 1/2`. The probability of a bin is proportional to the
@@ -33,14 +33,14 @@ class MixtureDataModule(EnumerableDataModule):
         modes: The number of modes, M. A grid has 4, 8, 9, 16, 24, 25, …
         radius: The circle's radius or half the grid's side, as a share of K.
         deviation: The standard deviation of a mode in each direction, as a share of K.
-        batch_size: The draws of a training batch, in each process.
-        eval_batch_size: The draws of an evaluation batch, in each process.
-        eval_examples: The draws of the validation split, and of the test split.
+        batch_size: The samples of a training batch, in each process.
+        eval_batch_size: The samples of an evaluation batch, in each process.
+        eval_examples: The samples of the validation split, and of the test split.
         num_workers: The worker processes of each loader.
-        seed: Every seed has draws of its own, of the same distribution.
+        seed: Every seed has samples of its own, of the same distribution.
 
     Raises:
-        UserError: An argument is out of range, or there are more states than can be held.
+        UserError: If an argument is out of range, or there are more states than can be held.
 
     References:
         | Discrete Flows: Invertible Generative Models of Discrete Data (Tran et al., 2019)

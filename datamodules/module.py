@@ -4,7 +4,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,21 @@ LARGEST_SEED = (1 << 63) - 1
 
 @dataclass(frozen=True)
 class _Place:
-    """Creates a place of the training stream: the row that comes after so many batches."""
+    """Creates a place of the training stream.
 
-    row: int
-    batches: int
+    Args:
+        row: The row that comes next.
+        batches: The batches before it, in all.
+        of_epoch: Those of them that are of the epoch that goes on.
+    """
+
+    row: int = 0
+    batches: int = 0
+    of_epoch: int = 0
 
 
 class StreamDataModule(pl.LightningDataModule, ABC):
-    """Creates a datamodule of an endless training stream and of evaluation splits read once.
+    """A datamodule of an endless training stream and of evaluation splits read once.
 
     A batch is a LongTensor of classes, shape (B, D), or a pair of it and of what it is conditioned
     on: `batch_of` makes it of rows of `row_length` numbers. The training stream never ends. Its
@@ -92,7 +99,7 @@ class StreamDataModule(pl.LightningDataModule, ABC):
         self.eval_batch_size = eval_batch_size
         self.num_workers = num_workers
         self.seed = seed
-        self._known = _Place(row=0, batches=0)
+        self._known = _Place()
 
     @property
     @abstractmethod
@@ -130,7 +137,7 @@ class StreamDataModule(pl.LightningDataModule, ABC):
         unigram = float(entropy_in_bits(self.class_counts(split).unsqueeze(0)))
         name = "unigram_bpc" if split == "test" else f"{split}_unigram_bpc"
         report = Report({name: unigram})
-        report.row(f"{split}, unigram entropy", f"{unigram:.4f}", "bits per character")
+        report.row(f"{split}, unigram entropy", f"{unigram:.4f}", "bits of a character alone")
         if self.entropy is None:
             return report
         report.metrics["entropy"] = self.entropy
@@ -179,12 +186,8 @@ class StreamDataModule(pl.LightningDataModule, ABC):
             UserError: If the trainer is to overfit a part of an epoch.
         """
         if stage == "fit":
-            overfit = 0 if self.trainer is None else self.trainer.overfit_batches  # type: ignore[attr-defined]
-            if isinstance(overfit, float) and overfit:
-                raise UserError(
-                    f"trainer.overfit_batches is {overfit}: give a whole number of batches"
-                )
-            self._known = _Place(row=0, batches=0)
+            self._overfit_batches()
+            self._known = _Place()
             # Both are wrong of these loaders, which know their workers and shuffle by number.
             for message in ("Your `IterableDataset` has `__len__`", "You requested to overfit but"):
                 warnings.filterwarnings("ignore", message)
@@ -193,7 +196,7 @@ class StreamDataModule(pl.LightningDataModule, ABC):
         """Returns the classes of a text, a LongTensor of shape (symbols,).
 
         Raises:
-            UserError: The text has a symbol that the vocabulary has not.
+            UserError: If the text has a symbol that the vocabulary has not.
         """
         return torch.from_numpy(self.vocabulary.encode(text).astype(np.int64))
 
@@ -201,7 +204,7 @@ class StreamDataModule(pl.LightningDataModule, ABC):
         """Returns the text of classes.
 
         Raises:
-            UserError: A class is not in 0..K-1.
+            UserError: If a class is not in 0..K-1.
         """
         return self.vocabulary.decode(indices)
 
@@ -227,8 +230,11 @@ class StreamDataModule(pl.LightningDataModule, ABC):
             UserError: If the trainer asks for epochs of samples without end.
         """
         stream = self.training_stream()
-        batches = TrainingBatches(stream, self.batch_size, *self._process())
         length = self._batches_per_epoch(stream)
+        # Lightning does not always iterate anew where an epoch begins: the batches must know.
+        overfit = self._overfit_batches()
+        cycle = min(overfit, length or overfit) if overfit else None
+        batches = TrainingBatches(stream, self.batch_size, *self._process(), cycle)
         return _TrainingLoader(batches, self._first_row, length, **self._loader_options())
 
     def val_dataloader(self) -> "DataLoader[Tensor]":
@@ -241,11 +247,7 @@ class StreamDataModule(pl.LightningDataModule, ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a checkpoint keeps: a place of the training stream, and the vocabulary."""
-        return {
-            "row": self._row(),
-            "batches": self._batches(),
-            "vocabulary": self.vocabulary.to_json(),
-        }
+        return {**asdict(self._place()), "vocabulary": self.vocabulary.to_json()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on where a checkpoint was written.
@@ -254,12 +256,12 @@ class StreamDataModule(pl.LightningDataModule, ABC):
             state_dict: What `state_dict` returned.
 
         Raises:
-            UserError: The checkpoint's vocabulary is another one.
+            UserError: If the checkpoint's vocabulary is another one.
         """
         self.check_vocabulary(
             parse_vocabulary(state_dict["vocabulary"], "the checkpoint's vocabulary")
         )
-        self._known = _Place(int(state_dict["row"]), int(state_dict["batches"]))
+        self._known = _Place(**{key: int(state_dict[key]) for key in asdict(self._known)})
 
     def check_vocabulary(self, vocabulary: Vocabulary) -> None:
         """Refuses the vocabulary of a checkpoint where it is another one.
@@ -323,30 +325,37 @@ class StreamDataModule(pl.LightningDataModule, ABC):
             "trainer.limit_train_batches to the batches of an epoch"
         )
 
-    def _batches(self) -> int:
-        """Returns how many training batches the trainer has processed.
+    def _place(self) -> _Place:
+        """Returns where in the training stream the trainer is, over all processes.
 
-        A checkpoint holds its count too. What workers have fetched ahead is not in it.
+        It follows from the trainer's own count of processed batches, which a checkpoint holds too:
+        what workers have fetched ahead is not counted.
         """
-        if self.trainer is None:
-            return 0
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress.state_dict()
-        return int(progress["total"]["processed"])
-
-    def _row(self) -> int:
-        """Returns the training row that comes next, counted over all processes."""
-        # A loader may be asked for before the trainer has taken up its count from a checkpoint.
-        since = max(0, self._batches() - self._known.batches)
-        return self._known.row + since * self.batch_size * self._process()[1]
+        trainer, known = self.trainer, self._known
+        if trainer is None:
+            return known
+        progress = trainer.fit_loop.epoch_loop.batch_progress.state_dict()
+        batches = progress["total"]["processed"]
+        if batches < known.batches:
+            return known  # the trainer has not taken up its count from a checkpoint yet
+        row = known.row + (batches - known.batches) * self.batch_size * trainer.world_size
+        return _Place(
+            row, batches, 0 if progress["is_last_batch"] else progress["current"]["processed"]
+        )
 
     def _first_row(self) -> int:
         """Returns the row with which the training loader begins."""
-        trainer = self.trainer
-        if trainer is None or not trainer.overfit_batches:  # type: ignore[attr-defined]
-            return self._row()
-        state = trainer.fit_loop.epoch_loop.batch_progress.state_dict()
-        batches = 0 if state["is_last_batch"] else state["current"]["processed"]
-        return batches * self.batch_size * trainer.world_size
+        place = self._place()
+        if self._overfit_batches():
+            return place.of_epoch * self.batch_size * self._process()[1]
+        return place.row
+
+    def _overfit_batches(self) -> int:
+        """Returns on how many batches alone the trainer is to train, or 0."""
+        overfit = 0 if self.trainer is None else self.trainer.overfit_batches  # type: ignore[attr-defined]
+        if overfit and isinstance(overfit, float):
+            raise UserError(f"trainer.overfit_batches is {overfit}: give a whole number of batches")
+        return int(overfit)
 
 
 class _TrainingLoader(DataLoader[Tensor]):

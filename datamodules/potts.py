@@ -37,11 +37,11 @@ class PottsDataModule(EnumerableDataModule):
         num_classes: The states of a site, K.
         coupling: J.
         boundary: `periodic` or `free`.
-        batch_size: The draws of a training batch, in each process.
-        eval_batch_size: The draws of an evaluation batch, in each process.
-        eval_examples: The draws of the validation split, and of the test split.
+        batch_size: The samples of a training batch, in each process.
+        eval_batch_size: The samples of an evaluation batch, in each process.
+        eval_examples: The samples of the validation split, and of the test split.
         num_workers: The worker processes of each loader.
-        seed: Every seed has draws of its own, of the same distribution.
+        seed: Every seed has samples of its own, of the same distribution.
 
     Raises:
         UserError: If an argument is out of range, or the lattice and its rows have too many states

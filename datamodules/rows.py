@@ -1,4 +1,4 @@
-"""Exact draws from Potts models on lattices too large for a table, one row after the other."""
+"""Exact samples from Potts models on lattices too large for a table, one row after the other."""
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ MOST_ROWS = 2048
 
 
 class RowByRow(Samples):
-    r"""Creates independent draws of a lattice, each row from its distribution given those above.
+    r"""Creates independent samples of a lattice, each row from its distribution given those above.
 
     A lattice is a chain of rows, closed where it is periodic, so that powers of the transfer matrix
     hold what the rows to come weigh: with the rows :math:`r_1, \dots, r_n` and transfer matrix T,

@@ -1,4 +1,4 @@
-"""Independent draws, each to be had without the others, made many at a time."""
+"""Independent samples, each to be had without the others, made many at a time."""
 
 from abc import abstractmethod
 
@@ -14,18 +14,18 @@ BLOCK_SIZE = 4096
 
 
 class Samples(TrainingStream):
-    """Creates an endless sequence of draws; memory is that of a block of them.
+    """An endless sequence of samples; memory is that of a block of them.
 
     Args:
-        length: The length of a draw.
+        length: The length of a sample.
     """
 
     @abstractmethod
     def block(self, numbers: NDArray[np.int64]) -> Array:
-        """Returns the draws of the given numbers, shape (n, length)."""
+        """Returns the samples of the given numbers, shape (n, length)."""
 
     def open(self) -> Reader:
-        """Returns what reads draws, of any number at any time."""
+        """Returns what reads samples, of any number at any time."""
         return self._read
 
     def _read(self, first: int, rows: int) -> Array:

@@ -31,7 +31,7 @@ FileFormat = Literal["auto", "text", "gzip", "parquet"]
 
 
 class TextSource(ABC):
-    """Creates a source of text with the splits "train", "valid" and "test".
+    """A source of text with the splits "train", "valid" and "test".
 
     A split is a stream of text, or a part of one by position.
 
@@ -39,7 +39,7 @@ class TextSource(ABC):
         fractions: The parts of train, valid and test where one stream is cut by position.
 
     Raises:
-        UserError: The fractions are not three positive numbers that sum to 1.
+        UserError: If the fractions are not three positive numbers that sum to 1.
     """
 
     def __init__(self, fractions: Sequence[float] | None = None) -> None:
@@ -64,15 +64,15 @@ class TextSource(ABC):
         """Yields a stream's text in consecutive pieces, each with what messages call its origin.
 
         Raises:
-            UserError: The text cannot be read.
+            UserError: If the text cannot be read.
         """
 
     def dataset(self, stream: str) -> "IterableDataset":
         """Returns a stream as a data set whose rows hold consecutive blocks of text, key "text".
 
         Raises:
-            UserError: The library's cache folder cannot be written. Iterating raises the errors of
-                `pieces`.
+            UserError: If the library's cache folder cannot be written. Iterating raises the errors
+                of `pieces`.
         """
         from datasets import Features, IterableDataset, Value
 
@@ -164,7 +164,8 @@ class LocalText(TextSource):
         separator: Parquet: text that is put after every row.
 
     Raises:
-        UserError: A split has no file, both ways of naming files are used, or bad fractions.
+        UserError: If a split has no file, both ways of naming files are used, or the fractions
+            do not sum to 1.
     """
 
     def __init__(
@@ -271,7 +272,7 @@ class HubText(TextSource):
         data_files: The files that are read: a pattern, several, or those of each split.
 
     Raises:
-        UserError: Bad fractions.
+        UserError: If the fractions are not three positive numbers that sum to 1.
     """
 
     def __init__(
@@ -332,10 +333,13 @@ class HubText(TextSource):
             split = self._splits[stream]
             files = builder.config.data_files
             if isinstance(builder, Text) and files is not None and split in files:
-                # Its own reader drops the ends of lines, or makes them all "\n".
-                yield from self._text_files(stream, builder, files[split])
-                return
-            dataset = builder.as_streaming_dataset(split)
+                dataset = None
+            else:
+                dataset = builder.as_streaming_dataset(split)
+        if dataset is None:
+            # Its own reader drops the ends of lines, or makes them all "\n".
+            yield from self._text_files(stream, builder, files[split])
+            return
         names = dataset.column_names
         if names and self._column in names:
             dataset = dataset.select_columns([self._column])
@@ -353,8 +357,8 @@ class HubText(TextSource):
         config = DownloadConfig(token=builder.token, storage_options=builder.storage_options)
         manager = StreamingDownloadManager(download_config=config)
         for packed in files:
+            origin = f"{self.describe(stream)}, {packed.split('/')[-1]}"
             for path in manager.iter_files(manager.download_and_extract(packed)):
-                origin = f"{self.describe(stream)}, {path.split('/')[-1]}"
                 with xopen(path, "rb", download_config=config) as file:
                     for text in _decode(file, origin):
                         yield origin, text

@@ -63,7 +63,7 @@ class TextDataModule(StreamDataModule):
         seed: Every seed has a training stream of its own.
 
     Raises:
-        UserError: An argument is out of range, or both `stateful` and `streaming` are set.
+        UserError: If an argument is out of range, or both `stateful` and `streaming` are set.
             Reading the text raises it too: where it cannot be read, is empty, is shorter than a
             window or has a character that is unknown.
 
@@ -141,8 +141,8 @@ class TextDataModule(StreamDataModule):
         So a mistake in the last file shows before hours of training.
 
         Raises:
-            UserError: The text cannot be read, is empty, is shorter than a window or has an unknown
-                character.
+            UserError: If the text cannot be read, is empty, is shorter than a window or has an
+                unknown character.
         """
         super().setup(stage)
         for split in {"validate": ["valid"], "test": ["test"]}.get(stage, SPLITS):

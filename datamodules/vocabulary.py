@@ -38,7 +38,7 @@ def compact_dtype(num_classes: int) -> type[np.integer]:
 
 
 class Vocabulary(ABC):
-    """Creates a one-to-one map of K symbols and the classes 0..K-1.
+    """A one-to-one map of K symbols and the classes 0..K-1.
 
     Args:
         symbols: The symbols in the order of their classes.
@@ -66,7 +66,7 @@ class Vocabulary(ABC):
             source: What an error calls the text.
 
         Raises:
-            UserError: A symbol is unknown; the message names it and its place.
+            UserError: If a symbol is unknown; the message names it and its place.
         """
 
     @abstractmethod
@@ -76,7 +76,7 @@ class Vocabulary(ABC):
         """Returns the text of classes: integers, an array or a tensor, of one dimension.
 
         Raises:
-            UserError: A class is not in 0..K-1.
+            UserError: If a class is not in 0..K-1.
         """
         classes = [operator.index(index) for index in indices]
         for index in classes:
@@ -126,7 +126,8 @@ class CharacterVocabulary(Vocabulary):
             decodes to that. Without it, encoding an unknown character is an error.
 
     Raises:
-        UserError: There are fewer than two symbols, a symbol is not one character or stands twice.
+        UserError: If there are fewer than two symbols, a symbol is not one character or stands
+            twice.
 
     Example:
         >>> vocabulary = CharacterVocabulary("abc")
@@ -178,7 +179,7 @@ class CharacterVocabulary(Vocabulary):
         """Returns the text's code points, in a type no larger than they need.
 
         Raises:
-            UserError: The text has half a surrogate pair, which no file of text can hold.
+            UserError: If the text has half a surrogate pair, which no file of text can hold.
         """
         if text.isascii():
             return np.frombuffer(text.encode("ascii"), np.uint8)
@@ -241,7 +242,7 @@ class ByteVocabulary(Vocabulary):
         """Returns the bytes of the text's UTF-8.
 
         Raises:
-            UserError: The text has half a surrogate pair, which UTF-8 cannot hold.
+            UserError: If the text has half a surrogate pair, which UTF-8 cannot hold.
         """
         try:
             return np.frombuffer(text.encode("utf-8"), np.uint8)
@@ -270,7 +271,7 @@ class IntegerVocabulary(Vocabulary):
         num_classes: The number of classes, K, at least 2.
 
     Raises:
-        UserError: K is less than 2.
+        UserError: If K is less than 2.
 
     Example:
         >>> IntegerVocabulary(5).decode([3, 0, 4])
@@ -310,7 +311,7 @@ def load_vocabulary(path: str | Path) -> Vocabulary:
         path: The file or folder.
 
     Raises:
-        UserError: There is no such file, it is damaged, or it is a tokenizer of another kind.
+        UserError: If there is no such file, it is damaged, or it is a tokenizer of another kind.
     """
     path = Path(path).expanduser()
     if path.is_dir():
@@ -332,7 +333,7 @@ def parse_vocabulary(text: str, source: str = "the vocabulary") -> Vocabulary:
         source: What an error calls it.
 
     Raises:
-        UserError: The text is damaged, or describes a tokenizer of another kind.
+        UserError: If the text is damaged, or describes a tokenizer of another kind.
     """
     try:
         described = json.loads(text)

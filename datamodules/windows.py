@@ -34,7 +34,7 @@ Reader: TypeAlias = Callable[[int, int], Array]
 
 
 class TrainingStream(ABC):
-    """Creates an endless sequence of rows, numbered from 0.
+    """An endless sequence of rows, numbered from 0.
 
     Args:
         length: The length of a row.
@@ -209,15 +209,22 @@ class TrainingBatches(IterableDataset[Tensor]):
         rank: The number of this process.
         ranks: How many processes there are. Together their batches number n are the rows from
             `start + n * ranks * batch_size` on, shared out in the order of ranks.
+        cycle: Where it is given, the stream is only so many batches long, and begins again.
     """
 
     def __init__(
-        self, stream: TrainingStream, batch_size: int, rank: int = 0, ranks: int = 1
+        self,
+        stream: TrainingStream,
+        batch_size: int,
+        rank: int = 0,
+        ranks: int = 1,
+        cycle: int | None = None,
     ) -> None:
         self._stream = stream
         self._batch_size = batch_size
         self._rank = rank
         self._ranks = ranks
+        self._cycle = cycle
         self._start = torch.zeros((), dtype=torch.int64).share_memory_()
 
     def start_at(self, row: int) -> None:
@@ -226,10 +233,18 @@ class TrainingBatches(IterableDataset[Tensor]):
 
     def __iter__(self) -> Iterator[Tensor]:
         worker, workers = _worker()
+        together = self._ranks * self._batch_size
+        start = int(self._start)
         read = self._stream.open()
-        first = int(self._start) + self._rank * self._batch_size
+        before = 0
         for number in count(worker, workers):
-            rows = read(first + number * self._ranks * self._batch_size, self._batch_size)
+            first = start + number * together
+            if self._cycle is not None:
+                first %= self._cycle * together
+                if first <= before:
+                    read = self._stream.open()  # what has been opened is asked for growing numbers
+                before = first
+            rows = read(first + self._rank * self._batch_size, self._batch_size)
             yield torch.from_numpy(rows.astype(np.int64))
 
 

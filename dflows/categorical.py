@@ -99,6 +99,9 @@ def search_cdf(cumulative: Tensor, noise: Tensor) -> Tensor:
     batch = cumulative.shape[:-1]
     if not batch:
         return torch.searchsorted(cumulative, threshold.contiguous(), right=True)
+    if threshold.shape == batch:  # one draw a distribution
+        one = threshold.contiguous().unsqueeze(-1)
+        return torch.searchsorted(cumulative, one, right=True).squeeze(-1)
     # Rows of draws (*batch, n), one row a distribution.
     rows = threshold.reshape(-1, *batch).movedim(0, -1).contiguous()
     found = torch.searchsorted(cumulative, rows, right=True)

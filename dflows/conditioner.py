@@ -28,7 +28,7 @@ from dflows.embedding import Context, Embedding, Layout, behind
 from dflows.errors import UserError
 from dflows.experts import Expert
 from dflows.orderings import Ordering
-from dflows.representations import full_precision, is_one_hot, to_indices
+from dflows.representations import full_precision, is_one_hot, to_indices, without_autocast
 
 __all__ = ["Conditioner", "Context", "evaluated_by"]
 
@@ -236,14 +236,14 @@ class Conditioner(nn.Module):
         expected = (len(y), y.shape[1] if only is None else len(only), self.width)
         if features.shape != expected:
             raise UserError(
-                f"a {self.embedding.name} returned features {tuple(features.shape)} where {expected} "
-                "were expected: a backbone must keep (batch, length, width)"
+                f"a {self.embedding.name} returned features {tuple(features.shape)}, and not "
+                f"{expected}: a backbone must keep (batch, length, width)"
             )
         return features
 
     def _logits(self, features: Tensor, y: Tensor, chosen: Tensor | None = None) -> Tensor:
         """Computes logits of features; of all dimensions, of some (n,), or of those true (N, d)."""
-        with torch.autocast(features.device.type, enabled=False):
+        with without_autocast(features.device.type):
             logits = _affine(self.head, features)
             if self.expert is None:
                 return logits
@@ -298,8 +298,8 @@ class Conditioner(nn.Module):
         backbone = self.backbone
         if not isinstance(backbone, StatefulBackbone) or not self.stateful:
             raise UserError(
-                f"a {self.embedding.name} over {self.ordering!r} has no state that goes on from window "
-                "to window: choose an LSTM over Natural, without a context or an expert"
+                f"a {self.embedding.name} over {self.ordering!r} has no state that goes on from "
+                "window to window: choose an LSTM over Natural, without a context or an expert"
             )
         query, levels, _ = self._causal_inputs(y.shape[1], y.device, None)
         anew = (last < 0).unsqueeze(-1)
@@ -324,8 +324,8 @@ class Conditioner(nn.Module):
         """
         if not self.one_pass or not self.embedding.embeds:
             raise UserError(
-                f"a {self.embedding.name} does not give the features of all dimensions in one pass: "
-                "choose a level-causal backbone"
+                f"a {self.embedding.name} does not give the features of all dimensions in one "
+                "pass: choose a level-causal backbone"
             )
         query, levels, _ = self._causal_inputs(y.shape[1], y.device, None)
         features = self.backbone.layer_features(self.embedding.content(y), query, levels)

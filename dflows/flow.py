@@ -318,8 +318,9 @@ class DiscreteFlow(nn.Module):
             context = repeat_context(context, shape.numel() // max(context.shape[0], 1))
         noise = self.base.noise(shape.numel(), length, generator)
         if prompt is not None:
-            prompt = self.check_indices(prompt.to(noise.device), wait=True)
-            prompt = expand_prompt(prompt, shape, length, [self.base, *self.transforms])
+            parts: list[Base | DiscreteTransform] = [self.base, *self.transforms]
+            prompt = expand_prompt(prompt.to(noise.device), shape, length, parts)
+            prompt = self.check_indices(prompt, wait=True)
         with self.exactly(noise.device):
             value, self.evaluations = self._acceleration(
                 partial(generate, self.base, self.transforms),

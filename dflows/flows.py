@@ -34,23 +34,22 @@ WIDTH = 96
 
 
 class AutoregressiveFactory:
-    """Creates what makes an autoregressive base of its choices, once K and D are known.
+    """Creates what makes an autoregressive base of a network, once K and D are known.
 
     Args:
-        backbone: Makes the network.
+        backbone: The network, of one base.
         ordering: Which dimensions condition which; natural by default.
         context: What it is conditioned on; its encoder is the flow's to give.
         ngram_order: As in :func:`stack`; only for a base without transforms.
 
     Example:
-        >>> from functools import partial
-        >>> AutoregressiveFactory(partial(LSTM, width=8))(num_classes=3, length=4).passes
+        >>> AutoregressiveFactory(LSTM(width=8))(num_classes=3, length=4).passes
         4
     """
 
     def __init__(
         self,
-        backbone: Callable[[], nn.Module],
+        backbone: nn.Module,
         ordering: Ordering | None = None,
         context: Context | None = None,
         ngram_order: int | None = None,
@@ -67,7 +66,7 @@ class AutoregressiveFactory:
                 num_classes,
                 length,
                 self.ordering,
-                self.backbone(),
+                self.backbone,
                 context=self.context,
                 expert=_expert(num_classes, self.ngram_order),
             )
@@ -152,7 +151,7 @@ def bipartite(
     base: BaseFactory = FactorizedBase,
     context: Context | None = None,
 ) -> DiscreteFlow:
-    """Makes the paper's bipartite flow: one part of the dimensions given the other, in turns.
+    """Makes the paper's bipartite flow: one part of the dimensions given the other, by turns.
 
     Generation takes one network evaluation a transform.
 
@@ -305,7 +304,7 @@ def language_model(
         >>> language_model(num_classes=27, length=16).passes
         16
     """
-    make = AutoregressiveFactory(backbone or _lstm, ordering, context, ngram_order)
+    make = AutoregressiveFactory((backbone or _lstm)(), ordering, context, ngram_order)
     encoder = None if context is None else context.encoder
     return DiscreteFlow(make(num_classes, length), (), encoder)
 

@@ -50,8 +50,9 @@ class Report:
         """Adds all of another report; metrics by split are merged split by split."""
         for name, value in other.metrics.items():
             known = self.metrics.get(name)
-            both = isinstance(value, dict) and isinstance(known, dict)
-            self.metrics[name] = {**known, **value} if both else value
+            if isinstance(value, dict) and isinstance(known, dict):
+                value = {**known, **value}
+            self.metrics[name] = value
         self.rows += other.rows
         return self
 

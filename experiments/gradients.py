@@ -1,4 +1,4 @@
-"""Gradients of rules and objectives against the exact one, at the same networks, as records."""
+"""Records of how far the gradients of rules and objectives are from the exact ones."""
 
 import time
 from collections.abc import Iterator, Mapping
@@ -46,22 +46,22 @@ def write_gradients(
     over: Mapping[str, Any],
     seed: int = 0,
 ) -> Iterator[Path]:
-    """Compares the rules and objectives of rows on a task, and writes a record for each.
+    """Compares the rules and objectives of rows on a task, and writes a record of each.
 
     Args:
         plan: The experiment.
         task: Name of the task.
         rows: Names of the rows that are compared.
         folder: Where the records go.
-        over: Keys laid over those of the run that trains the networks.
+        over: Keys merged over those of the run that trains the networks.
         seed: The seed.
 
     Returns:
         The records' files.
 
     Raises:
-        UserError: If the experiment compares no gradients, the task's states are not enumerated, or
-            its model is no flow.
+        UserError: If the experiment compares no gradients, the task's states cannot be enumerated,
+            or its model is no flow.
     """
     begin = time.perf_counter()
     gradients = plan.gradients

@@ -1,4 +1,4 @@
-"""Configurations as plain keys: merged, and compared with that of a record."""
+"""Configurations as plain keys: merged, and compared with those of records."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -54,13 +54,13 @@ def config_diff(
 ) -> Iterator[str]:
     """Compares the configuration of a record with the keys that a run would set.
 
-    A recorded one is complete. Where a class replaced another, arguments that it does not have are
-    no difference, as they make none in a run.
+    A recorded configuration is complete. Arguments that its class does not have are ignored, as a
+    run ignores them where one class replaces another.
 
     Args:
         recorded: The resolved configuration of a record, in plain types.
         wanted: The keys that a run would set.
-        prefix: What the keys are inside.
+        prefix: The dotted path of the keys.
 
     Yields:
         Every key that differs, dotted.
@@ -72,7 +72,7 @@ def config_diff(
     """
     for key, value in wanted.items():
         if key not in recorded:
-            # Of a class: its arguments are those that its signature has.
+            # A record has every argument of its class.
             if not prefix.endswith("init_args."):
                 yield f"{prefix}{key}"
             continue

@@ -1,8 +1,8 @@
-"""What an experiment runs: tasks, rows and seeds, read from a configuration.
+"""The plan of an experiment: tasks, rows and seeds, read from a YAML file.
 
 A run is a row of the experiment's table on one of its tasks with one seed. All that a run adds to
-``python -m dflows.fit`` is the list of configurations that it lays over each other: those of the
-experiment, of the row and of the task.
+``python -m dflows.fit`` is the list of configurations that it merges: those of the experiment, the
+row and the task.
 """
 
 import copy
@@ -65,8 +65,8 @@ class Reference:
         bijection: Called with K.
         base: Ordering of an autoregressive base; the factorized base without one.
         restarts: Ascents after the first.
-        sweeps: Most sweeps of an ascent.
-        greedy: Tasks on which the ascent's beginning is taken, for the sake of time.
+        sweeps: The most sweeps of an ascent.
+        greedy: Tasks without an ascent, to save time: transforms are fitted layerwise.
         tasks: Tasks that it is found for; all by default.
     """
 
@@ -84,10 +84,10 @@ class Row:
     """Creates the description of a row of an experiment's table.
 
     Args:
-        label: What the table calls it.
-        configs: Configurations, laid over those of the experiment.
-        config: Keys laid over them.
-        reference: Name of the tabular reference that it is compared with.
+        label: Its label in the table.
+        configs: Configurations merged over those of the experiment.
+        config: Keys merged over them.
+        reference: Name of its tabular reference.
         published: Published figures, by task.
         published_seconds: Published seconds of generating one example, by task.
         tasks: Tasks that it is run on; all by default.
@@ -106,15 +106,15 @@ class Row:
 
 @dataclass
 class Gradients:
-    """Creates the description of how gradients are compared, at the same networks for all rows.
+    """Creates the description of a comparison of gradients, at the same networks for all rows.
 
     Args:
         trained_by: The row whose run trains the networks.
         tasks: Tasks that gradients are compared on; nothing else is run on them.
         rows: Rows whose rules and objectives are compared; all by default.
-        config: Keys laid over those of the row: how long the networks are trained.
-        draws: Draws of the mean of a gradient that is sampled.
-        batches: Batches of its variance.
+        config: Keys merged over those of the row: how long the networks are trained.
+        draws: Samples that the mean of a stochastic gradient is taken over.
+        batches: Batches that the variance is taken over.
         batch_size: Examples of such a batch.
     """
 
@@ -134,7 +134,7 @@ class Smoke:
     Args:
         tasks: Its tasks.
         rows: Its rows.
-        config: Keys laid over all others.
+        config: Keys merged over all others.
     """
 
     tasks: list[str]
@@ -150,7 +150,7 @@ class Run:
         row: Name of the row.
         task: Name of the task.
         seed: The seed.
-        configs: Configurations, the first beneath all others.
+        configs: Configurations; a later one wins.
         overlays: Keys that win over them; a later mapping wins.
     """
 
@@ -173,7 +173,7 @@ class Run:
 
     @contextmanager
     def arguments(self) -> Iterator[list[str]]:
-        """Gives the arguments of its `python -m dflows.fit`, which name files while it lasts."""
+        """Yields the arguments of its `python -m dflows.fit`, whose files exist meanwhile."""
         with tempfile.TemporaryDirectory() as place:
             line = [part for config in self.configs for part in ("--config", config)]
             for number, overlay in enumerate(self.overlays):
@@ -188,17 +188,17 @@ class Plan:
     """Creates the plan of an experiment.
 
     Args:
-        title: What it is called.
-        tasks: The keys that make each task, by its name.
-        rows: The rows of its table.
-        smoke: What of it runs within a minute.
+        title: Its title.
+        tasks: The keys of each task, by its name.
+        rows: The rows of its table, by their names.
+        smoke: The part that runs within a minute.
         configs: Configurations beneath all others.
         references: Best tabular flows, by their names.
         gradients: How the gradients of the rows are compared, if they are.
-        seeds: A run for each.
+        seeds: Seeds, each with a run of its own.
 
     Raises:
-        UserError: If a name is spelt otherwise than in records, or names nothing.
+        UserError: If a name is not fit for a record, or refers to nothing.
     """
 
     title: str
@@ -214,8 +214,8 @@ class Plan:
         for name in (*self.tasks, *self.rows, *self.references):
             if not _NAME.fullmatch(name):
                 raise UserError(
-                    f"{name!r} names a part of an experiment: use letters, digits, dots, dashes "
-                    "and underscores, as in the name of a record"
+                    f"{name!r} cannot name a part of an experiment: use letters, digits, dots, "
+                    "dashes and underscores, as in the name of a record"
                 )
         lists: list[tuple[str, list[str], Mapping[str, Any]]] = []
         lists.append(("smoke.tasks", self.smoke.tasks, self.tasks))
@@ -241,10 +241,10 @@ class Plan:
                 )
 
     def runs(self, *, smoke: bool = False) -> Iterator[Run]:
-        """Returns all runs, seed after seed, so that the first is complete the soonest.
+        """Returns all runs, seed after seed, so that the first seed is complete first.
 
         Args:
-            smoke: Whether only those that show that the experiment works.
+            smoke: Whether to return only the smoke runs.
         """
         most = max(len(row.seeds or self.seeds) for row in self.rows.values())
         for index, task, (name, row) in itertools.product(
@@ -265,7 +265,7 @@ class Plan:
             row: Name of the row.
             task: Name of the task.
             seed: The seed.
-            config: Keys laid over all others.
+            config: Keys merged over all others.
         """
         overlays = [self.tasks[task], self.rows[row].config, config]
         configs = (*self.configs, *self.rows[row].configs)
@@ -273,7 +273,7 @@ class Plan:
 
 
 def _make(kind: type[Any], keys: Any, where: str) -> Any:
-    """Makes a part of a plan of the keys of a file."""
+    """Makes a part of a plan from the keys of a file."""
     known = {entry.name: entry for entry in fields(kind)}
     if not isinstance(keys, dict):
         raise UserError(f"{where} is {keys!r}: give the keys {', '.join(known)}")
@@ -285,14 +285,14 @@ def _make(kind: type[Any], keys: Any, where: str) -> Any:
         if name not in keys and entry.default is MISSING and entry.default_factory is MISSING
     ]
     if missing:
-        raise UserError(f"{where} lacks {', '.join(missing)}: every one has it")
+        raise UserError(f"{where} lacks {', '.join(missing)}: add what is missing")
     return kind(**keys)
 
 
 def _references(keys: Any) -> dict[str, Reference]:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--references", type=dict[str, Reference])
-    # A copy, for parsing changes what it is given, and a plan's parts may be one another's.
+    # A copy: parsing changes its argument, and parts of a plan may be shared by YAML anchors.
     found: dict[str, Reference] = parser.instantiate_classes(
         parser.parse_object({"references": copy.deepcopy(keys)})
     ).references
@@ -300,7 +300,7 @@ def _references(keys: Any) -> dict[str, Reference]:
 
 
 def _found(configs: list[str]) -> list[str]:
-    """Returns configurations with the paths of those in :data:`CONFIGS`, and others as named."""
+    """Returns configurations, those in :data:`CONFIGS` as paths and others by name."""
     return [str(CONFIGS / name) if (CONFIGS / name).is_file() else name for name in configs]
 
 
@@ -308,19 +308,19 @@ def read_plan(file: str | PathLike[str]) -> Plan:
     """Reads the plan of an experiment.
 
     Args:
-        file: A YAML file of the keys of :class:`Plan`. Configurations are named as in
-            :data:`CONFIGS`, or as they are shipped.
+        file: A YAML file with the keys of :class:`Plan`. Configurations are files in
+            :data:`CONFIGS` or shipped ones.
 
     Returns:
         The plan.
 
     Raises:
-        UserError: If a key is unknown or missing, or names what there is not.
+        UserError: If a key is unknown or missing, or refers to nothing.
         argparse.ArgumentError: If a reference does not fit its keys.
     """
     keys = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
     if isinstance(keys, dict):
-        # What is laid over a configuration stays as it is written; fit says what does not fit.
+        # Keys merged over a configuration stay as they are; fit reports those that do not fit.
         rows = keys.get("rows") or {}
         keys["rows"] = {name: _make(Row, row, f"rows.{name}") for name, row in rows.items()}
         keys["references"] = _references(keys.get("references") or {})

@@ -1,4 +1,4 @@
-"""The record of what was computed exactly, without a trainer."""
+"""Records of exact computations, without a trainer."""
 
 import time
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ __all__ = ["described", "write_exact_record"]
 
 
 def described(module: nn.Module) -> str:
-    """Describes a module by its class and its own arguments, without its parts.
+    """Describes a module by its class and arguments, without its submodules.
 
     Example:
         >>> described(nn.Sequential(nn.Linear(2, 3))), described(nn.Linear(2, 3))
@@ -36,16 +36,16 @@ def write_exact_record(
     begin: float,
     seed: int = 0,
 ) -> Path:
-    """Writes the record of what was computed in double precision on the processor.
+    """Writes the record of a computation in double precision on the CPU.
 
     Args:
-        folder: Where it goes.
-        model: What was computed with, or found.
+        folder: The folder of the record.
+        model: The model that was evaluated or found.
         name: Name of the record.
-        kind: What was computed.
-        config: What it was computed of, in plain types.
+        kind: Kind of the record.
+        config: What the values were computed from, in plain types.
         metrics: Values by the names of :data:`dflows.records.METRICS`.
-        begin: When it began, by `time.perf_counter`.
+        begin: When the computation began, by `time.perf_counter`.
         seed: The seed.
 
     Returns:

@@ -18,20 +18,20 @@ from experiments.recording import described, write_exact_record
 __all__ = ["reference_settings", "task_data", "write_reference"]
 
 EXHAUSTIBLE = 4
-"""States up to which the best of all their bijections is found as well."""
+"""The most states of which the best of all bijections is found as well."""
 
-DRAWS = ("batch_size", "eval_batch_size", "eval_examples")
-"""Keys of the data that are about draws alone, which a table does not see."""
+SAMPLING_KEYS = ("batch_size", "eval_batch_size", "eval_examples")
+"""Keys of the data about samples alone, which a table does not see."""
 
 
 def task_data(config: Mapping[str, Any]) -> EnumerableDataModule:
     """Makes the data of a task.
 
     Args:
-        config: The keys of the experiment and of the task, one over the other.
+        config: The merged keys of the experiment and the task.
 
     Raises:
-        UserError: If their states are not enumerated.
+        UserError: If its states cannot be enumerated.
     """
     parser = Parser()
     parser.add_lightning_class_args(StreamDataModule, "data", subclass_mode=True)
@@ -48,18 +48,18 @@ def task_data(config: Mapping[str, Any]) -> EnumerableDataModule:
 def reference_settings(
     plan: Plan, name: str, task: str, num_classes: int, config: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns what a reference is found with, as its record holds it.
+    """Returns the settings of a reference, as its record holds them.
 
     Args:
         plan: The experiment.
         name: Name of the reference.
         task: Name of the task.
         num_classes: K of the task.
-        config: The keys that its data are made of.
+        config: The keys of its data.
     """
     reference = plan.references[name]
     data = dict(config["init_args"])
-    for key in DRAWS:
+    for key in SAMPLING_KEYS:
         data.pop(key, None)
     return {
         "orderings": [repr(ordering) for ordering in reference.orderings],
@@ -87,14 +87,14 @@ def write_reference(
         name: Name of the reference.
         task: Name of the task.
         data: The data of the task.
-        config: The keys that they are made of.
-        folder: Where the record goes.
+        config: The keys of the data.
+        folder: The folder of the record.
 
     Returns:
         The record's file.
 
     Raises:
-        UserError: If there are too many states, or the stack has none that can be found.
+        UserError: If there are too many states, or the stack has no tables that can be found.
     """
     begin = time.perf_counter()
     reference: Reference = plan.references[name]

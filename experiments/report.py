@@ -1,7 +1,7 @@
 """Makes tables and figures from records: ``python -m experiments.report``.
 
-The README gets the table and figure of the text models, and a page in ``docs/experiments/`` those
-of each experiment that has run, and of the benchmarks. Nothing is measured here.
+The README gets the table and figure of the text models, the pages in ``docs/experiments/`` those of
+each experiment that has run and of the benchmarks. Nothing is measured here.
 """
 
 import argparse
@@ -39,7 +39,7 @@ RENDERERS: Mapping[str, Callable[[Experiment], str]] = MappingProxyType(
         "language-modelling-gpu": language_modelling.render,
     }
 )
-"""What renders the tables of each experiment, by its name."""
+"""The function that renders the tables of each experiment, by its name."""
 
 DRAWERS: Mapping[str, Callable[[Experiment, Path], None]] = MappingProxyType(
     {
@@ -49,7 +49,7 @@ DRAWERS: Mapping[str, Callable[[Experiment, Path], None]] = MappingProxyType(
         "language-modelling-gpu": language_modelling.draw,
     }
 )
-"""What draws the figures of those that have one."""
+"""The function that draws the figure of an experiment, where it has one."""
 
 
 def report(arguments: Sequence[str]) -> None:
@@ -96,7 +96,7 @@ def report(arguments: Sequence[str]) -> None:
 
 
 def _text(results: Path, readme: Path, figure: Path) -> int:
-    """Makes table and figure, and returns the number of records that went in."""
+    """Makes the README's table and figure, and returns the number of records used."""
     records = read_records(results / "text")
     if not records:
         raise UserError(f"{results / 'text'} holds no records: run python -m dflows.fit first")

@@ -1,13 +1,13 @@
-"""Runs an experiment of the paper, beside the exact answers.
+"""Runs an experiment of the paper, beside exact answers.
 
     python -m experiments.reproduce full-rank
     python -m experiments.reproduce full-rank --smoke
 
 An experiment is a grid of runs of ``python -m dflows.fit``: its plan, in ``experiments/plans/``,
-says which configurations each lays over the others, and ``--overlay`` lays one over them all, such
-as where a copy of the text is. A run whose record is there is not repeated, so that what was
-interrupted goes on; whoever changes a plan or its configurations adds ``--again``.
-``python -m experiments.report`` makes tables and figures of the records.
+says which configurations each merges, and ``--overlay`` merges one over them all, for example the
+path of a local text. A run that has a record is not repeated, so an interrupted experiment goes on;
+add ``--again`` after changing a plan or its configurations. ``python -m experiments.report`` makes
+tables and figures of the records.
 """
 
 import sys
@@ -46,15 +46,15 @@ EXPERIMENTS = (
 
 @dataclass(frozen=True)
 class Options:
-    """Creates what the command was asked for.
+    """Creates the options of the command.
 
     Args:
-        smoke: Whether only what shows that the experiment works.
-        again: Whether runs are repeated whose records are there.
-        only: Pattern that the names of runs match, with or without their seeds.
+        smoke: Whether to run only the part that takes a minute.
+        again: Whether to repeat runs that have a record.
+        only: Pattern of the names of runs, with or without their seeds.
         results: Folder of all records.
-        overlay: Configuration that is laid over those of every run, and of what is found without
-            one; none where it is empty.
+        overlay: Configuration merged over those of every run, reference and comparison; none where
+            it is empty.
     """
 
     smoke: bool
@@ -76,14 +76,14 @@ def _parser() -> Parser:
         help="Pattern of the runs, for example '*rank*-5x5', or '*rank*-5x5-0' for one seed.",
     )
     parser.add_argument(
-        "--overlay", type=str, default="", help="Configuration that is laid over all others."
+        "--overlay", type=str, default="", help="Configuration merged over all others."
     )
     parser.add_argument("--results", type=str, default="results", help="Folder of all records.")
     return parser
 
 
 def _references(plan: Plan, options: Options, folder: Path, console: Console) -> int:
-    """Finds the tabular references that are missing, and counts all that are asked for."""
+    """Finds the tabular references that have no record, and counts all that are asked for."""
     wanted = 0
     over = _overlay(options)
     for task, keys in plan.tasks.items():
@@ -112,7 +112,7 @@ def _references(plan: Plan, options: Options, folder: Path, console: Console) ->
 
 
 def _gradients(plan: Plan, options: Options, folder: Path, console: Console) -> int:
-    """Compares the gradients that are missing, and counts all that are asked for."""
+    """Compares the gradients that have no record, and counts all that are asked for."""
     if plan.gradients is None:
         return 0
     count, over = 0, _overlay(options)
@@ -148,7 +148,7 @@ def _asked(run: Run, options: Options) -> bool:
 def _kept(
     file: Path, options: Options, console: Console, wanted: Mapping[str, Any] | None = None
 ) -> bool:
-    """Says whether a record stays, and where it is of other keys than those wanted."""
+    """Says whether a record is kept, and prints the keys in which it differs from those wanted."""
     if options.again or not file.is_file():
         return False
     console.print(f"kept: {file}; --again runs it anew", highlight=False)
@@ -173,7 +173,7 @@ def reproduce(arguments: Sequence[str]) -> None:
         raise UserError(f"no experiment {given.name}: give one of {', '.join(EXPERIMENTS)}")
     results = Path(given.results)
     options = Options(given.smoke, given.again, given.only, results, given.overlay)
-    # What a smoke leaves is no finished run, and must not stand for one.
+    # A smoke run is no finished run, and its record must not stand for one.
     folder = options.results / (f"{given.name}-smoke" if options.smoke else given.name)
     console = stdout_console()
     plan = read_plan(PLANS / f"{given.name}.yaml")

@@ -4,16 +4,12 @@ import math
 import os
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal, Self, TypeAlias
 
-import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, Timer
+from pytorch_lightning.callbacks import Callback
 from torch import Generator, Tensor, nn
-from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from dflows.errors import NonFiniteError, UserError
@@ -21,13 +17,8 @@ from dflows.metrics import BitsPerCharacter, NatsPerExample
 from dflows.reporting import Report, Score
 from lightning_modules.checkpoints import load_weights, read_content, rebuild
 from lightning_modules.data import DataFacts, unpack
-from lightning_modules.divergence import FiniteWatch, all_finite, located
-from lightning_modules.optimization import (
-    DEFAULT_OPTIMIZATION,
-    Optimization,
-    Schedule,
-    keep_settings,
-)
+from lightning_modules.optimization import DEFAULT_OPTIMIZATION, Optimization
+from lightning_modules.optimized import OptimizedModule
 from lightning_modules.processes import SharedBuffers
 from lightning_modules.timing import report_generation
 
@@ -43,7 +34,7 @@ SMOOTHING = 0.98
 EXAMPLES = 32
 
 
-class BaseModule(pl.LightningModule, ABC):
+class BaseModule(OptimizedModule, ABC):
     """Base class of modules that are trained on an objective and judged by likelihoods.
 
     A subclass says what the objective, the likelihood and a sample are; steps, metrics, optimizer,
@@ -72,8 +63,7 @@ class BaseModule(pl.LightningModule, ABC):
     takes_prompt: ClassVar[bool] = False
 
     def __init__(self, optimization: Optimization = DEFAULT_OPTIMIZATION) -> None:
-        super().__init__()
-        self.optimization = optimization
+        super().__init__(optimization)
         self.metrics = nn.ModuleDict(
             {
                 split: nn.ModuleDict({"bpc": BitsPerCharacter(), "nats": NatsPerExample()})
@@ -85,8 +75,6 @@ class BaseModule(pl.LightningModule, ABC):
         self._contexts: Tensor | None = None
         self._smoothed: Tensor | None = None
         self._seed = 0
-        self._watch = FiniteWatch()
-        self._rates_changed = False
 
     @abstractmethod
     def evaluate_objective(self, batch: Batch) -> Tensor:
@@ -135,10 +123,6 @@ class BaseModule(pl.LightningModule, ABC):
                 f"{'compile' if compile else 'cuda_graph'} is set, and a {type(self).__name__} is "
                 "computed in one way: leave it away"
             )
-
-    def base_parameters(self) -> Iterable[nn.Parameter]:
-        """Returns the parameters that have `base_learning_rate` and are held at first."""
-        return ()
 
     def prepare(self) -> None:
         """Initialises and checks the model once the data are known, before a fit; a hook."""
@@ -256,13 +240,6 @@ class BaseModule(pl.LightningModule, ABC):
             with torch.random.fork_rng(devices=[]):
                 self.prepare()
 
-    def on_train_epoch_start(self) -> None:
-        """Puts learning rates right that a finder has set."""
-        if self._rates_changed:
-            self._rates_changed = False
-            for schedule in self._schedules():
-                schedule.apply()
-
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seeds what is drawn in this step."""
         trainer = self.trainer
@@ -289,28 +266,6 @@ class BaseModule(pl.LightningModule, ABC):
         self._smoothed = smoothed.lerp(bits, 1 - SMOOTHING)
         self.log("train_bpc", self._smoothed, prog_bar=True)
         return loss
-
-    def located(self, part: str) -> AbstractContextManager[None]:
-        """Returns a context that adds the part of a run and the step to non-finite errors."""
-        return located(part, self._step())
-
-    def _step(self) -> int:
-        return 0 if self._trainer is None else self.trainer.global_step
-
-    def _check_loss(self, loss: Tensor) -> None:
-        # One of several processes must not end alone: the others would wait for its gradients. They
-        # all have what is not finite in theirs, when they have been added up.
-        if self._trainer is None or self.trainer.world_size == 1:
-            self._watch.note("the loss", loss.isfinite(), self._step())
-        if self._trainer is not None and self._step() % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
-            self._watch.check()
-
-    def _in_range_test(self) -> bool:
-        """Whether a learning-rate finder tries rates, of which the last may be too large."""
-        if self._trainer is None:
-            return False
-        configs = self.trainer.lr_scheduler_configs
-        return bool(configs) and not isinstance(configs[0].scheduler, Schedule)
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         """Computes gradients, where there is anything to train by them."""
@@ -377,142 +332,6 @@ class BaseModule(pl.LightningModule, ABC):
 
     def _total(self, count: Tensor) -> int:
         return int(self.trainer.strategy.reduce(count.clone(), reduce_op="sum"))
-
-    def configure_optimizers(self) -> Any:
-        """Returns AdamW with groups for matrices, for what does not decay, and for the base.
-
-        Where there is nothing to train by gradients there is no optimizer.
-        """
-        settings = self.optimization
-        base = {id(parameter) for parameter in self.base_parameters()}
-        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-        seen: set[int] = set()
-        for module in self.modules():
-            for name, parameter in module.named_parameters(recurse=False):
-                if id(parameter) in seen or not parameter.requires_grad:
-                    continue
-                seen.add(id(parameter))
-                decays = (
-                    "weight" in name and parameter.ndim > 1 and not isinstance(module, nn.Embedding)
-                )
-                groups.setdefault((id(parameter) in base, decays), []).append(parameter)
-        if not groups:
-            return None
-        roles = list(groups)
-        optimizer = torch.optim.AdamW(
-            [
-                {"params": groups[role], **settings_of}
-                for role, settings_of in zip(roles, self._settings(roles), strict=True)
-            ],
-            # One kernel for all parameters; under mixed precision Lightning cannot clip for it.
-            fused=not ("mixed" in self.trainer.precision and self.trainer.gradient_clip_val),
-        )
-        keep_settings(optimizer, lambda: self._settings(roles))
-        if settings.schedule != "constant" and not self.has_end:
-            raise UserError(
-                f"optimization.schedule is {settings.schedule} and the training has no end: "
-                "set trainer.max_steps or trainer.max_time"
-            )
-        self._roles = roles
-        schedule = Schedule(
-            optimizer, lambda step: self.optimization.factor(step, self.progress(step))
-        )
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "learning_rate"},
-        }
-
-    def _settings(self, roles: Sequence[tuple[bool, bool]]) -> list[dict[str, Any]]:
-        """Returns the settings of the optimizer's groups: of the base or not, decaying or not."""
-        settings = self.optimization
-        return [
-            {
-                "lr": (in_base and settings.base_learning_rate) or settings.learning_rate,
-                "weight_decay": settings.weight_decay if decays else 0.0,
-                "betas": settings.betas,
-            }
-            for in_base, decays in roles
-        ]
-
-    def _schedules(self) -> list[Schedule]:
-        configs = [] if self._trainer is None else self.trainer.lr_scheduler_configs
-        return [entry.scheduler for entry in configs if isinstance(entry.scheduler, Schedule)]
-
-    @property
-    def learning_rate(self) -> float:
-        """The learning rate after the warm-up, which a learning-rate finder sets."""
-        return self.optimization.learning_rate
-
-    @learning_rate.setter
-    def learning_rate(self, value: float) -> None:
-        self.optimization = replace(self.optimization, learning_rate=value)
-        for schedule in self._schedules():
-            schedule.rebase([group["lr"] for group in self._settings(self._roles)])
-            # A finder gives all groups the plain rate after this.
-            self._rates_changed = True
-
-    def _total_steps(self) -> float:
-        # Where the length of an epoch is not known, Lightning returns max_steps, which is -1.
-        steps = self.trainer.estimated_stepping_batches
-        return steps if steps > 0 else math.inf
-
-    def _timer(self) -> Timer | None:
-        timers = (entry for entry in self.trainer.callbacks if isinstance(entry, Timer))  # type: ignore[attr-defined]
-        return next(timers, None)
-
-    @property
-    def has_end(self) -> bool:
-        """Whether the training ends by steps, by epochs or by time."""
-        if not math.isinf(self._total_steps()) or self._timer() is not None:
-            return True
-        return (self.trainer.max_epochs or -1) > 0
-
-    def progress(self, step: int) -> float:
-        """Returns the part of the training that is done after so many steps, or by time, 0 to 1.
-
-        All processes must ask at once.
-        """
-        total, epochs = self._total_steps(), self.trainer.max_epochs or -1
-        progress = step / total
-        if math.isinf(total) and epochs > 0:
-            progress = self.trainer.current_epoch / epochs
-        timer = self._timer()
-        if timer is not None and (left := timer.time_remaining()) is not None:
-            elapsed = timer.time_elapsed() / (timer.time_elapsed() + max(left, 1e-9))
-            if self.trainer.world_size > 1:
-                # Clocks differ, and learning rates must not.
-                elapsed = self.trainer.strategy.broadcast(elapsed)
-            progress = max(progress, elapsed)
-        return min(max(progress, 0.0), 1.0)
-
-    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Checks gradients, and holds the base in the first steps.
-
-        Raises:
-            NonFiniteError: If they are not finite.
-        """
-        self._check_gradients(optimizer)
-        if self.trainer.global_step < self.optimization.hold_base_steps:
-            for parameter in self.base_parameters():
-                parameter.grad = None
-
-    def _check_gradients(self, optimizer: Optimizer) -> None:
-        # A loss that is scaled up for float16 overflows at first, and its scaler skips the step.
-        scaled = getattr(self.trainer.precision_plugin, "scaler", None) is not None
-        if scaled or self._in_range_test():
-            return
-        gradients = [
-            parameter.grad
-            for group in optimizer.param_groups
-            for parameter in group["params"]
-            if parameter.grad is not None
-        ]
-        if gradients:
-            self._watch.note("a gradient", all_finite(gradients), self.trainer.global_step)
-
-    def on_train_end(self) -> None:
-        """Asks the device whether all steps were finite."""
-        self._watch.check()
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what a resumed run needs to repeat the uninterrupted one.

@@ -174,15 +174,29 @@ def load_weights(
     Raises:
         UserError: If they do not fit; the message names the file and the first weights that do not.
     """
+    reason = _differing(module, weights)
     try:
-        module.load_state_dict(weights, strict=strict)
+        if reason is None:
+            module.load_state_dict(weights, strict=strict)
     except RuntimeError as error:
         _, *reasons = str(error).splitlines() or [""]
-        shown = textwrap.shorten(reasons[0] if reasons else str(error), 200, placeholder=" …")
+        reason = reasons[0] if reasons else str(error)
+    if reason is not None:
+        shown = textwrap.shorten(reason, 200, placeholder=" …").rstrip(".")
         raise UserError(
-            f"the weights in {path} do not fit the model: {shown.rstrip('.')}: give it the "
-            "configuration that it was trained with"
-        ) from None
+            f"the weights in {path} do not fit the model: {shown}: give it the configuration that "
+            "it was trained with"
+        )
+
+
+def _differing(module: nn.Module, weights: Mapping[str, Any]) -> str | None:
+    """Says which weights differ that are one parameter of the module, if there are such."""
+    names: dict[int, str] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        first = names.setdefault(id(parameter), name)
+        if first in weights and name in weights and not torch.equal(weights[first], weights[name]):
+            return f"{first} and {name} are one parameter of the model, and two in the checkpoint"
+    return None
 
 
 def rebuild(

@@ -150,10 +150,23 @@ def keep_settings(optimizer: Optimizer, settings: Callable[[], Sequence[dict[str
     Args:
         optimizer: The optimizer.
         settings: Returns those of each group, asked whenever a checkpoint is loaded.
+
+    Loading raises a UserError if the checkpoint is of other parameters.
     """
 
     def restore(optimizer: Optimizer) -> None:
         for group, own in zip(optimizer.param_groups, settings(), strict=True):
             group.update({**optimizer.defaults, **own, "initial_lr": own["lr"]})
 
+    def check(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        sizes = [len(group["params"]) for group in optimizer.param_groups]
+        given = [len(group["params"]) for group in state_dict["param_groups"]]
+        if sizes != given:
+            raise UserError(
+                "the checkpoint and the model do not fit each other: its optimizer has "
+                f"{sum(given)} parameters in {len(given)} groups, the model {sum(sizes)} in "
+                f"{len(sizes)}: give it the configuration that it was trained with"
+            )
+
+    optimizer.register_load_state_dict_pre_hook(check)
     optimizer.register_load_state_dict_post_hook(restore)

@@ -3,6 +3,7 @@
 import time
 
 from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.loggers import Logger
 
 from dflows.errors import UserError
 
@@ -15,3 +16,23 @@ class Slow(Callback):
 class RefuseValidation(Callback):
     def on_validation_start(self, trainer, pl_module):
         raise UserError("no validation is wanted")
+
+
+class Spoil(Callback):
+    """Spoils the gradients of one process alone, before they are added up."""
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if trainer.global_step == 2 and trainer.global_rank == 1:
+            next(pl_module.parameters()).register_hook(lambda gradient: gradient * float("nan"))
+
+
+class Folderless(Logger):
+    """A logger that keeps no files."""
+
+    name = version = None
+
+    def log_metrics(self, metrics, step=None):
+        pass
+
+    def log_hyperparams(self, params):
+        pass

@@ -81,3 +81,32 @@ def test_transforms_that_a_process_samples_no_example_for_do_not_stop_the_others
     metrics = read_record(tmp_path / "runs" / "small" / "version_0" / "small-1.json").metrics
     assert metrics["steps"] == STEPS
     assert metrics["characters"] == {"valid": 300, "test": 300}
+
+
+def test_a_process_without_a_validation_batch_is_not_waited_for(tmp_path):
+    more = {"max_steps": STEPS, "val_check_interval": 2}
+    config = small_config(tmp_path, write_text(tmp_path), **more)
+    # Of a split of one window there is one batch, and buffers that both processes share.
+    arguments = ("--data.max_eval_characters", 16, "--data.batch_size", 4)
+    arguments += (
+        "--model.base_refit_every",
+        2,
+        "--trainer.devices",
+        2,
+        "--trainer.strategy",
+        "ddp",
+    )
+    done = run_apart("fit", "--config", config, *arguments, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    metrics = read_record(tmp_path / "runs" / "small" / "version_0" / "small-1.json").metrics
+    assert metrics["characters"] == {"valid": 16, "test": 16}
+
+
+def test_two_processes_that_diverge_both_end(tmp_path):
+    config = small_config(tmp_path, write_text(tmp_path), max_steps=STEPS, val_check_interval=STEPS)
+    more = ("--trainer.callbacks", "tests.callbacks.Spoil", "--trainer.devices", 2)
+    done = run_apart("fit", "--config", config, *more, "--trainer.strategy", "ddp", cwd=tmp_path)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "the training diverged: a gradient at step 2 is not finite" in done.stderr
+    assert not list(tmp_path.rglob("*.ckpt"))
+    assert not list(tmp_path.rglob("*-[01].json"))

@@ -223,3 +223,84 @@ def test_nor_do_a_resumed_fit_and_an_evaluation(command, inside, tmp_path, monke
         kept = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
         folder = kept["trainer"]["logger"]["init_args"]["save_dir"]
         assert folder == ("runs" if inside else str(tmp_path / "runs"))
+
+
+def files_of_the_run(folder):
+    return {path.name for path in folder.iterdir() if not path.name.startswith("events.out.")}
+
+
+FILES = {"best.ckpt", "last.ckpt", "config.yaml", "tokenizer.json", "small-1.json"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "folder"),
+    [
+        (("--trainer.enable_progress_bar", "false"), "runs/small/version_0"),
+        (
+            ("--trainer.callbacks+=TQDMProgressBar", "--progress_bar.refresh_rate", 1),
+            "runs/small/version_0",
+        ),
+        (("--trainer.logger", "false"), "runs/small/version_0"),
+        (("--trainer.logger", "tests.callbacks.Folderless"), "runs/small/version_0"),
+        (
+            ("--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "logs"),
+            "logs/small/version_0",
+        ),
+    ],
+)
+def test_bars_and_loggers_of_all_kinds_work(tmp_path, monkeypatch, arguments, folder):
+    monkeypatch.chdir(tmp_path)
+    config = small_config(tmp_path, write_text(tmp_path), max_steps=2, val_check_interval=2)
+    assert run_here("fit", "--config", config, *arguments) == 0
+    assert files_of_the_run(tmp_path / folder) >= FILES
+    assert not list(tmp_path.glob("*.ckpt"))
+
+
+def test_runs_without_a_logger_do_not_write_over_each_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = small_config(tmp_path, write_text(tmp_path), max_steps=2, val_check_interval=2)
+    for _ in range(2):
+        assert run_here("fit", "--config", config, "--trainer.logger", "false") == 0
+    runs = tmp_path / "runs" / "small"
+    assert [files_of_the_run(runs / f"version_{n}") for n in (0, 1)] == [FILES, FILES]
+    more = ("--trainer.logger", "false", "--trainer.max_steps", 4)
+    assert run_here("fit", "--config", config, *more, "--ckpt_path", runs / "version_0") == 0
+    assert sorted(path.name for path in runs.iterdir()) == ["version_0", "version_1"]
+
+
+def test_what_finders_found_is_recorded_and_used(tmp_path):
+    config = small_config(tmp_path, write_text(tmp_path), max_steps=3, val_check_interval=3)
+    arguments = ("--trainer.callbacks+=LearningRateFinder",)
+    arguments += ("--trainer.callbacks.num_training_steps", 20)
+    arguments += ("--trainer.callbacks+=BatchSizeFinder", "--trainer.callbacks.max_trials", 3)
+    arguments += ("--trainer.callbacks.steps_per_trial", 2)
+    assert run_here("fit", "--config", config, *arguments) == 0
+    run = tmp_path / "runs" / "small" / "version_0"
+    record = read_record(run / "small-1.json")
+    rate = record.config["model"]["init_args"]["optimization"]["learning_rate"]
+    size = record.config["data"]["init_args"]["batch_size"]
+    assert rate != 0.01
+    assert size == 8
+    content = torch.load(run / "last.ckpt", weights_only=True)
+    (optimizer,) = content["optimizer_states"]
+    assert {group["initial_lr"] for group in optimizer["param_groups"]} == {rate}
+    kept = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    assert kept["model"]["init_args"]["optimization"]["learning_rate"] == rate
+    assert kept["data"]["init_args"]["batch_size"] == size
+    read = record.metrics["characters_per_second"] * record.metrics["train_seconds"]
+    assert read == pytest.approx(3 * size * 16)
+    assert record.metrics["steps"] == 3
+
+
+def test_a_run_that_diverges_ends_in_one_line_and_is_not_recorded(tmp_path, capfd, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    arguments = ("--config", "smoke/strided.yaml", "--model.optimization.learning_rate", 1e9)
+    arguments += ("--trainer.max_steps", 60, "--trainer.val_check_interval", 20)
+    assert run_here("fit", *arguments, "--record", "records") == 1
+    error = capfd.readouterr().err.splitlines()
+    assert [line for line in error if line.startswith("error: ")] == error[-1:]
+    assert re.search(r"step \d+", error[-1])
+    assert not list(tmp_path.rglob("*-[01].json"))
+    for path in tmp_path.rglob("*.ckpt"):
+        weights = torch.load(path, weights_only=True)["state_dict"].values()
+        assert all(torch.isfinite(weight).all() for weight in weights), path

@@ -12,9 +12,9 @@ from dflows import Context, acceleration, flows
 from dflows.backbones import LSTM
 from dflows.cli.checkpoints import describe_run, load_model, read_checkpoint
 from dflows.cli.trained import draw
-from lightning_modules.checkpoints import KEY
 from dflows.orderings import Parity
 from lightning_modules import FlowModule, LanguageModel
+from lightning_modules.checkpoints import KEY
 from tests.commands import ODD, run_apart, run_here, small_config, write_text
 
 

@@ -1,5 +1,6 @@
 """A run that is killed and resumed is the uninterrupted one; one that is interrupted says so."""
 
+import shutil
 import signal
 import subprocess
 import time
@@ -116,14 +117,65 @@ def test_a_run_goes_on_from_its_folder_or_from_a_checkpoint_taken_out_of_it(tmp_
     assert {path.name for path in run.parent.iterdir()} == {"version_0", written.name}
 
 
+def scores(folder):
+    """The best so far of a run, and its path, as its last checkpoint tells."""
+    content = torch.load(folder / "last.ckpt", weights_only=True)
+    (state,) = (state for key, state in content["callbacks"].items() if "Best" in key)
+    return float(state["best_model_score"]), state["best_model_path"]
+
+
+@pytest.mark.parametrize("kind", ["moved", "copied", "another logger"])
+def test_the_best_checkpoint_of_a_run_is_kept(tmp_path, kind, monkeypatch):
+    config = small_config(tmp_path, write_text(tmp_path))
+    assert run_here("fit", "--config", config) == 0
+    run = tmp_path / "runs" / "small" / "version_0"
+    score, _ = scores(run)
+    best = (run / "best.ckpt").read_bytes()
+    folder, more = run, ()
+    if kind != "another logger":
+        folder = tmp_path / "elsewhere" / "small" / "version_0"
+        shutil.copytree(run, folder)
+        if kind == "moved":
+            shutil.rmtree(run)
+    else:
+        monkeypatch.chdir(tmp_path)
+        more = ("--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", tmp_path / "logs")
+    # Every weight is thrown far away: nothing that comes is better.
+    more += ("--model.optimization.learning_rate", 10, "--model.optimization.schedule", "constant")
+    more += ("--ckpt_path", folder / "last.ckpt", "--trainer.max_steps", 9)
+    assert run_here("fit", "--config", config, *more) == 0
+    written = tmp_path / "logs/small/version_0" if kind == "another logger" else folder
+    assert scores(written) == (score, str(written / "best.ckpt"))
+    assert (written / "best.ckpt").read_bytes() == best
+    metrics = read_record(written / "small-1.json").metrics
+    assert metrics["valid_bpc"] == pytest.approx(score, rel=1e-6)
+    if kind == "copied":
+        assert (run / "best.ckpt").read_bytes() == best
+
+
+def test_changed_settings_of_the_optimizer_are_applied_and_recorded(tmp_path):
+    config = small_config(tmp_path, write_text(tmp_path))
+    assert run_here("fit", "--config", config) == 0
+    run = tmp_path / "runs" / "small" / "version_0"
+    more = ("--model.optimization.learning_rate", 0.5, "--model.optimization.weight_decay", 0.25)
+    more += ("--ckpt_path", run, "--trainer.max_steps", 9)
+    assert run_here("fit", "--config", config, *more) == 0
+    (optimizer,) = torch.load(run / "last.ckpt", weights_only=True)["optimizer_states"]
+    assert {group["initial_lr"] for group in optimizer["param_groups"]} == {0.5}
+    assert {group["weight_decay"] for group in optimizer["param_groups"]} == {0.0, 0.25}
+    recorded = read_record(run / "small-1.json").config["model"]["init_args"]["optimization"]
+    assert (recorded["learning_rate"], recorded["weight_decay"]) == (0.5, 0.25)
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (("--seed_everything", 2), "seed_everything is 2, and the run that goes on from"),
         (
             ("--model.flow.backbone.width", 12),
             "do not fit the model: size mismatch for flow.transforms.0",
         ),
-        (("--model.flow.share_backbone", "true"), "do not fit the model"),
+        (("--model.flow.share_backbone", "true"), "are one parameter of the model, and two in"),
         (("--data.vocabulary", "bytes"), "another vocabulary (23 symbols, here 256)"),
     ],
 )

@@ -12,6 +12,7 @@ from dflows.backbones.checks import check_causal, check_features, check_next_lev
 from dflows.backbones.stepped_lstm import SteppedLSTM
 from dflows.errors import UserError
 from dflows.remembered import Remembered
+from dflows.representations import without_autocast
 
 __all__ = ["LSTM"]
 
@@ -137,7 +138,7 @@ class LSTM(StatefulBackbone):
 
     def _read(self, inputs: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         # Processors without bfloat16 instructions have no LSTM for autocast to call.
-        with torch.autocast("cpu", enabled=False):
+        with without_autocast("cpu"):
             lstm, inputs = self.lstm, inputs.to(self.linear.weight.dtype)
             if not (self.training and self.weight_drop):
                 return lstm(inputs, state)

@@ -4,6 +4,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dflows.representations import without_autocast
+
 __all__ = ["SteppedLSTM"]
 
 
@@ -28,7 +30,7 @@ class SteppedLSTM:
         """Reads a row (B, features) and returns the hidden state (B, hidden) of the last layer."""
         lstm = self.lstm
         # In the precision of a whole pass, which autocast leaves alone on a CPU.
-        with torch.autocast("cpu", enabled=False):
+        with without_autocast("cpu"):
             x = row.to(self.hidden[0].dtype)
             for layer, weights in enumerate(self.weights):
                 state = self.hidden[layer], self.cells[layer]

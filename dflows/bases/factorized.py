@@ -130,7 +130,8 @@ class FactorizedBase(ClosedFormBase):
         return True
 
     def greedy(self, num_values: int, length: int, context: Tensor | None = None) -> Tensor:
-        return self.logits.argmax(dim=-1)[self.groups[:length]].expand(num_values, -1)
+        logits = check_logits(self.logits, type(self).__name__)
+        return logits.argmax(dim=-1)[self.groups[:length]].expand(num_values, -1)
 
     @torch.no_grad()
     def init_from_counts(self, counts: Tensor) -> None:

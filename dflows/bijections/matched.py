@@ -1,6 +1,7 @@
 """The location-scale map that is matched with a distribution."""
 
 import math
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,7 +12,13 @@ from dflows import modular
 from dflows.bijections.bijection import INITIAL_MARGIN, SoftmaxBijection
 from dflows.errors import NonFiniteError
 from dflows.gradients import GradientRule
-from dflows.representations import full_precision, is_at_hand, is_one_hot, to_one_hot
+from dflows.representations import (
+    full_precision,
+    is_at_hand,
+    is_one_hot,
+    to_one_hot,
+    without_autocast,
+)
 
 __all__ = ["MatchedAffine"]
 
@@ -25,6 +32,20 @@ MANY_ENTRIES = 2**23
 """The same of other devices: 64 MB."""
 SMALLEST_BLOCK = 64
 """Smallest number of rows of a block: a product of fewer is slow."""
+
+
+@lru_cache(maxsize=8)
+def _table(num_classes: int, inverse: bool, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        locs, scales = (part.to(device)[:, None] for part in _maps(num_classes))
+        mapping = modular.affine_inverse if inverse else modular.affine
+        return mapping(torch.arange(num_classes, device=device), locs, scales, num_classes)
+
+
+def _maps(num_classes: int) -> tuple[Tensor, Tensor]:
+    """Returns location and scale (C,) of every map."""
+    scales = modular.units(num_classes)
+    return torch.arange(num_classes).repeat_interleave(len(scales)), scales.repeat(num_classes)
 
 
 class _Map(torch.autograd.Function):
@@ -97,11 +118,9 @@ class MatchedAffine(SoftmaxBijection):
 
     def __init__(self, num_classes: int, rule: GradientRule | None = None) -> None:
         super().__init__(num_classes, num_classes, rule)
-        scales = modular.units(num_classes)
-        self.register_buffer(
-            "locs", torch.arange(num_classes).repeat_interleave(len(scales)), False
-        )
-        self.register_buffer("scales", scales.repeat(num_classes), False)
+        locs, scales = _maps(num_classes)
+        self.register_buffer("locs", locs, False)
+        self.register_buffer("scales", scales, False)
         # Falling, as the initial logits do: so paired, nothing but the identity is best.
         peaked = to_one_hot(torch.tensor(0), num_classes) * math.log(num_classes)
         self.target = nn.Parameter(peaked + self.initial_logits())
@@ -111,16 +130,14 @@ class MatchedAffine(SoftmaxBijection):
 
     def _table(self, inverse: bool) -> Tensor:
         """Tabulates (C, K) what every map, or its inverse, makes of every class."""
-        classes = torch.arange(self.num_classes, device=self.locs.device)
-        mapping = modular.affine_inverse if inverse else modular.affine
-        return mapping(classes, self.locs[:, None], self.scales[:, None], self.num_classes)
+        return _table(self.num_classes, inverse, self.locs.device)
 
     def _integers(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Computes what is summed: weights (…, K) of the classes, and steps (K,) of log t."""
-        target = self.target.double()
+        target = self.target.detach().double()
         target = target - target.min()
         largest = target.max()
-        if is_at_hand(largest) and not largest.isfinite():
+        if is_at_hand(largest) and not math.isfinite(largest):
             raise NonFiniteError(
                 "MatchedAffine's target, a parameter, is not finite. Training has most likely "
                 "diverged: lower the learning rate, or clip gradients"
@@ -149,7 +166,7 @@ class MatchedAffine(SoftmaxBijection):
 
     def choice_logits(self, logits: Tensor) -> tuple[Tensor, ...]:
         logits, table = self._checked(logits), self._table(inverse=True)
-        with torch.autocast(logits.device.type, enabled=False):
+        with without_autocast(logits.device.type):
             scores, best = self._scores(logits, table), self._best(logits, table).unsqueeze(-1)
         with torch.no_grad():  # round-off may put another map in front: the exact one overtakes it
             largest, found = scores.max(dim=-1, keepdim=True)
@@ -159,7 +176,7 @@ class MatchedAffine(SoftmaxBijection):
 
     def chosen(self, logits: Tensor) -> tuple[Tensor, ...]:
         logits = self._checked(logits)
-        with torch.autocast(logits.device.type, enabled=False):
+        with without_autocast(logits.device.type):
             return (self._best(logits, self._table(inverse=True)),)
 
     def map_by(self, value: Tensor, choices: tuple[Tensor, ...], *, inverse: bool) -> Tensor:

@@ -33,9 +33,12 @@ MOST_PROBES = 1 << 16
 """Values that are evaluated at most in every round but the first."""
 MOST_LEVELS = 4
 """Levels of a masked network that are evaluated."""
+FEW = 8
+"""Examples that shaken weights see together, at most."""
 STEPPED_ROWS = 4
 """Examples on which one evaluation is held against steps."""
 TOLERANCE = 1e-6
+DIVERGED = "training has most likely diverged, so lower the learning rate, or clip gradients"
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ def check_causal(
     first_level: int = 0,
     batch: Tensor | None = None,
     trained: bool = False,
-    batch_size: int = 8,
+    batch_size: int = FEW,
 ) -> None:
     """Shows that a network's output at a dimension depends on lower levels and nothing else.
 
@@ -124,7 +127,7 @@ def check_causal(
         first_level: The lowest level whose output is of use: 1 in a transform.
         batch: Data, indices (B, d), on whose rows it is shown as well as on random ones.
         trained: Whether to show it of the weights as they are too, not of shaken ones alone.
-        batch_size: Examples that are evaluated together later on.
+        batch_size: Examples that evaluation scores together; the weights as they are see as many.
 
     Raises:
         CertificateError: If it depends on a value of its own or a higher level, on another example
@@ -137,21 +140,22 @@ def check_causal(
             _check(random, shaken)
             random = replace(random, most=MOST_PROBES)
             with torch.inference_mode():
-                data = replace(random, batch=batch, batch_size=max(batch_size, 2))
-                _check(data, shaken)
+                few = max(min(batch_size, FEW), 2)
+                data = replace(random, batch=batch, batch_size=few)
+                _check(data if shaken else replace(data, batch_size=max(batch_size, 2)), shaken)
                 if length > 2:
-                    _check_shorter(replace(data, length=length // 2 + 1), shaken)
                     _check_shorter(replace(random, length=length - 1), shaken)
+                    _check_shorter(replace(data, length=length // 2 + 1), shaken)
 
 
 def _check_shorter(probes: _Round, shaken: bool) -> None:
     try:
         _check(probes, shaken)
-    except CertificateError as error:
-        raise CertificateError(f"on an event of {probes.length} dimensions, {error}") from error
     except LengthError:
         pass
     except UserError as error:
+        if isinstance(error, CertificateError) and error.__cause__ is None:
+            raise CertificateError(f"on an event of {probes.length} dimensions, {error}") from error
         raise CertificateError(
             f"an event of {probes.length} dimensions fails where the flow has "
             f"{probes.conditioner.length}: {error}; a backbone must take any length up to the "
@@ -180,11 +184,7 @@ def _check_examples(probes: _Round, shaken: bool) -> None:
     before = probes.evaluate(y, contexts)
     if not before.isfinite().all():
         dimension = int((~before.isfinite()).nonzero()[0, 1]) % probes.length
-        remedy = (
-            "its outputs must be numbers"
-            if shaken
-            else "training has most likely diverged, so lower the learning rate, or clip gradients"
-        )
+        remedy = "its outputs must be numbers" if shaken else DIVERGED
         raise CertificateError(
             f"{probes.name} returns features that are not finite, first at dimension {dimension}: "
             f"{remedy}"
@@ -231,8 +231,15 @@ def _check_steps(probes: _Round) -> None:
         return y[:, dimensions]
 
     first = probes.first_level
+    logits = exact(y, contexts, first_level=first).double()
+    unsound = ~logits.amax(dim=-1).isfinite()
+    if unsound.any():
+        raise CertificateError(
+            f"the head or the expert of {probes.name} gives logits that are not finite, first at "
+            f"dimension {int(unsound.nonzero()[0, 1])}: {DIVERGED}"
+        )
     decide_levels(exact, y, note, contexts, first_level=first)
-    where = _first_change(steps, exact(y, contexts, first_level=first).double())
+    where = _first_change(steps, logits)
     if where is not None:
         _check_levels(replace(probes, most=None), probes.name, probes.evaluate)
         raise CertificateError(

@@ -1,6 +1,8 @@
 """All certificates of a flow."""
 
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -103,7 +105,7 @@ def check_flow(
     *,
     batch: Tensor | None = None,
     trained: bool = False,
-    batch_size: int = 8,
+    batch_size: int | None = None,
 ) -> None:
     """Runs all certificates on a flow.
 
@@ -124,7 +126,7 @@ def check_flow(
         batch: Data, indices (B, d), on whose rows certificates are shown beside random values.
         trained: Whether to certify the weights as they are too, before a figure is recorded, not
             shaken ones alone.
-        batch_size: Examples that evaluation scores together.
+        batch_size: Examples that evaluation scores together; as many as `batch` has by default.
 
     Raises:
         CertificateError: If one fails.
@@ -132,6 +134,8 @@ def check_flow(
     """
     if batch is not None:
         batch = flow.check_indices(batch)
+    if batch_size is None:
+        batch_size = 2 if batch is None else len(batch)
     with torch.inference_mode(False), torch.no_grad(), flow.exactly(device_of(flow)):
         batch = None if batch is None else batch.clone()
         encoded = _encode(flow, context)
@@ -144,17 +148,17 @@ def check_flow(
                 trained=trained,
                 batch_size=batch_size,
             )
+        check_maps = partial(
+            check_bijective, num_classes=flow.num_classes, batch=batch, trained=trained
+        )
         stack = [Composition(flow.transforms)] if len(flow.transforms) > 1 else []
         for transform in [*dict.fromkeys(flow.transforms), *stack]:
-            check_bijective(
-                transform,
-                encoded,
-                num_classes=flow.num_classes,
-                length=flow.length,
-                batch=batch,
-                trained=trained,
-            )
+            check_maps(transform, encoded, length=flow.length)
         check_shorter(flow, encoded, batch=batch)
+        if flow.transforms and flow.length > 2:
+            with suppress(LengthError):
+                whole = Composition(flow.transforms)
+                check_maps(whole, encoded, num_values=0, length=flow.length // 2 + 1)
         for length in SHORT:
             if length < flow.length:
                 check_normalized(

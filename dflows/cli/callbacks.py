@@ -41,21 +41,27 @@ class RunFolder(Callback):
     Args:
         name: Name of the run.
         resumed: The folder of the run that this one continues, if it is one.
+        checkpoint: The checkpoint that it goes on from.
     """
 
-    def __init__(self, name: str, resumed: Path | None = None) -> None:
+    def __init__(
+        self, name: str, resumed: Path | None = None, checkpoint: Path | None = None
+    ) -> None:
         self.name = name
         self.resumed = resumed
+        self.checkpoint = checkpoint
         self.path: Path | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Finds the folder, which all processes share, and tells checkpoints of it."""
         if self.path is None:
             found = str(self._find(trainer).absolute()) if trainer.is_global_zero else None
-            self.path = Path(trainer.strategy.broadcast(found))
+            self.path = Path(str(trainer.strategy.broadcast(found)))
         for callback in trainer.checkpoint_callbacks:
-            if isinstance(callback, _Checkpoint) and callback.dirpath is None:
-                callback.dirpath = str(self.path)
+            if isinstance(callback, _Checkpoint):
+                callback.dirpath = callback.dirpath or str(self.path)
+                if self.checkpoint is not None:
+                    callback.resumed_from = self.checkpoint.absolute().parent
 
     def _find(self, trainer: pl.Trainer) -> Path:
         logger = trainer.logger
@@ -91,13 +97,7 @@ class _Checkpoint(ModelCheckpoint):
         super().__init__(
             save_top_k=1, auto_insert_metric_name=False, enable_version_counter=False, **kwargs
         )
-        self._resumed_from: Path | None = None
-
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Notes which checkpoint the run goes on from."""
-        super().setup(trainer, pl_module, stage)
-        if trainer.ckpt_path is not None:
-            self._resumed_from = Path(trainer.ckpt_path).absolute().parent
+        self.resumed_from: Path | None = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on with the best so far, wherever its folder has come to lie."""
@@ -121,7 +121,7 @@ class _Checkpoint(ModelCheckpoint):
 
     def _find(self, kept: Path) -> Path | None:
         """Returns where a checkpoint of the run lies now: beside the one gone on from, if moved."""
-        beside = None if self._resumed_from is None else self._resumed_from / kept.name
+        beside = None if self.resumed_from is None else self.resumed_from / kept.name
         return next((path for path in (beside, kept) if path and path.is_file()), None)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -137,7 +137,7 @@ def load_model(checkpoint: Checkpoint, allowed: Sequence[str] = ()) -> BaseModul
         UserError: If it names classes of other packages, or its weights do not fit.
     """
     check_trusted(checkpoint.config, allowed, checkpoint.path)
-    model = instantiate(BaseModule, checkpoint.config["model"])
+    model = instantiate(BaseModule, checkpoint.config["model"])  # type: ignore[type-abstract]
     load_weights(model, checkpoint.weights, checkpoint.path)
     return model.eval()
 

@@ -268,7 +268,7 @@ class FlowCLI(LightningCLI):
             logger.init_args.save_dir = str(below_here(folder.parents[1]))
             logger.init_args.name = folder.parent.name
             logger.init_args.version = folder.name
-        elif own and logger.init_args.name is None:
+        elif isinstance(logger, Namespace) and logger.get("init_args.name", "") is None:
             logger.init_args.name = config.name
 
     def _check_config(self) -> None:
@@ -335,7 +335,9 @@ class FlowCLI(LightningCLI):
         self._drop_progress_bar()
         trainer = super().instantiate_trainer(plugins=plugins, **kwargs)
         self.stopwatch = Stopwatch()
-        self.folder = RunFolder(self.config.name, self._resumed_folder)
+        given = self.config.ckpt_path
+        checkpoint = None if given is None else Path(given)
+        self.folder = RunFolder(self.config.name, self._resumed_folder, checkpoint)
         trainer.callbacks[:0] = [self.folder, Certificates(), self.stopwatch]  # type: ignore[attr-defined]
         return trainer
 

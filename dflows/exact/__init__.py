@@ -1,12 +1,11 @@
 """Tiny problems of which everything is known: measures, gradients, and the best tabular flow."""
 
 from dflows.exact.exhaustive import exhaustive_optimum
+from dflows.exact.expectations import expected_log_likelihood, mixture_log_likelihood
 from dflows.exact.gradients import (
     GradientComparison,
     compare_gradients,
     compare_objectives,
-    expected_log_likelihood,
-    mixture_log_likelihood,
 )
 from dflows.exact.measures import (
     MOST_STATES,

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor, nn
 
-from dflows.errors import UserError
+from dflows.errors import NonFiniteError, UserError
 from dflows.exact.contexts import each_context_once
 from dflows.flow import DiscreteFlow
 
@@ -218,10 +218,21 @@ def _log_probs(
                     kept = table[block] > 0
                     numbers, y = numbers[kept], y[kept]
                 if len(y):
-                    yield numbers, log_prob(y.to(device)).cpu().double()
+                    yield numbers, _checked(log_prob(y.to(device)).cpu().double(), module)
     finally:
         for part in training:
             part.training = True
+
+
+def _checked(log_probs: Tensor, module: nn.Module) -> Tensor:
+    wrong = ~(log_probs < torch.inf)
+    if wrong.any():
+        raise NonFiniteError(
+            f"{type(module).__name__} gives {int(wrong.sum())} of {len(log_probs)} states a "
+            f"log-probability of {float(log_probs[wrong][0])}: it has most likely diverged, so "
+            "lower the learning rate, or clip gradients"
+        )
+    return log_probs
 
 
 def probabilities(flow: DiscreteFlow, block_size: int = BLOCK_SIZE) -> Tensor:
@@ -273,6 +284,7 @@ def expected_loss(
 
     Raises:
         UserError: If `probabilities` is no table of probabilities.
+        NonFiniteError: If a log-probability is NaN, or infinite and positive.
 
     Example:
         >>> from torch import nn

@@ -1,7 +1,9 @@
 """Layerwise training, at last on all that lies beneath: the local expectation gradient."""
 
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dflows.errors import UserError
 from dflows.flow import DiscreteFlow
@@ -71,6 +73,11 @@ class LocalExpectationGradient(Layerwise):
             f"rounds={self.rounds - 1}, temperature={self.temperature}, num_draws={self.num_draws}"
         )
 
+    def frozen(self, flow: DiscreteFlow, progress: float | None) -> Sequence[nn.Parameter]:
+        frozen, targets = [*super().frozen(flow, progress)], [*self.targets.values()]
+        further = self.stage(flow, progress) >= len(flow.conditional_transforms)
+        return list({id(part): part for part in (*frozen, *further * targets)}.values())
+
     def learn(
         self,
         flow: DiscreteFlow,
@@ -88,7 +95,8 @@ class LocalExpectationGradient(Layerwise):
         with torch.no_grad():
             x = y.index_copy(1, dimensions, transform.bijection.inverse(part, logits))
             values = _values(flow, position, transform, x, dimensions, context)
-        return Step(x, self._policy(transform, part, logits, values))
+        zeros = self._policy(transform, part, logits, values)
+        return Step(x, zeros + self.idle(None, number))
 
     def _policy(
         self, transform: ConditionalTransform, y: Tensor, logits: Tensor, values: Tensor

@@ -68,8 +68,8 @@ class LocalLosses(Objective):
         key = str(number)
         return self.targets[key].log_softmax(dim=-1) if key in self.targets else None
 
-    def idle(self, transform: nn.Module, number: int) -> Tensor | float:
-        """Returns a zero that depends on the parameters of a transform and of its target."""
+    def idle(self, transform: nn.Module | None, number: int) -> Tensor | float:
+        """Returns a zero that depends on the parameters of a transform and on its target."""
         unused, target = idle(transform), self.target(number)
         return unused if target is None else unused + 0 * target.sum()
 
@@ -94,6 +94,11 @@ class LocalLosses(Objective):
             need_all: Whether x must then be right at all dimensions nonetheless.
         """
         target = self.target(number)
+        if target is None and transform.bijection.needs_target:
+            raise UserError(
+                f"{type(self).__name__} has no target for a {type(transform.bijection).__name__}: "
+                "call objective.prepare(flow) once, before the optimizer is made"
+            )
         if one_level and not transform.conditioner.one_pass:
             sampled = _sampled_level(transform, y, target, context)
             if not need_all:

@@ -5,7 +5,7 @@ from experiments.reports.markdown import mean_and_spread, number, table
 
 __all__ = ["render"]
 
-HEAD = ("model", "published, nats", "ours, test nats", "told exactly", "steps", "seconds")
+HEAD = ("model", "published, nats", "ours, test nats", "exact sums", "steps", "seconds")
 
 
 def render(experiment: Experiment) -> str:

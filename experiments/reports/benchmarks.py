@@ -1,4 +1,4 @@
-"""The tables of the benchmarks: every way of working beside its opponent, in one run."""
+"""The tables of the benchmarks: every method beside its baseline, measured in one run."""
 
 from collections.abc import Callable, Sequence
 
@@ -15,7 +15,7 @@ def render(records: Sequence[Record]) -> str:
         records: The records.
 
     Returns:
-        Markdown: for every device the tables that there are records for, or nothing.
+        Markdown: the tables of every device that has records, or nothing.
     """
     parts = []
     for device in dict.fromkeys(record.device for record in records):
@@ -28,7 +28,7 @@ def render(records: Sequence[Record]) -> str:
 
 
 def _times(value: float | None) -> str:
-    """Formats a ratio so that a hundred and a hundredth can be told."""
+    """Formats a ratio, be it a hundred or a hundredth."""
     return number(value, ",.0f" if value is not None and value >= 1000 else ".3g")
 
 
@@ -47,15 +47,15 @@ def _generation_of(size: str, records: Sequence[Record]) -> list[str]:
         f"Generation, {size}: {first.metrics['generation_length']} characters of "
         f"{first.config['num_classes']} classes, {first.precision}. The device reads "
         f"{first.metrics['memory_bandwidth'] / 1e9:.1f} GB and does "
-        f"{first.metrics['matrix_rate'] / 1e9:.0f} GFLOP a second. The opponent is "
-        f"{first.config['opponent_1']} for 1 sequence and {first.config['opponent_32']} for 32; in "
-        f"the columns of naive it is {first.config['naive_opponent']}."
+        f"{first.metrics['matrix_rate'] / 1e9:.0f} GFLOP a second. The baseline is "
+        f"{first.config['opponent_1']} for 1 sequence and {first.config['opponent_32']} for 32, "
+        f"and the naive baseline is {first.config['naive_opponent']}."
     )
     every = first.config["naive_every"]
     if every > 1:
-        caption += f" Of naive ways every {every}th character is timed and stands for {every}."
-    columns = ("s", "over the roofline", "times the opponent's speed", "times naive")
-    head = ["system, way", "parameters", "passes"]
+        caption += f" Naive: every {every}th character is timed and counted {every} times."
+    columns = ("s", "over the roofline", "speed-up", "speed-up over naive")
+    head = ["system, method", "parameters", "passes"]
     head += [f"{what}, {some}" for some in ("1 sequence", "32 sequences") for what in columns]
     rows = []
     for record in records:
@@ -95,8 +95,8 @@ def _modular(device: str, records: Sequence[Record]) -> list[str]:
     head = ("map", "rows", "ms", "MB", "times the gathers' ms", "times the gathers' MB")
     caption = (
         f"The modular map with its three gradients, for {shape[0]} × {shape[1]} dimensions "
-        f"({device}). Where they would not fit into memory fewer of the {shape[0]} rows are timed, "
-        "and figures are those of the whole in proportion:"
+        f"({device}). What would not fit into memory is timed on fewer of the {shape[0]} rows and "
+        "scaled up:"
     )
     return [caption, table(head, rows)]
 
@@ -115,10 +115,10 @@ def _step(device: str, records: Sequence[Record]) -> list[str]:
                     f"{1 / record.metrics['seconds_ratio']:.2f}",
                 ]
             )
-    head = ("network, bijection", "flow, ms", "language model, ms", "times")
+    head = ("network, bijection", "flow, ms", "language model, ms", "ratio")
     caption = (
-        "A training step of a flow, and of the same network over the same ordering as a language "
-        f"model ({device}):"
+        "A training step of a flow, and of a language model with the same network and ordering "
+        f"({device}):"
     )
     return [caption, table(head, rows)]
 
@@ -133,10 +133,10 @@ def _throughput(device: str, records: Sequence[Record]) -> list[str]:
         for record in records
     ]
     caption = (
-        "Training of the quickstart's network by `dflows.fit` (lightning) and by a hand-written "
+        "Training the quickstart's network with `dflows.fit` (lightning) and with a hand-written "
         f"loop (plain) ({device}):"
     )
-    return [caption, table(("loop", "parameters", "characters a second"), rows)]
+    return [caption, table(("loop", "parameters", "characters/s"), rows)]
 
 
 def _inverse(value: float | None) -> float | None:
@@ -149,4 +149,4 @@ TABLES: dict[str, Callable[[str, Sequence[Record]], list[str]]] = {
     "step": _step,
     "throughput": _throughput,
 }
-"""What renders the records whose names begin so."""
+"""The renderers, by the first part of the records' names."""

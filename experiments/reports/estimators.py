@@ -1,4 +1,4 @@
-"""The tables and the figure of the experiment on estimators."""
+"""The tables and the figure of the experiment on objectives and gradient rules."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +13,7 @@ from experiments.reports.markdown import MISSING, mean_and_spread, number, table
 __all__ = ["describe_figure", "draw", "render"]
 
 ORDERINGS = "model.init_args.flow.init_args.orderings"
-"""Key of the list that has an entry for every flow."""
+"""Key of the list with an entry for every transform."""
 
 _MEASURED = {
     "cosine": ".3f",
@@ -26,7 +26,7 @@ _MEASURED = {
 
 
 class Group(NamedTuple):
-    """Tasks that a table shows beside each other, by the number of their flows."""
+    """Tasks that a table shows side by side, by their number of transforms."""
 
     length: int
     num_classes: int
@@ -38,18 +38,18 @@ def _size(data: Mapping[str, Any]) -> tuple[int, int]:
 
 
 def _groups(experiment: Experiment) -> dict[Group, dict[int, str]]:
-    """Groups the tasks by size and by what ends their runs: number of flows → task."""
+    """Groups the tasks by size and by what ends their runs: number of transforms → task."""
     groups: dict[Group, dict[int, str]] = {}
     for task in experiment.plan.tasks:
-        if flows := len(experiment.setting(task, ORDERINGS) or []):
+        if transforms := len(experiment.setting(task, ORDERINGS) or []):
             timed = experiment.setting(task, "trainer.max_time") is not None
             group = Group(*_size(experiment.setting(task, "data")), timed)
-            groups.setdefault(group, {})[flows] = task
+            groups.setdefault(group, {})[transforms] = task
     return groups
 
 
 def render(experiment: Experiment) -> str:
-    """Renders the likelihoods by the number of flows, and the gradients.
+    """Renders the likelihoods by the number of transforms, and the gradients.
 
     Args:
         experiment: The plan and the records.
@@ -61,12 +61,16 @@ def render(experiment: Experiment) -> str:
     return "\n\n".join([*parts, *_gradients(experiment)])
 
 
+def _transforms(number_of: int) -> str:
+    return f"{number_of} transform{'s' if number_of > 1 else ''}"
+
+
 def _exact(experiment: Experiment, names: list[str], task: str) -> list[float]:
     return [nats for name in names for nats in experiment.values(name, task, "exact_nats")]
 
 
 def _distance(experiment: Experiment, names: list[str], task: str) -> float | None:
-    """Returns how far some rows end from the best tabular flow."""
+    """Returns how far rows end from the best tabular flow."""
     exact, found = _exact(experiment, names, task), _reference(experiment, task)
     return sum(exact) / len(exact) - found if exact and found is not None else None
 
@@ -89,12 +93,12 @@ def _likelihoods(experiment: Experiment, group: Group, tasks: dict[int, str]) ->
         if any(cell != MISSING for cell in cells):
             lines.append([label, *cells])
     for label, metric in (
-        ("*tables, in turn*", "layerwise_nats"),
+        ("*tables, layerwise*", "layerwise_nats"),
         ("*best tabular flow*", "reference_nats"),
     ):
         found = [_reference(experiment, task, metric) for task in tasks.values()]
         lines.append([label, *map(number, found)])
-    head = ["estimator", *(f"{flows} flow{'s' if flows > 1 else ''}" for flows in tasks)]
+    head = ["objective or rule", *map(_transforms, tasks)]
     return (
         f"**D = {group.length}, K = {group.num_classes}, {ends}**: exact nats, and seconds of "
         f"training; entropy {entropy}.\n\n"
@@ -103,7 +107,7 @@ def _likelihoods(experiment: Experiment, group: Group, tasks: dict[int, str]) ->
 
 
 def _reference(experiment: Experiment, task: str, metric: str = "reference_nats") -> float | None:
-    """Returns what tables of a task's size and number of flows reach."""
+    """Returns what tables of a task's size and number of transforms reach."""
     wanted = _size(experiment.setting(task, "data")), len(experiment.setting(task, ORDERINGS))
     for record, *_ in experiment.records.values():
         if record.kind != "reference":
@@ -120,14 +124,14 @@ def _compared(experiment: Experiment, row: str, task: str) -> list[Record]:
 
 
 def _gradients_size(record: Record) -> tuple[int, int, int]:
-    """Returns length, classes and flows of the networks that gradients were compared at."""
+    """Returns the length, classes and transforms of the flow that gradients were compared at."""
     trained = record.config["trained"]
     return *_size(trained["data"]), len(setting(trained, ORDERINGS))
 
 
 def _gradients(experiment: Experiment) -> list[str]:
     head = [
-        "estimator",
+        "objective or rule",
         "cosine",
         "norm ratio",
         "with the mixture's",
@@ -140,8 +144,9 @@ def _gradients(experiment: Experiment) -> list[str]:
         lines, caption = [], ""
         for name, row in experiment.plan.rows.items():
             for record in _compared(experiment, name, task):
-                length, num_classes, flows = _gradients_size(record)
-                caption = f"**Gradients, D = {length}, K = {num_classes}, {flows} flows**"
+                length, num_classes, transforms = _gradients_size(record)
+                size = f"D = {length}, K = {num_classes}, {_transforms(transforms)}"
+                caption = f"**Gradients, {size}**"
                 measured = [
                     number(record.metrics.get(f"gradient_{metric}"), form)
                     for metric, form in _MEASURED.items()
@@ -153,7 +158,7 @@ def _gradients(experiment: Experiment) -> list[str]:
 
 
 def describe_figure(experiment: Experiment) -> str:
-    """Returns what the figure shows first, in words."""
+    """Returns what the first panel shows, in words."""
     parts = []
     tasks = _groups(experiment).get(Group(5, 5, timed=False), {})
     for label, names in experiment.labels.items():
@@ -174,18 +179,18 @@ def draw(experiment: Experiment, file: Path) -> None:
     with drawing(file, describe_figure(experiment), ncols=3, figsize=(11, 4.2)) as (figure, axes):
         for number_of, (label, names) in enumerate(experiment.labels.items()):
             color = f"C{number_of}"
-            pairs = [(flows, _distance(experiment, names, task)) for flows, task in tasks.items()]
+            pairs = [(count, _distance(experiment, names, task)) for count, task in tasks.items()]
             _line(axes[0], pairs, label, color)
             measured = _cosines(experiment, names)
-            _line(axes[1], [(flows, value) for k, flows, value in measured if k == 5], label, color)
-            by_classes = sorted((k, value) for k, flows, value in measured if flows == 2)
+            _line(axes[1], [(count, value) for k, count, value in measured if k == 5], label, color)
+            by_classes = sorted((k, value) for k, count, value in measured if count == 2)
             _line(axes[2], by_classes, None, color)
         for place, (x, title) in zip(
             axes,
             (
-                ("flows", "nats above the best tabular flow\n(D = 5, K = 5)"),
-                ("flows", "cosine with the exact gradient\n(D = 3, K = 5)"),
-                ("classes K", "cosine with the exact gradient\n(D = 3, 2 flows)"),
+                ("transforms", "nats above the best tabular flow\n(D = 5, K = 5)"),
+                ("transforms", "cosine with the exact gradient\n(D = 3, K = 5)"),
+                ("classes K", "cosine with the exact gradient\n(D = 3, 2 transforms)"),
             ),
             strict=True,
         ):
@@ -199,7 +204,7 @@ def draw(experiment: Experiment, file: Path) -> None:
 
 
 def _cosines(experiment: Experiment, names: list[str]) -> list[tuple[int, int, float]]:
-    """Returns classes, flows and cosine of each task that gradients were compared on."""
+    """Returns the classes, transforms and cosine of each task that gradients were compared on."""
     return [
         (*_gradients_size(record)[1:], record.metrics["gradient_cosine"])
         for task in experiment.plan.tasks

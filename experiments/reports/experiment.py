@@ -1,4 +1,4 @@
-"""What the tables of all experiments begin with: records, by row and task of the plan."""
+"""What all tables are made from: records, by row and task of the plan."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +14,7 @@ __all__ = ["Experiment", "read_experiment", "setting"]
 
 
 def setting(config: Mapping[str, Any], key: str) -> Any:
-    """Returns what a configuration has under a dotted key, or `None` where it lacks it.
+    """Returns the value of a dotted key in a configuration, or `None`.
 
     Example:
         >>> setting({"trainer": {"max_steps": 500}}, "trainer.max_steps")
@@ -43,16 +43,16 @@ class Experiment:
         return self.records.get(f"{row}-{task}", [])
 
     def setting(self, task: str, key: str) -> Any:
-        """Returns what the first record of a task has under a dotted key of its configuration."""
+        """Returns the value of a dotted key in the configuration of a task's first record."""
         first = next((name for name, _ in self.rows(task)), None)
         return None if first is None else setting(self.of(first, task)[0].config, key)
 
     def values(self, row: str, task: str, metric: str) -> list[float]:
-        """Returns a metric of a row on a task, for every seed that has it."""
+        """Returns a metric of a row on a task, one value a seed."""
         return [record.metrics[metric] for record in self.of(row, task) if metric in record.metrics]
 
     def reference(self, row: Row, task: str, metric: str = "reference_nats") -> float | None:
-        """Returns what the best tabular flow of a row reaches on a task, where it was found.
+        """Returns what the best tabular flow of a row reaches on a task, or `None`.
 
         Raises:
             UserError: If it was found for another distribution than the runs'.
@@ -67,7 +67,7 @@ class Experiment:
 
     @property
     def labels(self) -> dict[str, list[str]]:
-        """The names of the rows of each label: a row may have others for other tasks."""
+        """The names of the rows of each label; several rows may share one."""
         names: dict[str, list[str]] = {}
         for name, row in self.plan.rows.items():
             names.setdefault(row.label, []).append(name)

@@ -12,12 +12,12 @@ __all__ = ["drawing"]
 
 @contextmanager
 def drawing(file: Path, description: str = "", **options: Any) -> Iterator[tuple[Any, Any]]:
-    """Gives a figure and its axes to draw on, and writes them as an SVG file.
+    """Opens a figure to draw on, and saves it as an SVG file.
 
     Args:
-        file: Where to; whole, or not at all.
-        description: What the figure shows, in words, for those who cannot see it.
-        options: Of `matplotlib.pyplot.subplots`.
+        file: The SVG file, written whole or not at all.
+        description: What the figure shows, in words.
+        options: Options of `matplotlib.pyplot.subplots`.
 
     Yields:
         The figure and its axes.

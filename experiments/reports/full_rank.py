@@ -13,8 +13,8 @@ HEAD = (
     "model",
     "published",
     "ours, exact",
-    "tables, in turn",
-    "tables, ascended",
+    "tables, layerwise",
+    "best tables found",
     "above the reference",
     "gap closed",
     "steps",
@@ -62,7 +62,7 @@ def _task(experiment: Experiment, task: str) -> str:
 
 
 def _greedy(experiment: Experiment, task: str, row: Row) -> bool:
-    """Says whether the reference of a row was fitted layerwise, and not ascended."""
+    """Says whether the reference of a row was fitted layerwise, without ascent."""
     return row.reference is not None and task in experiment.plan.references[row.reference].greedy
 
 

@@ -20,7 +20,7 @@ HEAD = (
     "published bpc",
     "published, s",
     "test bpc, windows",
-    "test bpc, carried",
+    "test bpc, stateful",
     "importance-weighted",
     "passes",
     "fixed point, iterations",
@@ -41,7 +41,7 @@ class Shown(NamedTuple):
 
 
 def render(experiment: Experiment) -> str:
-    """Renders a table for every text, what few passes cost and gain, and samples.
+    """Renders, for every text, its table, what few passes cost and gain, and samples.
 
     Args:
         experiment: The plan and the records.
@@ -56,13 +56,13 @@ def render(experiment: Experiment) -> str:
     for task in experiment.plan.tasks:
         if shown := _shown(experiment, task):
             experiment.first(task, "unigram_bpc")
-            parts += [_task(task, shown), *_few_passes(shown), *_quickest(shown)]
+            parts += [_task(task, shown), *_few_passes(shown), *_fastest(shown)]
             parts += [*_levels(shown), *_samples(shown)]
     return "\n\n".join(parts)
 
 
 def _shown(experiment: Experiment, task: str) -> list[Shown]:
-    """Returns the rows that a task has records of, with the first of each."""
+    """Returns the rows with records of a task, and the first record of each."""
     return [Shown(name, row, experiment.of(name, task)[0]) for name, row in experiment.rows(task)]
 
 
@@ -111,20 +111,20 @@ def _line(task: str, shown: Shown) -> list[str]:
 
 
 def _ngram_order(shown: Shown) -> int | None:
-    """Returns the length of the longest n-grams that a network is conditioned on, if on any."""
+    """Returns the order of the n-grams that a network is conditioned on, if any."""
     order: int | None = setting(shown.record.config, "model.init_args.flow.init_args.ngram_order")
     return order
 
 
 def _class(shown: Shown, key: str) -> str:
-    """Returns the name of the class that a part of a record's model is of, if of any."""
+    """Returns the name of the class of a part of a record's model, or an empty string."""
     part = setting(shown.record.config, f"model.init_args.{key}")
     path = part.get("class_path", "") if isinstance(part, dict) else part
     return path.rpartition(".")[2] if isinstance(path, str) else ""
 
 
 def _is_few(record: Record) -> bool:
-    """Tells whether a record's passes are at most a tenth of the characters that they generate."""
+    """Says whether a record's passes are at most a tenth of the characters that they generate."""
     length = record.metrics.get("generation_length", 0)
     return 10 * int(record.metrics["passes"]) <= length
 
@@ -140,7 +140,7 @@ def _scored(shown: Sequence[Shown]) -> list[Shown]:
 
 
 def _few_passes(shown: Sequence[Shown]) -> list[str]:
-    """Returns what at most a tenth as many passes as characters reach, beside their opponents."""
+    """Returns the best with at most a tenth as many passes as characters, beside the others."""
     scored = [one for one in _scored(shown) if one.record.metrics.get("passes")]
     few = [one for one in scored if _is_few(one.record)]
     many = [one for one in scored if not _is_few(one.record)]
@@ -169,15 +169,15 @@ def _few_passes(shown: Sequence[Shown]) -> list[str]:
         return []
     caption = (
         "The best exact model with at most a tenth as many passes as characters, beside those with "
-        "more passes; the same of networks that are told of no n-grams; and of these the best flow "
-        "on a factorized base, beside the best of the paper's recipes:"
+        "more passes; the same among networks not conditioned on n-grams; and of these the best "
+        "flow on a factorized base, beside the best of the paper's recipes:"
     )
     head = ("few passes", "test bpc", "beside", "its test bpc", "more bits")
     return [caption, table(head, rows)]
 
 
-def _quickest(shown: Sequence[Shown]) -> list[str]:
-    """Returns what generates quickest with no more bits than each exact system has."""
+def _fastest(shown: Sequence[Shown]) -> list[str]:
+    """Returns the fastest generator with no more bits than each exact system."""
     scored, rows = _scored(shown), []
     for number_of, one in enumerate(scored):
         cells = [_name(one.row, one.record), f"{one.record.metrics['test_bpc']:.3f}"]
@@ -196,19 +196,20 @@ def _quickest(shown: Sequence[Shown]) -> list[str]:
     if len(rows) < 2:
         return []
     caption = (
-        "What generates quickest with no more bits than a system has, and how many times as fast:"
+        "For each system, the fastest generator among those with no more bits, and its speed-up:"
     )
-    head = ("system", "test bpc", "for 1 sequence", "times", "for 32 sequences", "times")
+    fastest = ("fastest, 1 sequence", "speed-up", "fastest, 32 sequences", "speed-up")
+    head = ("system", "test bpc", *fastest)
     return [caption, table(head, rows)]
 
 
 def _name(row: Row, record: Record) -> str:
-    """Returns what a row is called where its passes are not shown beside it."""
+    """Returns the label of a row with its passes."""
     return f"{row.label}, {number(record.metrics.get('passes'), 'd')} passes"
 
 
 def _levels(shown: Sequence[Shown]) -> list[str]:
-    """Returns a table of what the levels of a window cost, if any record tells."""
+    """Returns a table of the bits of each level of a window, if any record has them."""
     lines = []
     for _, row, record in shown:
         metrics = record.metrics
@@ -222,7 +223,7 @@ def _levels(shown: Sequence[Shown]) -> list[str]:
 def _samples(shown: Sequence[Shown]) -> list[str]:
     """Returns the first sample of every row, if any record has one.
 
-    A line break within a sample is shown by a sign, so that no sample can end the block.
+    A sign stands for a line break within a sample, so that no sample can end the block.
     """
     lines = []
     for _, row, record in shown:
@@ -232,12 +233,12 @@ def _samples(shown: Sequence[Shown]) -> list[str]:
             lines += [_name(row, record), *(f"    {part}" for part in broken)]
     if not lines:
         return []
-    caption = "The first window that each generated, ↵ a line break:"
+    caption = "The first window that each generated (↵ is a line break):"
     return [caption, "\n".join(["```text", *lines, "```"])]
 
 
 def _points(experiment: Experiment) -> list[Shown]:
-    """Returns what the figure shows: the first text."""
+    """Returns the points of the figure, those of the first text."""
     return _shown(experiment, next(iter(experiment.plan.tasks)))
 
 
@@ -271,13 +272,13 @@ def draw(experiment: Experiment, file: Path) -> None:
                 "s": 40,
             }
             for place, key in zip(axes, ("passes", "generation_seconds_1"), strict=True):
-                # A point without a place is in the legend all the same.
+                # A point without coordinates still enters the legend.
                 at = (metrics.get(key, math.nan), metrics["test_bpc"])
                 place.scatter(*at, **look)
                 if key in metrics:
                     offset = {"xytext": (4, 4), "textcoords": "offset points"}
                     place.annotate(str(index + 1), at, fontsize=7, **offset)
-        # Linear up to 1: a chain of n-grams takes no pass at all.
+        # Linear up to 1, for an n-gram model takes no pass.
         axes[0].set_xscale("symlog", base=4, linthresh=1)
         most = max([1, *(one.record.metrics.get("passes", 1) for one in points)])
         axes[0].set_xlim(-0.2, 2 * most)

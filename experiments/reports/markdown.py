@@ -1,4 +1,4 @@
-"""Tables in Markdown, and the places of pages that hold what is made from records."""
+"""Tables in Markdown, and the generated blocks of pages."""
 
 import statistics
 from collections.abc import Iterable, Sequence
@@ -23,12 +23,12 @@ MISSING = "–"
 
 
 def number(value: float | None, form: str = ".3f") -> str:
-    """Formats a number, or shows that there is none."""
+    """Formats a number, or `None` as a dash."""
     return MISSING if value is None else format(value, form)
 
 
 def mean_and_spread(values: Sequence[float], form: str = ".3f") -> str:
-    """Formats the mean of some values and their standard deviation, where there are several.
+    """Formats the mean of values, and their standard deviation where there are several.
 
     Example:
         >>> mean_and_spread([1.0, 2.0, 3.0]), mean_and_spread([1.5])
@@ -43,11 +43,11 @@ def mean_and_spread(values: Sequence[float], form: str = ".3f") -> str:
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Renders a table in Markdown, of text in its first column and numbers in the others.
+    """Renders a table in Markdown, its first column text and the others numbers.
 
     Args:
-        head: Names of the columns.
-        rows: Cells.
+        head: The names of the columns.
+        rows: The cells.
 
     Example:
         >>> print(table(["row", "nats"], [["base", "7.6"]]))
@@ -60,12 +60,12 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def update_page(text: str, figures: str, name: str) -> str:
-    """Puts figures between the marks of a page.
+    """Replaces the generated block of a page.
 
     Args:
         text: The page.
         figures: What goes between the marks.
-        name: What the page is called, for the message.
+        name: The name of the page, for the message.
 
     Raises:
         UserError: If the marks are missing.
@@ -78,7 +78,7 @@ def update_page(text: str, figures: str, name: str) -> str:
 
 
 def write_page(page: Path, figures: str) -> None:
-    """Puts figures between the marks of a file, whole or not at all.
+    """Replaces the generated block of a file, whole or not at all.
 
     Raises:
         UserError: If the file or its marks are missing.

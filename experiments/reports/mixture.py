@@ -1,6 +1,7 @@
 """The table and the figure of the mixture experiment."""
 
 import math
+import textwrap
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ SHOWN = (
     "affine-6",
     "rank-6",
 )
-"""Rows that the figure has a panel of."""
+"""Rows with a panel in the figure."""
 
 
 def render(experiment: Experiment) -> str:
@@ -52,13 +53,13 @@ def render(experiment: Experiment) -> str:
                 f"**{task}**: entropy {number(entropy)} nats, best "
                 f"factorized model {number(experiment.first(task, 'factorized_kl'))} above it."
             )
-            head = ["model", "KL, exact nats", "tables, in turn", "best tables found"]
+            head = ["model", "KL, exact nats", "tables, layerwise", "best tables found"]
             parts.append(f"{caption}\n\n{table(head, rows)}")
     return "\n\n".join(parts)
 
 
 def describe_figure(experiment: Experiment) -> str:
-    """Returns the divergences that the panels have in their titles."""
+    """Returns the divergences in the titles of the panels."""
     parts = [
         f"{task}, {row.label}: {mean_and_spread(experiment.values(name, task, 'kl'))}"
         for task in experiment.plan.tasks
@@ -93,14 +94,14 @@ def draw(experiment: Experiment, file: Path) -> None:
                 values = torch.tensor(records[0].metrics["probabilities"])
                 side = math.isqrt(len(values))
                 row = experiment.plan.rows[name]
-                title = f"{row.label}\nKL {number(records[0].metrics.get('kl'))}"
+                title = f"{textwrap.fill(row.label, 28)}\nKL {number(records[0].metrics.get('kl'))}"
                 if (best := experiment.reference(row, task, "reference_kl")) is not None:
                     title += f", best table {best:.3f}"
                 _panel(axis, values.reshape(side, side), most, title)
 
 
 def _panel(axes: object, table: torch.Tensor, most: float, title: str) -> None:
-    # Square roots, so that what little is between the modes can be seen.
+    # Square roots show the little mass between the modes.
     axes.imshow(table.sqrt().T.numpy(), origin="lower", cmap="magma", vmin=0, vmax=most**0.5)  # type: ignore[attr-defined]
     axes.set_title(title, fontsize=8)  # type: ignore[attr-defined]
     axes.set_xticks([])  # type: ignore[attr-defined]

@@ -41,10 +41,10 @@ def _row(experiment: Experiment, task: str, name: str) -> list[str]:
     above = None
     if values and entropy is not None:
         above = sum(values) / len(values) - entropy
-    # Where each draw is scored, its deviations say how far the mean may be off.
+    # A mean over samples has a standard error.
     errors = [] if exact else experiment.values(name, task, "standard_error_nats")
     off = f", standard error {max(errors):.4f}" if errors else ""
-    shown = mean_and_spread(values) + ("" if exact else f" (test draws{off})")
+    shown = mean_and_spread(values) + ("" if exact else f" (test samples{off})")
     published = row.published.get(task)
     below = published is not None and entropy is not None and published < entropy
     return [

@@ -79,14 +79,14 @@ def render_table(records: Sequence[Record], benchmarks: Sequence[Record] = ()) -
 
     Args:
         records: Records of `python -m dflows.fit` on one corpus.
-        benchmarks: Records of benchmarks, of which those of `benchmarks/throughput.py` are shown.
+        benchmarks: Records of benchmarks; those of `benchmarks/throughput.py` are shown.
 
     Returns:
-        Markdown, with a line for every record.
+        Markdown, one line a record.
 
     Raises:
-        UserError: If a record has no test_bpc, counts no characters of test, or no speed where it
-            is of a benchmark; or the records scored different characters.
+        UserError: If a record lacks test_bpc, its number of test characters, or the speed of a
+            benchmark; or the records scored different characters.
     """
     for key, has in (
         ("test_bpc", lambda metrics: "test_bpc" in metrics),
@@ -131,7 +131,7 @@ def render_table(records: Sequence[Record], benchmarks: Sequence[Record] = ()) -
 
 
 def describe_figure(records: Sequence[Record]) -> str:
-    """Returns what the figure shows, in words: its own description, for those who cannot see it."""
+    """Returns what the figure shows, in words."""
     shown = (
         f"{record.name}: {record.metrics['passes']} passes, "
         f"{bits(record, record.metrics['test_bpc'])} bits"
@@ -176,7 +176,7 @@ def draw_figure(records: Sequence[Record], file: Path) -> None:
                 ha="right",
                 color="grey",
             )
-        # Linear up to 1: a base without a network takes no pass at all.
+        # Linear up to 1, for a base without a network takes no pass.
         axes.set_xscale("symlog", base=2, linthresh=1)
         axes.xaxis.set_major_formatter("{x:.0f}")
         axes.set_xlim(-0.1, 1.2 * most)

@@ -176,7 +176,8 @@ class TestResume:
         data = text()
         fit(data, tmp_path, 3)
         state = torch.load(tmp_path / "3.ckpt", weights_only=True)["TextDataModule"]
-        assert state == {"row": 12, "batches": 3, "vocabulary": data.vocabulary.to_json()}
+        place = {"row": 12, "batches": 3, "of_epoch": 3}
+        assert state == {**place, "vocabulary": data.vocabulary.to_json()}
 
     def test_another_vocabulary_is_refused(self):
         state = TextDataModule(vocabulary=["a", "b"]).state_dict()
@@ -191,7 +192,7 @@ class TestResume:
             [batch for batch, _ in zip(data.train_dataloader(), range(4), strict=False)]
         )
         other = text()
-        other.load_state_dict({**data.state_dict(), "row": 5, "batches": 2})
+        other.load_state_dict({**data.state_dict(), "row": 5})
         assert torch.equal(next(iter(other.train_dataloader())), rows[5:9])
 
     def test_synthetic(self, tmp_path):
@@ -335,11 +336,13 @@ class TestOverfit:
         with pytest.raises(UserError, match=r"overfit_batches is 0\.5: give a whole number of bat"):
             fit(pieces(), tmp_path, 8, overfit_batches=0.5)
 
+    @pytest.mark.parametrize(("steps", "epochs"), [(8, -1), (-1, 3)])
     @pytest.mark.parametrize("name", ["2", "3", "3-epoch", "5"])
-    def test_resume(self, name, tmp_path):
-        whole, _ = fit(pieces(), tmp_path / "a", 8, overfit_batches=3)
+    def test_resume(self, name, steps, epochs, tmp_path):
+        options = {"overfit_batches": 3, "max_epochs": epochs}
+        whole, _ = fit(pieces(), tmp_path / "a", steps, **options)
         path = tmp_path / "a" / f"{name}.ckpt"
-        resumed, _ = fit(pieces(), tmp_path / "b", 8, ckpt_path=path, overfit_batches=3)
+        resumed, _ = fit(pieces(), tmp_path / "b", steps, ckpt_path=path, **options)
         assert torch.equal(resumed.rows(), whole.rows()[int(name[0]) :])
 
     def test_evaluates(self, tmp_path):

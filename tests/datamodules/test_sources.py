@@ -354,13 +354,11 @@ class TestHubLayouts:
             (tmp_path / f"{name}.txt").write_bytes(text.encode())
         source = HubText(str(tmp_path), fractions=(0.8, 0.1, 0.1), separator="|")
         assert text_of(source) == "one\r\n|two\n\n|three|"
-        assert source.place("all", 8) == f"{tmp_path} (train), b.txt, line 1, column 2"
+        assert source.place("all", 8) == f"{tmp_path} (train), b.txt, line 1, column 3"
 
     def test_text_that_is_not_utf8(self, tmp_path):
         (tmp_path / "train.txt").write_bytes(b"abc\xff")
-        with pytest.raises(
-            UserError, match=r"train\.txt is not UTF-8 at byte 3 .*save the file as"
-        ):
+        with pytest.raises(UserError, match=r"train\.txt is not UTF-8 at byte 3 .*save the file"):
             text_of(HubText(str(tmp_path), fractions=(0.8, 0.1, 0.1)))
 
     def test_place(self, tmp_path):

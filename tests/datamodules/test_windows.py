@@ -129,6 +129,21 @@ class TestTrainingBatches:
         expected = self.rows(batches=6)[36:] if kind == 0 else self.rows(batches=6, kind=1)[36:]
         assert torch.equal(self.rows(batches=3, start=36, workers=workers, kind=kind), expected)
 
+    @pytest.mark.parametrize("kind", [0, 1])
+    @pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (2, 0), (1, 2)])
+    @pytest.mark.parametrize("start", [0, 12, 24])
+    def test_cycle(self, start, ranks, workers, kind):
+        alone = self.rows(batches=3, kind=kind).reshape(3, 12, 5)
+        loaders = []
+        for rank in range(ranks):
+            dataset = TrainingBatches(streams(500, 5)[kind], 12 // ranks, rank, ranks, cycle=3)
+            dataset.start_at(start)
+            loader = DataLoader(dataset, batch_size=None, num_workers=workers)
+            loaders.append(islice(loader, 8))
+        found = [torch.cat(together) for together in zip(*loaders, strict=True)]
+        expected = [alone[(start // 12 + number) % 3] for number in range(8)]
+        assert torch.equal(torch.stack(found), torch.stack(expected))
+
     @pytest.mark.parametrize("workers", [0, 2])
     def test_start_reaches_workers_that_run(self, workers):
         dataset = TrainingBatches(streams(500, 5)[0], 4)

@@ -9,21 +9,19 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dflows import AutoregressiveBase, DiscreteFlow, acceleration
-from dflows.backbones import LSTM, MADE, DilatedConvolution, LevelConvolution, Transformer
+from dflows.backbones import LSTM, MADE, DilatedConvolution, LevelConvolution, Masked, Transformer
 from dflows.errors import UserError
 from dflows.orderings import Blocks, Halves, Natural, Parity, Strided
-from tests.dflows.small import WIDTH, make_flow, shaken
+from tests.dflows.small import WIDTH, make_conditioner, make_flow, shaken
 
 CLASSES, LENGTH, BATCH = 5, 12, 6
 
 
-def over_levels(backbone, ordering, **options):
+def over_levels(backbone, ordering):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        base = AutoregressiveBase(
-            CLASSES, LENGTH, backbone=backbone(), ordering=ordering, **options
-        )
-    return shaken(DiscreteFlow(base)).eval()
+        conditioner = make_conditioner(CLASSES, LENGTH, ordering, backbone())
+    return shaken(DiscreteFlow(AutoregressiveBase(conditioner))).eval()
 
 
 def flow_of(backbone, bijection, orderings):
@@ -47,7 +45,7 @@ FLOWS = {
     "lstm": lambda: over_levels(lambda: LSTM(WIDTH, layers=2), Natural()),
     "lstm, both ways": lambda: over_levels(lambda: LSTM(WIDTH, bidirectional=True), Strided(3)),
     "own network": lambda: over_levels(
-        lambda: torch.nn.Linear(WIDTH, WIDTH), Strided(3), width=WIDTH, positions=True
+        lambda: Masked(torch.nn.Linear(WIDTH, WIDTH), WIDTH), Strided(3)
     ),
     "rank flows": lambda: flow_of("causal", "rank", (Parity(), Parity(first=1))),
     "affine flows": lambda: flow_of("masked", "affine", (Halves(), Strided(3))),

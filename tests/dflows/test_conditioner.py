@@ -8,15 +8,19 @@ from dflows.backbones import (
     Backbone,
     DilatedConvolution,
     LevelConvolution,
+    Masked,
     Table,
     Transformer,
 )
-from dflows.checks import check_causal
-from dflows.conditioner import Conditioner
+from dflows.bijections import RankPermutation
+from dflows.conditioner import Conditioner, Context, evaluated_by
+from dflows.decoding import decide_levels
 from dflows.errors import UserError
-from dflows.ngrams import NGrams
+from dflows.experts import leave_one_out
+from dflows.ngrams import NGramExpert
 from dflows.orderings import BehindContext, Blocks, Natural, Parity, Reversed, Strided
 from dflows.representations import to_one_hot
+from dflows.transforms import ConditionalTransform
 from tests.dflows.small import ORDERINGS, WIDTH, markov, shaken, states
 
 LENGTH, CLASSES = 5, 3
@@ -37,14 +41,14 @@ CASES = [
 ]
 
 
-def make(backbone, ordering=NATURAL, execution="auto", **options):
-    """A random conditioner; equal calls give equal ones but for the execution."""
+def make(backbone, ordering=NATURAL, num_logits=4, **options):
+    """A random conditioner; equal calls give equal ones."""
     torch.manual_seed(0)
+    if backbone == "masked":
+        backbone = DilatedConvolution(WIDTH, layers=2)
     if isinstance(backbone, str):
         backbone = CAUSAL[backbone](ordering)
-    conditioner = Conditioner(
-        CLASSES, LENGTH, 4, ordering, backbone, execution=execution, **options
-    )
+    conditioner = Conditioner(CLASSES, LENGTH, ordering, backbone, num_logits, **options)
     return shaken(conditioner).eval()
 
 
@@ -52,27 +56,36 @@ def values(count=6, length=LENGTH):
     return torch.randint(CLASSES, (count, length))
 
 
-def needing(conditioner, length=LENGTH):
-    """The dimensions that need the network."""
-    return (conditioner.ordering.levels(length) >= conditioner.first_level).nonzero().squeeze(-1)
+def hidden(y, levels, level):
+    """Values that are anything at this level and above."""
+    return torch.where(levels < level, y, torch.randint(CLASSES, y.shape))
 
 
-class TestExecutions:
+class TestLevels:
     @pytest.mark.parametrize(("name", "ordering"), CASES)
-    @pytest.mark.parametrize("first", [False, True])
-    def test_level_causal_and_masked_give_equal_logits(self, name, ordering, first):
-        causal, masked = (
-            make(name, ordering, execution, conditions_first=first)
-            for execution in ("causal", "masked")
-        )
-        masked.load_state_dict(causal.state_dict())
-        y = values()
-        torch.testing.assert_close(masked(y), causal(y))
-        assert (causal.one_pass, masked.one_pass) == (True, False)
+    def test_one_pass_gives_what_hidden_values_give(self, name, ordering):
+        conditioner, y, levels = make(name, ordering), values(), ordering.levels(LENGTH)
+        logits = conditioner(y)
+        assert conditioner.one_pass
+        for level in range(conditioner.num_levels):
+            here = levels == level
+            masked = hidden(y, levels, level)
+            torch.testing.assert_close(conditioner(masked)[:, here], logits[:, here])
+            torch.testing.assert_close(conditioner.level_logits(masked, level), logits[:, here])
+
+    @pytest.mark.parametrize("name", ["transformer", "masked"])
+    @pytest.mark.parametrize("first_level", [0, 1, 2, 3])
+    def test_logits_below_the_first_level_are_zeros(self, name, first_level):
+        ordering = Strided(columns=3)
+        conditioner, y, levels = make(name, ordering), values(), ordering.levels(LENGTH)
+        whole, part = conditioner(y), conditioner(y, first_level=first_level)
+        assert (part[:, levels < first_level] == 0).all()
+        torch.testing.assert_close(part[:, levels >= first_level], whole[:, levels >= first_level])
+        assert (whole != 0).any(-1).all()
 
     @pytest.mark.parametrize(("name", "ordering"), CASES)
     def test_cached_steps_give_the_logits_of_one_pass(self, name, ordering):
-        conditioner, y = make(name, ordering, conditions_first=True), values()
+        conditioner, y = make(name, ordering), values()
         stepped, evaluated = [], 0
 
         def count(*_):
@@ -87,7 +100,8 @@ class TestExecutions:
 
         with torch.no_grad():
             blank = torch.zeros_like(y)
-            assert torch.equal(conditioner.by_levels(blank, decide), y)
+            assert torch.equal(decide_levels(conditioner, blank, decide), y)
+        assert conditioner.steps == (name in ("transformer", "convolution", "lstm"))
         if name in ("transformer", "convolution", "lstm"):
             assert evaluated == 0  # the cached steps, not the whole network
         logits = conditioner(y)
@@ -97,8 +111,7 @@ class TestExecutions:
     @pytest.mark.parametrize("ordering", ORDERINGS.values(), ids=ORDERINGS)
     @pytest.mark.parametrize("name", ["transformer", "table", "masked"])
     def test_logits_depend_on_lower_levels_only(self, name, ordering):
-        backbone = DilatedConvolution(WIDTH, layers=2) if name == "masked" else name
-        conditioner = make(backbone, ordering)
+        conditioner = make(name, ordering)
         levels, y = ordering.levels(LENGTH), values()
         logits = conditioner(y)
         seen = torch.zeros(LENGTH, LENGTH, dtype=torch.bool)
@@ -106,81 +119,38 @@ class TestExecutions:
             changed = y.clone()
             changed[:, source] = (changed[:, source] + 1) % CLASSES
             seen[source] = (conditioner(changed) - logits).abs().amax((0, 2)) > 1e-6
-        allowed = (levels.unsqueeze(-1) < levels) & (levels > 0)
+        allowed = levels.unsqueeze(-1) < levels
         assert not (seen & ~allowed).any()
         if name == "table":
             assert torch.equal(seen, allowed)
-        assert (logits[:, levels == 0] == 0).all()
+        assert (logits[:, levels == 0].std(0) < 1e-6).all()
 
     @pytest.mark.parametrize("name", ["transformer", "made", "masked"])
-    def test_logits_of_one_level_and_of_drawn_levels_are_those_of_all(self, name):
-        backbone = DilatedConvolution(WIDTH, layers=2) if name == "masked" else name
-        conditioner, y = make(backbone, Strided(columns=3)), values()
+    def test_logits_of_one_level_and_of_sampled_levels_are_those_of_all(self, name):
+        conditioner, y = make(name, Strided(columns=3)), values()
         logits = conditioner(y)
-        levels, members = conditioner.levels(LENGTH, y.device)
-        for level in (1, 2):
+        layout = conditioner.layout(LENGTH, y.device)
+        for level in (0, 1, 2):
             part = conditioner.level_logits(y, level)
-            torch.testing.assert_close(part, logits[:, members[level]])
-        level = torch.tensor([1, 2, 2, 1, 2, 1])
-        drawn, part = conditioner.drawn_logits(y, level)
-        assert torch.equal(drawn, levels == level.unsqueeze(-1))
-        torch.testing.assert_close(part, logits[drawn])
+            torch.testing.assert_close(part, logits[:, layout.members[level]])
+        level = torch.tensor([1, 2, 0, 1, 2, 1])
+        sampled, part = conditioner.sampled_level_logits(y, level)
+        assert torch.equal(sampled, layout.levels == level.unsqueeze(-1))
+        torch.testing.assert_close(part, logits[sampled])
 
     @pytest.mark.parametrize("name", ["transformer", "table", "masked"])
     def test_values_of_the_level_itself_and_above_do_not_matter_to_it(self, name):
-        backbone = DilatedConvolution(WIDTH, layers=2) if name == "masked" else name
-        conditioner, y = make(backbone, Natural()), values()
-        for level in range(1, LENGTH):
+        conditioner, y = make(name, Natural()), values()
+        for level in range(LENGTH):
             other = y.clone()
             other[:, level:] = values()[:, level:]
             torch.testing.assert_close(
                 conditioner.level_logits(other, level), conditioner.level_logits(y, level)
             )
 
-    @pytest.mark.parametrize("name", ["transformer", "masked"])
-    @pytest.mark.parametrize("ordering", [Natural(), Strided(columns=3)], ids=str)
-    def test_the_fixed_point_is_what_the_levels_give(self, name, ordering):
-        backbone = DilatedConvolution(WIDTH, layers=2) if name == "masked" else name
-        conditioner, y = make(backbone, ordering, conditions_first=True), values()
-
-        def decide(dimensions, logits):
-            return logits[..., :CLASSES].argmax(-1)
-
-        with torch.no_grad():
-            decided = conditioner.by_levels(y, decide)
-            found, iterations = conditioner.fixed_point(y, decide)
-        assert torch.equal(found, decided)
-        assert 1 <= iterations <= conditioner.passes + 1
-        again, iterations = conditioner.fixed_point(found, decide)
-        assert torch.equal(again, found)
-        assert iterations == 1
-
-    @pytest.mark.parametrize("name", [*CAUSAL, "masked"])
-    @pytest.mark.parametrize("ordering", [Natural(), Blocks(size=2), Blocks(LENGTH)], ids=str)
-    @pytest.mark.parametrize("execution", ["auto", "masked"])
-    def test_a_known_beginning_is_kept_and_conditioned_on(self, name, ordering, execution):
-        if name == "lstm" and not isinstance(ordering, Natural):
-            pytest.skip("refused by the LSTM")
-        backbone = DilatedConvolution(WIDTH, layers=2) if name == "masked" else name
-        conditioner = make(backbone, ordering, execution, conditions_first=True)
-        noise = torch.rand(6, LENGTH, CLASSES)
-
-        def decide(dimensions, logits):
-            return (logits[..., :CLASSES] + noise[:, dimensions]).argmax(-1)
-
-        with torch.no_grad():
-            whole = conditioner.by_levels(torch.zeros_like(values()), decide)
-            for known in range(LENGTH + 1):
-                assert conditioner.keeps_beginning(known or LENGTH, LENGTH)
-                rest = torch.cat([whole[:, :known], values()[:, known:]], dim=1)
-                assert torch.equal(conditioner.by_levels(rest, decide, known=known), whole)
-                found, iterations = conditioner.fixed_point(rest, decide, known=known)
-                assert torch.equal(found, whole)
-                assert (iterations == 0) == (known == LENGTH)
-
-    def test_which_beginnings_depend_on_nothing_behind_them(self):
+    def test_which_prefixes_depend_on_nothing_behind_them(self):
         kept = {
-            key: [number for number in range(1, 5) if make("table", o).keeps_beginning(number, 5)]
+            key: [number for number in range(1, 5) if make("table", o).supports_prefix(number, 5)]
             for key, o in ORDERINGS.items()
         }
         assert kept["natural"] == kept["blocks"] == kept["halves"] == [1, 2, 3, 4]
@@ -193,8 +163,7 @@ class TestValues:
     @pytest.mark.parametrize("name", ["transformer", "table", "masked"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     def test_indices_and_one_hot_vectors_give_equal_logits(self, name, dtype):
-        backbone = DilatedConvolution(WIDTH, layers=2) if name == "masked" else name
-        conditioner, y = make(backbone, Strided(columns=3)).to(dtype), values()
+        conditioner, y = make(name, Strided(columns=3)).to(dtype), values()
         one_hot = to_one_hot(y, CLASSES, dtype).requires_grad_()
         logits = conditioner(one_hot)
         assert logits.dtype == dtype
@@ -206,12 +175,11 @@ class TestValues:
     @pytest.mark.parametrize("name", ["transformer", "convolution", "made", "lstm", "masked"])
     @pytest.mark.parametrize("length", range(1, LENGTH + 1))
     def test_fewer_dimensions_are_an_event_of_their_own(self, name, length):
-        backbone = DilatedConvolution(WIDTH, layers=2) if name == "masked" else name
-        conditioner = make(backbone, Natural())
+        conditioner = make(name, Natural())
         logits = conditioner(values(length=length))
         assert logits.shape == (6, length, 4)
         assert logits.isfinite().all()
-        assert torch.equal(needing(conditioner, length), torch.arange(1, length))
+        assert ((logits.amax(0) - logits.amin(0))[1:] > 1e-6).any(-1).all()
 
     def test_in_natural_order_a_shorter_event_is_the_beginning_of_a_longer(self):
         conditioner, y = make("transformer"), values()
@@ -219,8 +187,7 @@ class TestValues:
 
     @pytest.mark.parametrize("name", ["transformer", "lstm", "masked"])
     def test_logits_keep_full_precision_under_autocast(self, name):
-        backbone = DilatedConvolution(WIDTH, layers=2) if name == "masked" else name
-        conditioner, y = make(backbone), values()
+        conditioner, y = make(name), values()
         with torch.autocast("cpu", torch.bfloat16):
             logits = conditioner(y)
         assert logits.dtype == torch.float32
@@ -237,42 +204,37 @@ class TestContext:
         backbone = DilatedConvolution(WIDTH, layers=3) if name == "masked" else name
         if name == "convolution":
             backbone = LevelConvolution(WIDTH, layers=2, distances=(1, 2, 4, 6))
-        conditioner = make(backbone, Natural(), context_features=4)
+        conditioner = make(backbone, Natural(), context=Context(4))
         y, context = values(), torch.randn(shape)
         logits = conditioner(y, context)
         other = conditioner(y, context + torch.randn(shape))
-        assert ((logits - other).abs().amax((0, 2)) > 1e-6).tolist() == [False, *[True] * 4]
+        assert ((logits - other).abs().amax((0, 2)) > 1e-6).tolist() == [True] * 5
         alone = conditioner(y[2:3], context[2:3])
         torch.testing.assert_close(alone, logits[2:3])
 
     @pytest.mark.parametrize("shape", [(6, 4), (6, 2, 4)])
-    @pytest.mark.parametrize("name", ["transformer", "made", "lstm"])
-    def test_executions_and_steps_agree_with_a_context(self, name, shape):
-        causal, masked = (
-            make(name, Natural(), execution, context_features=4, conditions_first=True)
-            for execution in ("causal", "masked")
-        )
+    @pytest.mark.parametrize("name", ["transformer", "made", "lstm", "masked"])
+    def test_steps_agree_with_one_pass(self, name, shape):
+        conditioner = make(name, Natural(), context=Context(4))
         y, context = values(), torch.randn(shape)
-        logits = causal(y, context)
-        torch.testing.assert_close(masked(y, context), logits)
-        stepped = []
+        logits, stepped = conditioner(y, context), []
 
         def decide(dimensions, part):
             stepped.append(part)
             return y[:, dimensions]
 
         with torch.no_grad():
-            causal.by_levels(torch.zeros_like(y), decide, context)
+            decide_levels(conditioner, torch.zeros_like(y), decide, context)
         torch.testing.assert_close(torch.cat(stepped, 1), logits)
 
     def test_it_is_given_if_and_only_if_the_flow_takes_one(self):
         y, context = values(), torch.randn(6, 4)
         with pytest.raises(UserError, match="no context was given"):
-            make("transformer", context_features=4)(y)
-        with pytest.raises(UserError, match="takes none: set `context_features`"):
+            make("transformer", context=Context(4))(y)
+        with pytest.raises(UserError, match="takes none: give the conditioner a Context"):
             make("transformer")(y, context)
         with pytest.raises(UserError, match="none for a context"):
-            make("table", context_features=4)
+            make("table", context=Context(4))
 
 
 ALIGNED = {
@@ -286,10 +248,10 @@ ALIGNED = {
 aligned = pytest.mark.parametrize("name", ALIGNED)
 
 
-def make_aligned(name, ordering=NATURAL, execution="auto", **options):
+def make_aligned(name, ordering=NATURAL, **options):
     torch.manual_seed(0)
     backbone = ALIGNED[name](ordering)
-    return make(backbone, ordering, execution, context_features=4, align_context=True, **options)
+    return make(backbone, ordering, context=Context(4, aligned=True), **options)
 
 
 class TestAlignedContext:
@@ -302,52 +264,49 @@ class TestAlignedContext:
             other = context.clone()
             other[:, d] += 1
             changed = (conditioner(y, other) - logits).abs().amax((0, 2)) > 1e-6
-            assert changed[d] == (d > 0)  # dimension 0 needs no network
+            assert changed[d]
             if name == "lstm":
                 assert not changed[:d].any()
         torch.testing.assert_close(conditioner(y[2:3], context[2:3]), logits[2:3])
 
     @aligned
     @pytest.mark.parametrize("ordering", [Natural(), Reversed(), BehindContext(Reversed())])
-    def test_executions_steps_and_the_fixed_point_agree(self, name, ordering):
-        first = not isinstance(ordering, BehindContext)
-        conditioner = make_aligned(name, ordering, conditions_first=first)
+    def test_steps_agree_with_one_pass(self, name, ordering):
+        first_level = int(isinstance(ordering, BehindContext))
+        conditioner = make_aligned(name, ordering)
         y, context = values(), torch.randn(6, LENGTH, 4)
-        logits = conditioner(y, context)
-        if conditioner.one_pass:
-            masked = make_aligned(name, ordering, "masked", conditions_first=first)
-            torch.testing.assert_close(masked(y, context), logits)
+        logits = conditioner(y, context, first_level=first_level)
         stepped = torch.zeros_like(logits)
 
         def decide(dimensions, part):
             stepped[:, dimensions] = part
             return y[:, dimensions]
 
-        def choose(dimensions, part):
-            return part[..., :CLASSES].argmax(-1)
-
         with torch.no_grad():
-            assert torch.equal(conditioner.by_levels(torch.zeros_like(y), decide, context), y)
-            decided = conditioner.by_levels(y, choose, context)
-            found, _ = conditioner.fixed_point(y, choose, context)
+            blank = torch.zeros_like(y)
+            options = {"first_level": first_level}
+            assert torch.equal(decide_levels(conditioner, blank, decide, context, **options), y)
         torch.testing.assert_close(stepped, logits)
-        assert torch.equal(found, decided)
-        assert conditioner.passes == LENGTH
 
     @aligned
     @pytest.mark.parametrize("ordering", [Natural(), BehindContext(Reversed())])
     def test_it_is_no_leak(self, name, ordering):
-        conditioner = make_aligned(name, ordering)
-        check_causal(conditioner, torch.randn(1, LENGTH, 4))
+        conditioner, y = make_aligned(name, ordering), values()
+        context, levels = torch.randn(6, LENGTH, 4), ordering.levels(LENGTH)
+        logits = conditioner(y, context)
+        for level in range(int(levels.min()), int(levels.max()) + 1):
+            other = conditioner(hidden(y, levels, level), context)
+            here = levels <= level
+            torch.testing.assert_close(other[:, here], logits[:, here])
 
     @aligned
-    def test_drawn_levels_and_one_hot_vectors_see_it_too(self, name):
+    def test_sampled_levels_and_one_hot_vectors_see_it_too(self, name):
         conditioner, y = make_aligned(name), values()
         context = torch.randn(6, LENGTH, 4)
         logits = conditioner(y, context)
         level = torch.tensor([1, 2, 3, 4, 1, 2])
-        drawn, part = conditioner.drawn_logits(y, level, context)
-        torch.testing.assert_close(part, logits[drawn])
+        sampled, part = conditioner.sampled_level_logits(y, level, context)
+        torch.testing.assert_close(part, logits[sampled])
         torch.testing.assert_close(conditioner(to_one_hot(y, CLASSES), context), logits)
 
     @aligned
@@ -360,10 +319,10 @@ class TestAlignedContext:
         conditioner = make_aligned("both-ways", BehindContext(Blocks(LENGTH)))
         y, context = values(), torch.randn(6, LENGTH, 4)
         logits = conditioner(y, context)
-        assert conditioner.passes == 1
+        assert conditioner.num_levels == 2  # the context's is empty
         assert (logits != 0).any(-1).all()
         torch.testing.assert_close(conditioner(values(), context), logits)
-        tokens = make("transformer", BehindContext(Blocks(LENGTH)), context_features=4)
+        tokens = make("transformer", BehindContext(Blocks(LENGTH)), context=Context(4))
         logits = tokens(y, context)
         assert not torch.allclose(tokens(y, context + 1), logits)
         torch.testing.assert_close(tokens(values(), context), logits)
@@ -375,10 +334,6 @@ class TestAlignedContext:
                 conditioner(y, torch.randn(shape))
         with pytest.raises(UserError, match="no context was given"):
             conditioner(y)
-        with pytest.raises(UserError, match="there is no context: give `context_features`"):
-            make("transformer", align_context=True)
-        with pytest.raises(UserError, match="no dimension of level 0, and a base begins there"):
-            make("transformer", BehindContext(Natural()), conditions_first=True)
 
 
 class Reshaping(nn.Module):
@@ -392,47 +347,59 @@ class TestConstruction:
     def test_a_network_of_the_users_needs_a_width_and_gets_positions(self):
         layer = nn.TransformerEncoderLayer(WIDTH, 2, 16, batch_first=True)
         encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
-        conditioner = make(encoder, Strided(columns=3), width=WIDTH)
-        assert conditioner.positions.shape == (LENGTH, WIDTH)
+        conditioner = make(Masked(encoder, WIDTH), Strided(columns=3))
+        assert conditioner.embedding.positions.shape == (LENGTH, WIDTH)
         assert not conditioner.one_pass
         assert conditioner(values()).shape == (6, LENGTH, 4)
-        assert make(encoder, width=WIDTH, positions=False).positions is None
-        assert make("transformer").positions is None
-        assert make("transformer", positions=True).positions is not None
+        assert make("transformer").embedding.positions is None
         with pytest.raises(UserError, match="width of a TransformerEncoder is not known"):
             make(encoder)
+        encoder.width = WIDTH
+        assert isinstance(make(encoder).backbone, Masked)
 
-    def test_what_does_not_fit_is_refused(self):
-        with pytest.raises(UserError, match="width is 9 and the backbone's own is 8"):
-            make("transformer", width=9)
-        with pytest.raises(UserError, match=r"not level-causal.*'masked'"):
-            make(DilatedConvolution(WIDTH), execution="causal")
-        with pytest.raises(UserError, match="same level"):
-            make("transformer", Strided(columns=1))
-        with pytest.raises(UserError, match=r"returned features \(6, 5, 7\).*\(6, 5, 8\)"):
-            make(Reshaping(), width=WIDTH)(values())
+    def test_another_shape_is_refused(self):
+        network = Reshaping()
+        network.width = WIDTH
+        with pytest.raises(UserError, match=r"returned \(6, 5, 7\).*\(6, 5, 8\)"):
+            make(network)(values())
 
-    def test_a_base_may_have_a_single_level(self):
-        conditioner = make("transformer", Strided(columns=1), conditions_first=True)
-        assert conditioner.passes == 1
+        class Short(Backbone):
+            def forward(self, content, query=None, levels=None):
+                return content[:, 1:]
+
+        backbone = Short(WIDTH, level_causal=True)
+        with pytest.raises(UserError, match=r"returned features \(6, 4, 8\).*\(6, 5, 8\)"):
+            make(backbone)(values())
+
+    def test_it_may_have_a_single_level(self):
+        conditioner = make("transformer", Strided(columns=1))
+        assert conditioner.num_levels == 1
         assert conditioner(values()).std(0).max() < 1e-6  # nothing is seen
 
     @pytest.mark.parametrize(
-        ("ordering", "passes"), [(Natural(), 4), (Reversed(), 4), (Parity(), 1), (Blocks(2), 2)]
+        ("ordering", "levels"), [(Natural(), 5), (Reversed(), 5), (Parity(), 2), (Blocks(2), 3)]
     )
-    def test_passes_are_the_levels_that_need_the_network(self, ordering, passes):
-        assert make("transformer", ordering).passes == passes
-        assert make("transformer", ordering, conditions_first=True).passes == passes + 1
+    def test_levels_are_those_of_the_ordering(self, ordering, levels):
+        assert make("transformer", ordering).num_levels == levels
+
+    @pytest.mark.parametrize("name", ["transformer", "masked"])
+    def test_the_head_gives_its_first_logits_whatever_the_values(self, name):
+        conditioner, logits = make(name), torch.randn(4)
+        conditioner.init_head(logits)
+        torch.testing.assert_close(conditioner(values()), logits.expand(6, LENGTH, 4))
+
+    def test_logits_are_as_many_as_classes_by_default(self):
+        assert make("transformer", num_logits=None).num_logits == CLASSES
 
     def test_it_shows_how_it_runs(self):
         shown = repr(make("transformer", Strided(columns=3)))
-        assert "ordering=Strided(columns=3), execution='causal', length=5" in shown
+        assert "ordering=Strided(columns=3), length=5, level-causal" in shown
+        assert "length=5, masked" in repr(make("masked"))
 
     @pytest.mark.parametrize("name", ["transformer", "convolution", "lstm", "table", "masked"])
     def test_training_works_after_a_validation_in_inference_mode(self, name):
         # Lightning validates in inference mode, and before the first step.
-        backbone = DilatedConvolution(WIDTH, layers=2) if name == "masked" else name
-        conditioner, y = make(backbone, Reversed()), values()
+        conditioner, y = make(name, Reversed()), values()
         with torch.inference_mode():
             conditioner(y)
         conditioner(y).sum().backward()
@@ -448,32 +415,34 @@ class TestConstruction:
                 handed.append((content, query, levels))
                 return content * 0 + query
 
-        conditioner = make(Spy(), Parity(), context_features=4)
+        conditioner = make(Spy(), Parity(), context=Context(4))
         y, context = values(), torch.randn(6, 2, 4)
         conditioner(y, context)
         content, query, levels = handed[-1]
         assert levels.tolist() == [-1, -1, 0, 1, 0, 1, 0]
         assert (query[:2] == 0).all()
-        assert torch.equal(content[:, 2:], conditioner.embedding[y])
+        assert torch.equal(content[:, 2:], conditioner.embedding.values[y])
 
 
-class TestCarry:
+class TestResume:
     def test_windows_that_go_on_are_one_sequence(self):
-        conditioner, y = make(LSTM(WIDTH, layers=2), conditions_first=True), values(3)
+        conditioner, y = make(LSTM(WIDTH, layers=2)), values(3)
+        assert conditioner.stateful
         with torch.no_grad():
             # The query tells positions of a window apart, and these are to stand for one sequence.
-            conditioner.query.copy_(conditioner.query[:1].expand(LENGTH, -1))
+            query = conditioner.embedding.query
+            query.copy_(query[:1].expand(LENGTH, -1))
         whole = conditioner(y)
         last, state = torch.full((3,), -1), None
         for part in (slice(0, 2), slice(2, 3), slice(3, 5)):
-            logits, state = conditioner.carry(y[:, part], last, state)
+            logits, state = conditioner.resume(y[:, part], last, state)
             torch.testing.assert_close(logits, whole[:, part])
             last = y[:, part.stop - 1]
 
     def test_some_may_begin_anew(self):
-        conditioner, y = make(LSTM(WIDTH, layers=2), conditions_first=True), values(3)
-        _, state = conditioner.carry(y, torch.full((3,), -1))
-        logits, _ = conditioner.carry(y, torch.tensor([0, -1, 2]), state)
+        conditioner, y = make(LSTM(WIDTH, layers=2)), values(3)
+        _, state = conditioner.resume(y, torch.full((3,), -1))
+        logits, _ = conditioner.resume(y, torch.tensor([0, -1, 2]), state)
         same = [torch.allclose(one, two) for one, two in zip(logits, conditioner(y), strict=True)]
         assert same == [False, True, False]
 
@@ -482,44 +451,44 @@ class TestCarry:
         [
             ("transformer", NATURAL, {}),
             ("lstm", Reversed(), {}),
-            ("lstm", NATURAL, {"execution": "masked"}),
-            ("lstm", NATURAL, {"context_features": 2}),
+            ("masked", NATURAL, {}),
+            ("lstm", NATURAL, {"context": Context(2)}),
+            ("lstm", NATURAL, {"num_logits": CLASSES, "expert": NGramExpert(CLASSES, 2)}),
         ],
     )
     def test_others_are_refused(self, backbone, ordering, options):
         conditioner = make(backbone, ordering, **options)
-        assert not conditioner.carries
+        assert not conditioner.stateful
         with pytest.raises(UserError, match="choose an LSTM over Natural"):
-            conditioner.carry(values(), torch.zeros(6, dtype=torch.long))
+            conditioner.resume(values(), torch.zeros(6, dtype=torch.long))
+
+    def test_the_order_is_from_left_to_right_without_a_context(self):
+        assert make("transformer").left_to_right
+        assert not make("transformer", Reversed()).left_to_right
+        assert not make("transformer", context=Context(2)).left_to_right
 
 
 @pytest.mark.parametrize(("backbone", "number"), [("transformer", 2), ("lstm", 1), ("made", 1)])
-def test_what_is_known_on_the_way(backbone, number):
-    conditioner, y = make(backbone, conditions_first=True), values()
-    logits, features = conditioner.layers(y)
+def test_features_of_every_layer(backbone, number):
+    conditioner, y = make(backbone), values()
+    logits, features = conditioner.layer_logits(y)
     assert len(features) == number
     torch.testing.assert_close(logits, conditioner(y))
     torch.testing.assert_close(conditioner.head(features[-1]), logits)
 
 
-@pytest.mark.parametrize(
-    ("backbone", "options"), [("transformer", {"execution": "masked"}), ("table", {})]
-)
-def test_what_is_known_on_the_way_needs_one_pass(backbone, options):
+@pytest.mark.parametrize("backbone", ["masked", "table"])
+def test_features_of_every_layer_need_one_pass(backbone):
     with pytest.raises(UserError, match="choose a level-causal backbone"):
-        make(backbone, **options).layers(values())
+        make(backbone).layer_logits(values())
 
 
-class TestNGrams:
+class TestExpert:
     def told(self, name, ordering=NATURAL, order=3):
         """A random conditioner that is told of n-grams, which count for more or less."""
-        torch.manual_seed(0)
-        backbone = DilatedConvolution(WIDTH, layers=2) if name == "masked" else None
-        grams = NGrams(CLASSES, order)
-        grams.count([markov(200, CLASSES)])
-        backbone = backbone or CAUSAL[name](ordering)
-        conditioner = Conditioner(CLASSES, LENGTH, CLASSES, ordering, backbone, grams=grams)
-        return shaken(conditioner).eval()
+        expert = NGramExpert(CLASSES, order)
+        expert.grams.count([markov(200, CLASSES)])
+        return make(name, ordering, CLASSES, expert=expert)
 
     @pytest.mark.parametrize("ordering", ORDERINGS.values(), ids=ORDERINGS)
     @pytest.mark.parametrize("name", ["transformer", "convolution", "table", "masked"])
@@ -543,51 +512,86 @@ class TestNGrams:
             pytest.skip("an LSTM reads in one direction")
         conditioner, y = self.told(name, ordering), values()
         logits = conditioner(y)
-        levels, members = conditioner.levels(LENGTH, y.device)
-        for level, dimensions in enumerate(members[1:], start=1):
+        layout = conditioner.layout(LENGTH, y.device)
+        for level, dimensions in enumerate(layout.members):
             part = conditioner.level_logits(y, level)
-            torch.testing.assert_close(part, logits[:, dimensions])
-        drawn, part = conditioner.drawn_logits(y, torch.tensor([1, 2, 2, 1, 2, 1]))
-        torch.testing.assert_close(part, logits[drawn])
+            torch.testing.assert_close(part, logits[:, dimensions], rtol=1e-4, atol=1e-4)
+        sampled, part = conditioner.sampled_level_logits(y, torch.tensor([1, 2, 0, 1, 2, 1]))
+        torch.testing.assert_close(part, logits[sampled])
         one_hot = to_one_hot(y, CLASSES, torch.float32)
         torch.testing.assert_close(conditioner(one_hot), logits)
 
         def decide(dimensions, part):
-            torch.testing.assert_close(part, logits[:, dimensions])
+            torch.testing.assert_close(part, logits[:, dimensions], rtol=1e-4, atol=1e-4)
             return y[:, dimensions]
 
         with torch.no_grad():
-            begin = torch.where(levels < 1, y, 0)
-            assert torch.equal(conditioner.by_levels(begin, decide), y)
+            assert torch.equal(decide_levels(conditioner, torch.zeros_like(y), decide), y)
 
-    def test_only_a_run_of_known_values_counts(self):
-        conditioner = self.told("transformer", Strided(columns=3), order=4)
-        runs = conditioner._dimensions_of(LENGTH, torch.device("cpu")).runs
-        assert runs.tolist() == [0, 1, 2, 0, 1]
-
-    @pytest.mark.parametrize("without_own", [False, True])
-    def test_at_first_the_n_grams_alone_count(self, without_own):
+    @pytest.mark.parametrize("leave_out", [False, True])
+    def test_at_first_the_n_grams_alone_count(self, leave_out):
         torch.manual_seed(0)
-        grams, text = NGrams(CLASSES, 3), markov(200, CLASSES)
-        grams.count([text])
+        expert, text = NGramExpert(CLASSES, 3), markov(200, CLASSES)
+        expert.grams.count([text])
         backbone = Transformer(WIDTH, layers=1, heads=2)
-        conditioner = Conditioner(CLASSES, LENGTH, CLASSES, NATURAL, backbone, grams=grams)
-        torch.nn.init.zeros_(conditioner.head.weight)
-        torch.nn.init.zeros_(conditioner.head.bias)
-        conditioner.without_own = without_own
+        conditioner = Conditioner(CLASSES, LENGTH, NATURAL, backbone, expert=expert)
+        conditioner.init_head(torch.zeros(CLASSES))
         y = text[:LENGTH].unsqueeze(0)
-        own = y[0] if without_own else None
-        expected = grams.following(grams.pack(y)[0], torch.arange(LENGTH), own).log()
-        torch.testing.assert_close(conditioner(y)[0, 1:], expected[1:].float())
+        own = y[0] if leave_out else None
+        grams = expert.grams
+        expected = grams.next_probs(grams.pack(y)[0], torch.arange(LENGTH), own).log()
+        with leave_one_out(counted=leave_out):
+            torch.testing.assert_close(conditioner(y)[0], expected.float())
 
     def test_another_number_of_classes_is_refused(self):
-        backbone = Transformer(WIDTH, layers=1, heads=2)
         for classes, outputs in ((4, CLASSES), (CLASSES, 4)):
             with pytest.raises(UserError, match="logits of the classes themselves"):
-                Conditioner(CLASSES, LENGTH, outputs, NATURAL, backbone, grams=NGrams(classes))
+                make("transformer", num_logits=outputs, expert=NGramExpert(classes, 2))
 
-    def test_an_lstm_that_is_told_of_them_carries_no_state(self):
-        conditioner = self.told("lstm")
-        assert not conditioner.carries
-        with pytest.raises(UserError, match="without a context or n-grams"):
-            conditioner.carry(values(), torch.full((6,), -1))
+    def test_a_transform_of_ranks_may_have_one(self):
+        conditioner, y = self.told("transformer"), values()
+        transform = ConditionalTransform(RankPermutation(CLASSES), conditioner)
+        with torch.no_grad():
+            assert torch.equal(transform(transform.inv(y)), y)
+
+
+class TestPrecision:
+    @pytest.mark.parametrize("name", ["transformer", "convolution", "lstm", "masked"])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_logits_of_a_half_precision_module_are_of_full_precision(self, name, dtype):
+        conditioner, y = make(name).to(dtype), values()
+        logits = conditioner(y)
+        assert logits.dtype == torch.float32
+        features = (
+            conditioner.features(y, torch.tensor([1]))
+            if name == "masked"
+            else (conditioner.features(y))
+        )
+        assert features.dtype == dtype
+        head = conditioner.head
+        at = conditioner.layout(LENGTH, y.device).members[1]
+        expected = features.float() @ head.weight.float().T + head.bias.float()
+        torch.testing.assert_close(logits[:, at], expected[:, at])
+
+    def test_so_are_those_of_an_expert(self):
+        conditioner = TestExpert().told("transformer").bfloat16()
+        assert conditioner(values()).dtype == torch.float32
+
+
+class TestShortcut:
+    def test_it_is_asked_first_without_a_context(self):
+        conditioner, y, asked = make("transformer"), values(), []
+
+        def shortcut(who, y, first_level):
+            asked.append((who, first_level))
+            return torch.ones(1) if first_level else None
+
+        with evaluated_by(shortcut):
+            assert conditioner(y, first_level=1) == 1
+            assert conditioner(y).shape == (6, LENGTH, 4)
+        assert conditioner(y, first_level=1).shape == (6, LENGTH, 4)
+        assert asked == [(conditioner, 1), (conditioner, 0)]
+        other = make("transformer", context=Context(2))
+        with evaluated_by(shortcut):
+            other(y, torch.randn(6, 2), first_level=1)
+        assert len(asked) == 2

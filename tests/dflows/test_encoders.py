@@ -1,14 +1,11 @@
-from functools import partial
-
 import pytest
 import torch
+from torch import nn
 
-from dflows.backbones import DilatedConvolution
-from dflows.embedding import Context
+from dflows.conditioner import Context
 from dflows.encoders import SequenceEncoder
 from dflows.errors import UserError
-from dflows.flows import bipartite
-from tests.dflows.small import shaken
+from tests.dflows.small import make_flow, shaken
 
 K, C, S = 5, 6, 4
 
@@ -57,9 +54,8 @@ def test_every_parameter_gets_a_gradient():
 
 @pytest.mark.parametrize("aligned", [False, True])
 def test_a_flow_is_conditioned_on_what_it_encodes(aligned):
-    encoder = SequenceEncoder(K, 2, bidirectional=True)
-    backbone = partial(DilatedConvolution, width=8, layers=2)
-    flow = shaken(bipartite(3, 4, backbone, context=Context(2, aligned=aligned, encoder=encoder)))
+    encoder: nn.Module = SequenceEncoder(K, 2, bidirectional=True)
+    flow = make_flow(3, 4, encoder=encoder, context=Context(2, aligned=aligned))
     context = torch.randint(K, (6, 2, 4))
     y = torch.randint(3, (6, 4))
     flow.log_prob(y, context).sum().backward()

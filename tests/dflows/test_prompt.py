@@ -3,24 +3,25 @@
 import pytest
 import torch
 
-from dflows import AutoregressiveBase, DiscreteFlow, NGramBase, PermutationTransform
-from dflows.backbones import LSTM, LevelConvolution, Transformer
+from dflows import AutoregressiveBase, Context, DiscreteFlow, NGramBase, PermutationTransform
+from dflows.backbones import LSTM, LevelConvolution, Masked, Transformer
 from dflows.errors import UserError
 from dflows.orderings import Blocks, Halves, Natural, Parity, Reversed, Strided
 from dflows.transforms import Composition
-from tests.dflows.small import WIDTH, make_flow, make_transform, shaken, states
+from tests.dflows.small import WIDTH, make_conditioner, make_flow, make_transform, shaken, states
 
 CLASSES, LENGTH = 3, 4
 NATURAL = (Natural(), Natural())
 
 
-def language_model(backbone, ordering=None, flows=(), **options):
+def language_model(backbone, ordering=None, transforms=(), **options):
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        base = AutoregressiveBase(
-            CLASSES, LENGTH, backbone=backbone(), ordering=ordering, **options
+        conditioner = make_conditioner(
+            CLASSES, LENGTH, ordering or Natural(), backbone(), **options
         )
-    return shaken(DiscreteFlow(base, flows))
+        base = AutoregressiveBase(conditioner)
+    return shaken(DiscreteFlow(base, transforms))
 
 
 def counted():
@@ -37,9 +38,7 @@ FLOWS = {
     "transformer": lambda: language_model(lambda: Transformer(WIDTH, layers=1, heads=2)),
     "lstm": lambda: language_model(lambda: LSTM(WIDTH)),
     "convolution": lambda: language_model(lambda: LevelConvolution(WIDTH, layers=1)),
-    "masked": lambda: language_model(
-        lambda: torch.nn.Linear(WIDTH, WIDTH), width=WIDTH, positions=True
-    ),
+    "masked": lambda: language_model(lambda: Masked(torch.nn.Linear(WIDTH, WIDTH), WIDTH)),
     "blocks": lambda: language_model(lambda: LevelConvolution(WIDTH, layers=1), Blocks(2)),
     "n-gram": lambda: DiscreteFlow(counted()),
     "n-gram under a flow": lambda: under_flow(counted()),
@@ -48,7 +47,7 @@ FLOWS = {
     "shift flow by blocks": lambda: make_flow(orderings=(Blocks(2),), bijection="shift"),
     "halves": lambda: make_flow(orderings=(Halves(),), bijection="rank"),
     "flow on a language model": lambda: language_model(
-        lambda: LSTM(WIDTH), flows=[make_transform(CLASSES, LENGTH, Natural(), "affine")]
+        lambda: LSTM(WIDTH), transforms=[make_transform(CLASSES, LENGTH, Natural(), "affine")]
     ),
     "permutation": lambda: shaken(
         DiscreteFlow(
@@ -105,18 +104,18 @@ def test_samples_follow_the_conditional_probabilities(name):
 def test_a_composition_goes_on_as_its_parts_do():
     parts = [make_transform(CLASSES, LENGTH, Natural(), "rank") for _ in range(2)]
     composition = shaken(Composition(parts)).eval()
-    assert composition.keeps_beginning(2, LENGTH)
+    assert composition.supports_prefix(2, LENGTH)
     x = states(CLASSES, LENGTH)
     with torch.no_grad():
         y = composition(x)
-        assert torch.equal(composition.generate(x, beginning=y[:, :2])[0], y)
+        assert torch.equal(composition.generate(x, prefix=y[:, :2])[0], y)
         inverse = composition.inv
-        assert inverse.keeps_beginning(2, LENGTH)
-        assert torch.equal(inverse.generate(y, beginning=x[:, :2])[0], x)
+        assert inverse.supports_prefix(2, LENGTH)
+        assert torch.equal(inverse.generate(y, prefix=x[:, :2])[0], x)
 
 
 def test_a_prompt_goes_with_a_context():
-    flow = make_flow(orderings=NATURAL, backbone="causal", context_features=2)
+    flow = make_flow(orderings=NATURAL, backbone="causal", context=Context(2))
     context = torch.randn(3, 2, generator=torch.Generator().manual_seed(0))
 
     def draw(**options):

@@ -92,7 +92,7 @@ def test_references_are_made_of_the_choices(plan_of):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tasks": {"2 x 2": {}}}, "'2 x 2' names a part of an experiment"),
+        ({"tasks": {"2 x 2": {}}}, "'2 x 2' cannot name a part of an experiment"),
         ({"smoke": {"tasks": ["9x9"], "rows": ["flow"]}}, "smoke.tasks names 9x9"),
         ({"smoke": {"tasks": ["2x2"], "rows": ["folw"]}}, "smoke.rows names folw: give some of"),
         ({"rows": {"base": {"lable": "a base"}}}, "rows.base has no key lable: its keys are label"),

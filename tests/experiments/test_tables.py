@@ -112,8 +112,8 @@ def experiment(name, absent=()):
                 "reference_kl": nats - 6.5,
                 "layerwise_nats": nats + 0.05,
             }
-            # Of estimators' tasks the first has as many flows as one reference, and the second as
-            # the other.
+            # Of the tasks of estimators the first has as many transforms as one reference, and the
+            # second as many as the other.
             tables = {"data": config["data"], "orderings": [""] * (1 if key == "own" else 2)}
             found.append(
                 record(f"reference-{key}-{task}", metrics, kind="reference", config=tables)
@@ -136,7 +136,7 @@ def experiment(name, absent=()):
         ),
         ("full-rank", "| other flow | 7.2 | 7.700 | 7.050 | 7.000 | +0.700 | 67% | 1,000 | 12 |"),
         ("estimators", "| flow | 7.800 ± 0.141 (2) (12 s) | 7.800 ± 0.141 (2) (12 s) |"),
-        ("estimators", "| *tables, in turn* | 7.650 | 7.050 |"),
+        ("estimators", "| *tables, layerwise* | 7.650 | 7.050 |"),
         ("estimators", "| *best tabular flow* | 7.600 | 7.000 |"),
         ("estimators", "| flow | 0.500 | 1.5 | 0.750 | 2.5 | 0.01 | 12 |"),
         ("mixture", "| flow | 0.300 ± 0.141 (2) | 0.150 | 1.100 |"),

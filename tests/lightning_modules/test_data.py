@@ -13,6 +13,8 @@ from dflows.errors import UserError
 from lightning_modules.data import DataFacts, unpack
 from tests.training import trainer as make_trainer
 
+pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no")
+
 K = 5
 X = torch.randint(K, (70, 3), generator=torch.Generator().manual_seed(0))
 

@@ -9,6 +9,7 @@ from dflows.backbones import Backbone
 class _Plain(nn.Module):
     def __init__(self, width: int):
         super().__init__()
+        self.width = width
         self.linear = nn.Linear(width, width)
 
 

@@ -104,8 +104,8 @@ class TestKeys:
                     "dflows.orderings.Natural, init_args: {foo: 3}}]}}}}"
                 ),
                 (
-                    "model.flow.orderings (dflows.orderings.Natural): Option 'foo' is not accepted: "
-                    "it takes no keys"
+                    "model.flow.orderings (dflows.orderings.Natural): Option 'foo' is not accepted"
+                    ": it takes no keys"
                 ),
             ),
             (

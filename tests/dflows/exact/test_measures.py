@@ -5,13 +5,14 @@ import pytest
 import torch
 
 from dflows import DiscreteFlow, FactorizedBase
-from dflows.errors import UserError
+from dflows.errors import NonFiniteError, UserError
 from dflows.exact import (
     MOST_STATES,
     check_enumerable,
     cross_entropy,
     divergence,
     entropy,
+    expected_loss,
     factorized_entropy,
     marginals,
     probabilities,
@@ -127,6 +128,16 @@ class TestFlows:
         assert cross_entropy(flow, table) == pytest.approx(float(expected))
         assert cross_entropy(flow, torch.full((2, 2), 0.25)) == math.inf
         assert probabilities(flow)[1].tolist() == [0, 0]
+
+    @pytest.mark.parametrize("wrong", [math.nan, math.inf])
+    def test_a_diverged_model_has_no_loss(self, wrong):
+        model = make_flow(3, 4).train()
+        with pytest.raises(NonFiniteError, match=f"DiscreteFlow gives 81 of 81.*{wrong}"):
+            expected_loss(model, lambda y: torch.full((len(y),), wrong), dirichlet(3, 3, 3, 3))
+        assert model.training
+        model.transforms[0].conditioner.head.bias.data.fill_(wrong)
+        with pytest.raises(NonFiniteError, match="ModularAffine"):
+            cross_entropy(model, dirichlet(3, 3, 3, 3))
 
     def test_mode_and_gradients_are_left_alone(self):
         flow = make_flow(3, 4)

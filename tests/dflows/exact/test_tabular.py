@@ -1,144 +1,25 @@
 import math
-from itertools import permutations
 
-import numpy as np
 import pytest
 import torch
 
 from dflows import DiscreteFlow
 from dflows.backbones import Table
-from dflows.bijections import Bijection, ModularAffine, ModularShift, RankPermutation
+from dflows.bijections import ModularAffine, ModularShift, RankPermutation
 from dflows.errors import UserError
 from dflows.exact import (
     cross_entropy,
     divergence,
     entropy,
-    exhaustive_optimum,
     factorized_entropy,
     probabilities,
     states,
     tabular_flow,
 )
-from dflows.exact.tabular import _maps_of, _swapped
-from dflows.orderings import Blocks, Halves, Natural, Ordering, Reversed
+from dflows.objectives import EndToEnd
+from dflows.orderings import Blocks, Halves, Natural, Reversed
+from tests.dflows.exact.problems import Reflection, autoregressive, bipartite, full_rank, mixture
 from tests.dflows.small import BIJECTIONS, ORDERINGS
-
-
-def full_rank(length, num_classes, seed=0):
-    """The distribution of the published experiments."""
-    draw = np.random.default_rng(seed).dirichlet(np.ones(num_classes**length))
-    return torch.from_numpy(draw.reshape((num_classes,) * length))
-
-
-def mixture(num_classes=91, modes=8):
-    """Gaussians on a circle, on a grid."""
-    angle = torch.arange(modes, dtype=torch.float64) * (2 * math.pi / modes)
-    grid = torch.arange(num_classes, dtype=torch.float64)
-    axes = []
-    for direction in (angle.cos(), angle.sin()):
-        centre = (num_classes - 1) / 2 + 0.32 * num_classes * direction
-        axes.append((-(((grid - centre[:, None]) / (0.035 * num_classes)) ** 2) / 2).exp())
-    table = torch.einsum("mi,mj->ij", *axes)
-    return table / table.sum()
-
-
-class Part(Ordering):
-    """Some dimensions condition the others."""
-
-    def __init__(self, first):
-        self.first = first
-
-    def levels(self, length):
-        return torch.tensor([0 if d in self.first else 1 for d in range(length)])
-
-
-def autoregressive(flows):
-    return [Reversed() if number % 2 else Natural() for number in range(flows)]
-
-
-def bipartite(flows, length):
-    """Both halves, and then random ones, from the data on."""
-    draw = np.random.default_rng(0)
-    parts = [range(length // 2), range(length // 2, length)]
-    while len(parts) < flows:
-        order = draw.permutation(length).tolist()
-        parts += [order[: length // 2], order[length // 2 :]]
-    return [Part(sorted(part)) for part in reversed(parts[:flows])]
-
-
-class Reflection(Bijection):
-    """A user's own: the classes as they are, or the other way round."""
-
-    categorical = True
-    needs_target = False
-
-    def __init__(self, num_classes):
-        super().__init__(num_classes, num_logits=2)
-
-    def initial_logits(self):
-        return torch.tensor([0.1, 0.0])
-
-    def forward(self, x, logits):
-        return torch.where(logits[..., 1] > logits[..., 0], self.num_classes - 1 - x, x)
-
-    inverse = forward
-    forward_through = inverse_through = local_log_likelihood = None
-
-
-class TestMaps:
-    @pytest.mark.parametrize(
-        ("bijection", "count"),
-        [
-            (ModularShift(6), 6),
-            (ModularAffine(6), 12),
-            (ModularAffine(7), 42),
-            (ModularAffine(6, prime=True), 42),
-            (Reflection(6), 2),
-            (RankPermutation(4), 24),
-        ],
-        ids=repr,
-    )
-    def test_all_are_found_and_taken_by_their_logits(self, bijection, count):
-        maps = _maps_of(bijection)
-        assert len(maps.listed.unique(dim=0)) == len(maps.listed) == count
-        generator = torch.Generator().manual_seed(0)
-        gains = torch.rand(50, *[bijection.num_classes] * 2, generator=generator).double()
-        choice = maps.best(gains, maps.listed[:50])
-        logits = maps.logits(choice).unsqueeze(1).expand(-1, bijection.num_classes, -1)
-        classes = torch.arange(bijection.num_classes).expand(len(choice), -1)
-        assert torch.equal(bijection.inverse(classes, logits), maps.of(choice))
-
-    @pytest.mark.parametrize("bijection", [ModularAffine(5), RankPermutation(5)], ids=repr)
-    def test_the_best_is_the_best_of_all(self, bijection):
-        maps = _maps_of(bijection)
-        gains = torch.rand(20, 5, 5, dtype=torch.float64)
-        best = maps.of(maps.best(gains, maps.listed[:20]))
-        total = [gains[:, range(5), listed].sum(-1) for listed in maps.listed]
-        found = gains.gather(-1, best.unsqueeze(-1)).sum((1, 2))
-        torch.testing.assert_close(found, torch.stack(total).amax(0))
-
-    @pytest.mark.parametrize("bijection", [ModularAffine(5), RankPermutation(5)], ids=repr)
-    def test_the_best_of_products_is_the_best(self, bijection):
-        maps = _maps_of(bijection)
-        weights, log_probs = torch.rand(20, 5).double(), torch.rand(5).double().log()
-        gains = weights.unsqueeze(-1) * log_probs
-        alone = maps.of(maps.best_alone(weights, log_probs))
-        assert torch.equal(alone, maps.of(maps.best(gains, maps.listed[:20])))
-
-    def test_swaps_end_where_no_swap_gains(self):
-        gains = torch.rand(30, 9, 9, dtype=torch.float64)
-        begin = torch.rand(30, 9).argsort(-1)
-        maps = _swapped(gains, begin)
-        assert torch.equal(maps.sort(-1).values, torch.arange(9).expand(30, -1))
-
-        def total(maps):
-            return gains.gather(-1, maps.unsqueeze(-1)).sum((1, 2))
-
-        assert (total(maps) > total(begin)).all()
-        for one, other in permutations(range(9), 2):
-            swapped = maps.clone()
-            swapped[:, [one, other]] = maps[:, [other, one]]
-            assert (total(swapped) <= total(maps) + 1e-12).all()
 
 
 class TestTabularFlow:
@@ -195,12 +76,12 @@ class TestTabularFlow:
         assert nats == pytest.approx(math.log(5))
         assert divergence(flow, table) == pytest.approx(0, abs=1e-9)
 
-    def test_the_ascent_begins_with_transforms_that_are_fitted_in_turn(self):
+    def test_the_ascent_begins_with_transforms_that_are_fitted_layerwise(self):
         arguments = full_rank(3, 3), autoregressive(2), ModularAffine(3)
         begun = tabular_flow(*arguments, restarts=0, sweeps=0)
         ascended = tabular_flow(*arguments)
-        assert begun.in_turn == pytest.approx(begun.cross_entropy, abs=1e-9)
-        assert ascended.in_turn == begun.in_turn > ascended.cross_entropy
+        assert begun.layerwise == pytest.approx(begun.cross_entropy, abs=1e-9)
+        assert ascended.layerwise == begun.layerwise > ascended.cross_entropy
 
     def test_equal_seeds_give_equal_flows(self):
         table = full_rank(3, 4)
@@ -231,7 +112,7 @@ class TestTabularFlow:
         assert type(flow) is DiscreteFlow
         assert isinstance(flow.transforms[0].conditioner.backbone, Table)
         assert flow.transforms[0].bijection is not bijection
-        flow.objective(states(3, 3)).sum().backward()
+        EndToEnd()(flow, states(3, 3)).sum().backward()
 
     @pytest.mark.parametrize(
         ("arguments", "options", "message"),
@@ -342,47 +223,3 @@ class TestReferences:
         orderings = [Halves(first=number % 2) for number in range(flows)]
         options = {"restarts": 0, "sweeps": 5}
         self.check(table, orderings, bijection, entropy(table) + known, **options)
-
-
-class TestExhaustiveOptimum:
-    @pytest.mark.parametrize("seed", range(4))
-    def test_of_all_bijections_is_that_of_all_permutations(self, seed):
-        table = full_rank(2, 2, seed)
-        best = min(
-            factorized_entropy(table.flatten()[list(order)].reshape(2, 2))
-            for order in permutations(range(4))
-        )
-        assert exhaustive_optimum(table) == pytest.approx(best, abs=1e-12)
-
-    @pytest.mark.parametrize("seed", range(3))
-    @pytest.mark.parametrize(("flows", "bijection"), [(1, ModularShift), (3, RankPermutation)])
-    def test_ascent_finds_it(self, seed, flows, bijection):
-        table = full_rank(2, 2, seed)
-        arguments = (table, autoregressive(flows), bijection(2))
-        best = exhaustive_optimum(*arguments)
-        assert exhaustive_optimum(table) <= best + 1e-12
-        assert tabular_flow(*arguments, restarts=8).cross_entropy == pytest.approx(best, abs=1e-9)
-
-    def test_ascent_never_goes_below_it(self):
-        for seed in range(3):
-            arguments = (full_rank(2, 3, seed), autoregressive(1), ModularAffine(3))
-            best = exhaustive_optimum(*arguments)
-            assert tabular_flow(*arguments).cross_entropy == pytest.approx(best, abs=1e-9)
-
-    def test_without_transforms_it_is_the_factorized_entropy(self):
-        table = full_rank(3, 2)
-        best = exhaustive_optimum(table, [], ModularShift(2))
-        assert best == pytest.approx(factorized_entropy(table))
-
-    @pytest.mark.parametrize(
-        ("arguments", "message"),
-        [
-            ((full_rank(4, 2),), "more than 9 states"),
-            ((full_rank(2, 2), [Natural()]), "given alone"),
-            ((full_rank(2, 2), [Natural()], ModularShift(3)), "bijection of 3 classes"),
-            ((full_rank(2, 3), autoregressive(3), RankPermutation(3)), "too many flows"),
-        ],
-    )
-    def test_bad_input_is_refused(self, arguments, message):
-        with pytest.raises(UserError, match=message):
-            exhaustive_optimum(*arguments)

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from dflows.conditioner import Context
 from dflows.orderings import Natural, Parity, Reversed
 from dflows.representations import to_one_hot
 from dflows.transforms import Composition, PermutationTransform
@@ -34,26 +35,40 @@ def test_it_is_a_bijection_one_transform_after_the_other(backbone):
         assert torch.equal(composition(to_one_hot(x, 3)), to_one_hot(y, 3))
 
 
-def test_log_determinants_are_zeros_that_train_every_part():
+def test_log_determinants_are_zeros_and_every_part_is_trained():
     composition = stack()
     y = torch.randint(3, (2, 3, 4))
-    _, ladj = composition.inverse_and_ladj(y)
-    assert torch.equal(ladj, torch.zeros(2, 3))
-    ladj.sum().backward()
+    assert torch.equal(composition.log_abs_det_jacobian(y, y), torch.zeros(2, 3))
+    x = composition.inverse(to_one_hot(y, 3))
+    assert torch.equal(x.argmax(-1), composition.inverse(y))
+    (x * torch.randn(3)).sum().backward()
     assert all(parameter.grad is not None for parameter in composition.parameters())
+
+
+def test_parts_are_those_of_nested_ones_too():
+    composition = stack()
+    names = [type(part).__name__ for part in composition.parts]
+    assert names == [
+        "ConditionalTransform",
+        "PermutationTransform",
+        "ConditionalTransform",
+        "ConditionalTransform",
+    ]
+    assert [part.ordering for part in composition.parts] == [Natural(), None, Parity(), Reversed()]
+    assert composition.ordering is None
 
 
 def test_passes_and_fixed_points_add_up():
     composition, x = stack(), torch.randint(3, (5, 4))
     assert composition.passes == 3 + 0 + 1 + 3
     with torch.no_grad():
-        y, evaluations = composition.fixed_point(x)
+        y, evaluations = composition.generate(x, fixed_point=True)
         assert torch.equal(y, composition(x))
     assert 3 <= evaluations <= composition.passes + 3
 
 
 def test_a_context_goes_to_all():
-    composition = stack(context_features=2)
+    composition = stack(context=Context(2))
     context, x = torch.randn(2, 2), torch.randint(3, (20, 2, 4))
     y = composition(x, context)
     assert torch.equal(composition.inverse(y, context), x)
@@ -64,3 +79,9 @@ def test_of_nothing_it_is_the_identity():
     x = states(3, 2)
     assert torch.equal(Composition([])(x), x)
     assert Composition([]).passes == 0
+
+
+@pytest.mark.parametrize("takes", [False, True])
+def test_it_says_whether_it_takes_a_context(takes):
+    composition = stack(context=Context(2) if takes else None)
+    assert composition.takes_context == composition.inv.takes_context == takes

@@ -1,0 +1,222 @@
+"""How modules are optimized: AdamW, its schedule, and no step that is not finite."""
+
+import math
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import Timer
+from pytorch_lightning.plugins import Precision
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from dflows.errors import UserError
+from lightning_modules.divergence import FiniteWatch, all_finite, located
+from lightning_modules.optimization import (
+    DEFAULT_OPTIMIZATION,
+    Optimization,
+    Schedule,
+    keep_settings,
+)
+
+__all__ = ["OptimizedModule"]
+
+
+class OptimizedModule(pl.LightningModule):
+    """A module with dflows' optimizer and schedule.
+
+    Args:
+        optimization: Settings of the optimizer.
+    """
+
+    def __init__(self, optimization: Optimization = DEFAULT_OPTIMIZATION) -> None:
+        super().__init__()
+        self.optimization = optimization
+        self._watch = FiniteWatch()
+        self._roles: list[tuple[bool, bool]] = []
+        self._rates_changed = False
+
+    def base_parameters(self) -> Iterable[nn.Parameter]:
+        """Returns the parameters that have `base_learning_rate` and are held at first."""
+        return ()
+
+    def configure_optimizers(self) -> Any:
+        """Returns AdamW with groups for matrices, for what does not decay, and for the base.
+
+        Where there is nothing to train by gradients there is no optimizer.
+        """
+        settings = self.optimization
+        base = {id(parameter) for parameter in self.base_parameters()}
+        groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+        seen: set[int] = set()
+        for module in self.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                if id(parameter) in seen or not parameter.requires_grad:
+                    continue
+                seen.add(id(parameter))
+                decays = (
+                    "weight" in name and parameter.ndim > 1 and not isinstance(module, nn.Embedding)
+                )
+                groups.setdefault((id(parameter) in base, decays), []).append(parameter)
+        if not groups:
+            return None
+        roles = list(groups)
+        optimizer = torch.optim.AdamW(
+            [
+                {"params": groups[role], **settings_of}
+                for role, settings_of in zip(roles, self._settings(roles), strict=True)
+            ],
+            # One kernel for all parameters; under mixed precision Lightning cannot clip for it.
+            fused=not ("mixed" in self.trainer.precision and self.trainer.gradient_clip_val),
+        )
+        keep_settings(optimizer, lambda: self._settings(roles))
+        if settings.schedule != "constant" and not self.has_end:
+            raise UserError(
+                f"optimization.schedule is {settings.schedule} and the training has no end: "
+                "set trainer.max_steps or trainer.max_time"
+            )
+        self._roles = roles
+        schedule = Schedule(
+            optimizer, lambda step: self.optimization.factor(step, self.progress(step))
+        )
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": schedule, "interval": "step", "name": "learning_rate"},
+        }
+
+    def _settings(self, roles: Sequence[tuple[bool, bool]]) -> list[dict[str, Any]]:
+        """Returns the settings of the optimizer's groups: of the base or not, decaying or not."""
+        settings = self.optimization
+        return [
+            {
+                "lr": (in_base and settings.base_learning_rate) or settings.learning_rate,
+                "weight_decay": settings.weight_decay if decays else 0.0,
+                "betas": settings.betas,
+            }
+            for in_base, decays in roles
+        ]
+
+    def _schedules(self) -> list[Schedule]:
+        configs = [] if self._trainer is None else self.trainer.lr_scheduler_configs
+        return [entry.scheduler for entry in configs if isinstance(entry.scheduler, Schedule)]
+
+    @property
+    def learning_rate(self) -> float:
+        """The learning rate after the warm-up, which a learning-rate finder sets."""
+        return self.optimization.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, value: float) -> None:
+        self.optimization = replace(self.optimization, learning_rate=value)
+        for schedule in self._schedules():
+            schedule.rebase([group["lr"] for group in self._settings(self._roles)])
+            # A finder gives all groups the plain rate after this.
+            self._rates_changed = True
+
+    def _total_steps(self) -> float:
+        # Where the length of an epoch is not known, Lightning returns max_steps, which is -1.
+        steps = self.trainer.estimated_stepping_batches
+        return steps if steps > 0 else math.inf
+
+    def _timer(self) -> Timer | None:
+        timers = (entry for entry in self.trainer.callbacks if isinstance(entry, Timer))  # type: ignore[attr-defined]
+        return next(timers, None)
+
+    @property
+    def has_end(self) -> bool:
+        """Whether the training ends by steps, by epochs or by time."""
+        if not math.isinf(self._total_steps()) or self._timer() is not None:
+            return True
+        return (self.trainer.max_epochs or -1) > 0
+
+    def progress(self, step: int) -> float:
+        """Returns the part of the training that is done after so many steps, or by time, 0 to 1.
+
+        All processes must ask at once.
+        """
+        total, epochs = self._total_steps(), self.trainer.max_epochs or -1
+        progress = step / total
+        if math.isinf(total) and epochs > 0:
+            progress = self.trainer.current_epoch / epochs
+        timer = self._timer()
+        if timer is not None and (left := timer.time_remaining()) is not None:
+            elapsed = timer.time_elapsed() / (timer.time_elapsed() + max(left, 1e-9))
+            if self.trainer.world_size > 1:
+                # Clocks differ, and learning rates must not.
+                elapsed = self.trainer.strategy.broadcast(elapsed)
+            progress = max(progress, elapsed)
+        return min(max(progress, 0.0), 1.0)
+
+    def on_train_epoch_start(self) -> None:
+        """Puts learning rates right that a finder has set."""
+        if self._rates_changed:
+            self._rates_changed = False
+            for schedule in self._schedules():
+                schedule.apply()
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Holds the base in the first steps."""
+        if self.trainer.global_step < self.optimization.hold_base_steps:
+            for parameter in self.base_parameters():
+                parameter.grad = None
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips gradients, and checks that they are finite.
+
+        Raises:
+            NonFiniteError: If they are not.
+        """
+        plugin = self.trainer.precision_plugin
+        parameters = [
+            parameter
+            for group in optimizer.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        ]
+        plain = type(plugin) is Precision and gradient_clip_algorithm in (None, "norm")
+        if plain and gradient_clip_val:
+            # As Lightning does it, but the norm that this takes is looked at.
+            finite = nn.utils.clip_grad_norm_(parameters, gradient_clip_val).isfinite()
+        else:
+            finite = all_finite([parameter.grad for parameter in parameters])
+            super().configure_gradient_clipping(
+                optimizer, gradient_clip_val, gradient_clip_algorithm
+            )
+        # A loss that is scaled up for float16 overflows at first, and its scaler skips the step.
+        scaled = getattr(plugin, "scaler", None) is not None
+        if parameters and not scaled and not self._in_range_test():
+            self._watch.note("a gradient", finite, self.trainer.global_step)
+
+    def located(self, part: str) -> AbstractContextManager[None]:
+        """Returns a context that adds the part of a run and the step to non-finite errors."""
+        return located(part, self._step())
+
+    def _step(self) -> int:
+        return 0 if self._trainer is None else self.trainer.global_step
+
+    def _check_loss(self, loss: Tensor) -> None:
+        # One of several processes must not end alone: the others would wait for its gradients. They
+        # all have what is not finite in theirs, when they have been added up.
+        if self._trainer is None or self.trainer.world_size == 1:
+            self._watch.note("the loss", loss.isfinite(), self._step())
+        if self._trainer is not None and self._step() % self.trainer.log_every_n_steps == 0:  # type: ignore[attr-defined]
+            self._watch.check()
+
+    def _in_range_test(self) -> bool:
+        """Whether a learning-rate finder tries rates, of which the last may be too large."""
+        if self._trainer is None:
+            return False
+        configs = self.trainer.lr_scheduler_configs
+        return bool(configs) and not isinstance(configs[0].scheduler, Schedule)
+
+    def on_train_end(self) -> None:
+        """Asks the device whether all steps were finite."""
+        self._watch.check()
