@@ -59,7 +59,7 @@ def test_an_experiment_fits_the_signatures(name, small):
     assert cli.trainer.max_steps > 0 or cli.config.trainer.max_time is not None
     cli.datamodule.setup("fit")
     batch = next(iter(cli.datamodule.train_dataloader()))
-    loss = -cli.model.objective(batch[:2]).mean()
+    loss = -cli.model.evaluate_objective(batch[:2]).mean()
     cli.model.backward(loss)  # of a model that is counted there is none
     assert loss.isfinite()
 

@@ -185,7 +185,7 @@ def test_what_does_not_fit_is_refused():
         flows.stack(3, D, [], NETWORK, ngram_order=2)
     with pytest.raises(UserError, match="order is 40: give 1 to 32"):
         flows.language_model(3, D, NETWORK, ngram_order=40)
-    base = flows.AutoregressiveFactory(NETWORK, ngram_order=3)
+    base = flows.AutoregressiveFactory(NETWORK(), ngram_order=3)
     flow = flows.stack(3, D, [Natural()], NETWORK, base=base)
     with pytest.raises(UserError, match="a AutoregressiveBase that transforms stand on"):
         FlowModule(flow)

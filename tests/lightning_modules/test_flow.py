@@ -68,7 +68,7 @@ CHOICES = {
     "base": [
         FactorizedBase,
         partial(FactorizedBase, sharing="positions"),
-        AutoregressiveFactory(CONVOLUTION, Strided(2)),
+        lambda *sizes: AutoregressiveFactory(CONVOLUTION(), Strided(2))(*sizes),
     ],
     "share_backbone": [False, True],
 }
@@ -223,7 +223,7 @@ class TestBase:
             ({"orderings": [], "base_refit_every": 1}, "nothing to train: set it to 0"),
             (
                 {
-                    "base": AutoregressiveFactory(partial(LSTM, width=8)),
+                    "base": AutoregressiveFactory(LSTM(width=8)),
                     "base_refit_every": 5,
                 },
                 "AutoregressiveBase has no closed form",
@@ -477,7 +477,9 @@ def conditional(orderings, base, width=32):
     return FlowModule(flow, optimization=Optimization(learning_rate=0.01, base_learning_rate=0.03))
 
 
-BASE = AutoregressiveFactory(partial(LSTM, width=16), context=Context(16, aligned=True))
+def autoregressive_base(num_classes, length):
+    context = Context(16, aligned=True)
+    return AutoregressiveFactory(LSTM(width=16), context=context)(num_classes, length)
 
 
 @pytest.fixture(scope="module")
@@ -516,7 +518,8 @@ class TestContext:
             module.sample(2, context=addends)
 
     @pytest.mark.parametrize(
-        ("orderings", "base"), [([Reversed()], BASE), ([], BASE), ([*BOTH], FactorizedBase)]
+        ("orderings", "base"),
+        [([Reversed()], autoregressive_base), ([], autoregressive_base), ([*BOTH], FactorizedBase)],
     )
     def test_accuracy_is_the_share_that_greedy_decoding_tells(
         self, orderings, base, sums, tmp_path

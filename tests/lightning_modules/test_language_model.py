@@ -357,7 +357,9 @@ def test_what_does_not_fit_is_refused(backbone, options, message):
         lambda: flows.bipartite(3, D),
         lambda: flows.stack(3, D, [], LSTM),
         lambda: DiscreteFlow(NGramBase(3, D)),
-        lambda: flows.autoregressive(3, D, RECURRENT, base=flows.AutoregressiveFactory(RECURRENT)),
+        lambda: flows.autoregressive(
+            3, D, RECURRENT, base=flows.AutoregressiveFactory(RECURRENT())
+        ),
     ],
 )
 def test_it_is_an_autoregressive_base_alone(flow):
