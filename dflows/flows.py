@@ -58,9 +58,20 @@ class AutoregressiveFactory:
         self.ordering = ordering or Natural()
         self.context = context
         self.ngram_order = ngram_order
+        self._made = False
 
     def __call__(self, num_classes: int, length: int) -> AutoregressiveBase:
-        """Makes the base."""
+        """Makes the base.
+
+        Raises:
+            UserError: If it has made one, which would share the network.
+        """
+        if self._made:
+            raise UserError(
+                "an AutoregressiveFactory was called twice, and both bases would share one "
+                "network: make a factory for each"
+            )
+        self._made = True
         return AutoregressiveBase(
             Conditioner(
                 num_classes,

@@ -27,7 +27,8 @@ class FactorizedBase(ClosedFormBase):
     a base that starts at the data's marginal would make the identity a local optimum of the flow.
     Those that none transforms start at the marginal.
 
-    A flow tells it the orderings of its transforms; by itself it is one that none transforms.
+    A flow tells it the orderings of its transforms when it is made, and initialises it anew for
+    them; by itself it is a base that none transforms.
 
     Args:
         num_classes: K.
@@ -60,14 +61,14 @@ class FactorizedBase(ClosedFormBase):
         if sharing not in ("levels", "positions"):
             raise UserError(f"sharing is {sharing!r}: give 'levels' or 'positions'")
         self.sharing = sharing
-        self._orderings: list[Ordering] = []
-        self._group()
+        self._orderings: list[Ordering] | None = None
+        self._group([])
 
-    def _group(self) -> None:
+    def _group(self, orderings: list[Ordering]) -> None:
         own = self.sharing == "positions"
-        groups = torch.arange(self.length) if own else alike(self._orderings, self.length)
+        groups = torch.arange(self.length) if own else alike(orderings, self.length)
         peaked = torch.ones(int(groups.max()) + 1, dtype=torch.bool)
-        peaked[groups[untransformed(self._orderings, self.length)]] = False
+        peaked[groups[untransformed(orderings, self.length)]] = False
         self.register_buffer("groups", groups)
         self.register_buffer("peaked", peaked, persistent=False)
         self.logits = nn.Parameter(torch.empty(len(peaked), self.num_classes))
@@ -77,15 +78,16 @@ class FactorizedBase(ClosedFormBase):
         orderings = list(orderings)
         if orderings == self._orderings:
             return
-        if self._orderings:
+        if self._orderings is not None:
             raise UserError(
                 f"a FactorizedBase under transforms over {self._orderings} was given to a flow of "
                 f"transforms over {orderings}: make a new one for each flow"
             )
-        device, dtype = self.logits.device, self.logits.dtype
         self._orderings = orderings
-        self._group()
-        self.to(device, dtype)
+        if orderings:
+            device, dtype = self.logits.device, self.logits.dtype
+            self._group(orderings)
+            self.to(device, dtype)
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, length={self.length}, groups={len(self.peaked)}"

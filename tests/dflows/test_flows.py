@@ -263,3 +263,10 @@ def test_a_diverged_network_is_an_error_in_every_mode(name, training):
             call()
     with torch.no_grad(), pytest.raises(NonFiniteError, match="NaN"):
         flow.log_prob(y)
+
+
+def test_a_factory_makes_one_base_of_its_network():
+    factory = flows.AutoregressiveFactory(LSTM(width=8))
+    factory(3, 4)
+    with pytest.raises(UserError, match="would share one network"):
+        factory(3, 4)

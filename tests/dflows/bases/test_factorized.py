@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from dflows import DiscreteFlow
 from dflows.bases import FactorizedBase
 from dflows.errors import NonFiniteError, UserError
 from dflows.orderings import Natural, Parity, Strided
@@ -228,3 +229,10 @@ def test_state_dict_and_repr():
     x = torch.randint(4, (5, 3))
     assert torch.equal(other.log_prob(x), base.log_prob(x))
     assert repr(base) == "FactorizedBase(num_classes=4, length=3, groups=2)"
+
+
+def test_a_base_that_stands_alone_under_a_flow_serves_no_other_orderings():
+    base = FactorizedBase(3, 4)
+    DiscreteFlow(base)
+    with pytest.raises(UserError, match="make a new one for each flow"):
+        base.adapt([Natural()])
