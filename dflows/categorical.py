@@ -83,11 +83,11 @@ def search_cdf(cumulative: Tensor, noise: Tensor) -> Tensor:
     """Draws classes from a tabulated cumulative distribution function, by bisection.
 
     Args:
-        cumulative: What :func:`cdf` returned, (*batch, K).
-        noise: Numbers (*draws, *batch) from 0 to below 1.
+        cumulative: What :func:`cdf` returned, ``(*batch, K)``.
+        noise: Numbers ``(*draws, *batch)`` from 0 to below 1.
 
     Returns:
-        Indices (*draws, *batch).
+        Indices ``(*draws, *batch)``.
 
     Example:
         >>> search_cdf(cdf(torch.tensor([1.0, 0.0, 3.0])), torch.tensor([0.2, 0.25, 0.9]))

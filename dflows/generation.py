@@ -41,7 +41,7 @@ def expand_prompt(
     """Repeats a prompt, one for every sample.
 
     Args:
-        prompt: Indices (n,), or one a sample (*shape, n).
+        prompt: Indices (n,), or one a sample ``(*shape, n)``.
         shape: Shape of the samples.
         length: Dimensions of a sample.
         parts: The base and the transforms that it is to go through.

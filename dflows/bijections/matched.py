@@ -31,7 +31,7 @@ BLOCK_ENTRIES = {"cpu": 2**18}
 MANY_ENTRIES = 2**23
 """The same of other devices: 64 MB."""
 SMALLEST_BLOCK = 64
-"""Smallest number of rows of a block: a product of fewer is slow."""
+"""Smallest number of rows of a block, since a product of fewer is slow."""
 
 
 @lru_cache(maxsize=8)
