@@ -69,7 +69,7 @@ class _Graph(NamedTuple):
 class Acceleration:
     """Creates the way in which samples are made of noise.
 
-    Arguments:
+    Args:
         compile: Whether parts are compiled by ``torch.compile``.
         cuda_graph: Whether the whole is captured as a CUDA graph, one for every shape, and
             replayed.

@@ -189,7 +189,7 @@ class BitsPerCharacter(_Accumulator):
     counted a character. A first process that had no batch of its own is warned by torchmetrics;
     its value is right all the same.
 
-    Arguments:
+    Args:
         kwargs: Keyword arguments of :class:`torchmetrics.Metric`.
 
     Example:
@@ -236,7 +236,7 @@ class NatsPerExample(_Accumulator):
     float64 scalar, the same on all processes, and raises a ``ValueError`` if no process has counted
     an example.
 
-    Arguments:
+    Args:
         kwargs: Keyword arguments of :class:`torchmetrics.Metric`.
 
     Example:
@@ -297,7 +297,7 @@ class ExactMatch(_Accumulator):
     returns a float64 scalar, the same on all processes, and raises a ``ValueError`` if no process
     has counted an example.
 
-    Arguments:
+    Args:
         kwargs: Keyword arguments of :class:`torchmetrics.Metric`.
 
     Example:
@@ -352,7 +352,7 @@ class LevelBits(_Accumulator):
     level, the same on all processes, and raises a ``ValueError`` if no process has counted a
     dimension.
 
-    Arguments:
+    Args:
         levels: The level of every position, (length,).
         kwargs: Keyword arguments of :class:`torchmetrics.Metric`.
 
@@ -413,7 +413,7 @@ class ResidualEntropy(_Accumulator):
     tensor (num_flows,), the same on all processes, and raises a ``ValueError`` if no process has
     counted a value.
 
-    Arguments:
+    Args:
         num_flows: Transforms of the stack.
         num_classes: K.
         groups: The group of every position, (length,), contiguous from 0: the positions that the
@@ -497,7 +497,7 @@ class GenerationLatency(_Accumulator):
     the largest memory of tensors on the device (0 where unknown), and raises a ``ValueError`` if
     nothing was timed.
 
-    Arguments:
+    Args:
         kwargs: Keyword arguments of :class:`torchmetrics.Metric`.
 
     Example:

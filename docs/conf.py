@@ -46,7 +46,6 @@ autodoc_inherit_docstrings = False
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
-napoleon_custom_sections = [("Arguments", "params_style")]
 
 # References into this project must resolve; those into other projects are not looked up, and
 # private names have no page.
