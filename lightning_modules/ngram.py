@@ -14,7 +14,7 @@ class NGramModule(TextModule):
     """Creates an n-gram model of windows, and counts it in one pass over the training split.
 
     Counting is all the training there is, so one step is enough: ``trainer.max_steps: 1``. A text
-    without breaks is scored with the the characters of the longest gram before each known.
+    without breaks is scored with the characters of the longest n-gram before each known.
 
     Args:
         num_classes: K; taken from the data where a command builds the module.
@@ -32,7 +32,7 @@ class NGramModule(TextModule):
         DiscreteFlow(
           (base): NGramBase(
             num_classes=27, length=16
-            (grams): NGrams(num_classes=27, order=4, grams=0)
+            (ngrams): NGrams(num_classes=27, order=4, ngrams=0)
           )
           (transforms): ModuleList()
         )

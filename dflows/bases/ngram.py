@@ -20,14 +20,13 @@ class NGramBase(Base):
     Every dimension depends on the n - 1 before it, with interpolated Kneser–Ney smoothing
     (:class:`dflows.ngrams.NGrams`). The same n-grams serve at all positions.
 
-    An event begins anywhere in a text and not at its beginning. Its dimension i < n - 1 has seen i
-    others, and is that of a model of order i + 1, the occurrences of whose grams are counted: every
-    dimension has a distribution of its own given those before it, so that events of any length have
-    probabilities that sum to 1. A whole text as one event is scored with its context carried.
+    An event may start anywhere in a text. Its dimension i < n - 1 has seen i others, so a model of
+    order i + 1 predicts it, from the counts of (i + 1)-grams: every dimension has a distribution
+    given those before it, and the probabilities of events of any length sum to 1.
 
-    It has no parameters, and takes no network evaluation to draw from: a dimension is a table
-    look-up an order, in float64. It hands no gradient to the transforms on it, which must have a
-    loss of their own (:class:`dflows.objectives.Local`). Before :meth:`count` it is uniform.
+    It has no parameters, and sampling takes no network evaluation: a dimension is one table look-up
+    an order, in float64. It gives the transforms on it no gradient, so they need losses of their
+    own (:class:`dflows.objectives.Local`). Before :meth:`count` it is uniform.
 
     Args:
         num_classes: K.
@@ -57,7 +56,7 @@ class NGramBase(Base):
         self, num_classes: int, length: int, *, order: int = 6, discount: float | None = None
     ) -> None:
         super().__init__(num_classes, length)
-        self.grams = NGrams(num_classes, order, discount)
+        self.ngrams = NGrams(num_classes, order, discount)
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, length={self.length}"
@@ -69,18 +68,18 @@ class NGramBase(Base):
     @property
     def num_counted(self) -> int:
         """The classes that were counted; none before :meth:`count`."""
-        return self.grams.num_counted
+        return self.ngrams.num_counted
 
     def count(self, chunks: Iterable[Any]) -> None:
         """Counts data anew, in one pass; as :meth:`dflows.ngrams.NGrams.count`."""
-        self.grams.count(chunks)
+        self.ngrams.count(chunks)
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return self.grams.log_prob(to_indices(x))
+        return self.ngrams.log_prob(to_indices(x))
 
     def noise(self, num_samples: int, length: int, generator: Generator | None = None) -> Tensor:
         shape = (length, num_samples)
-        device = self.grams.keys.device
+        device = self.ngrams.keys.device
         return torch.rand(shape, dtype=torch.double, device=device, generator=generator).T
 
     def from_noise(
@@ -102,7 +101,7 @@ class NGramBase(Base):
 
     @property
     def greedy_is_mode(self) -> bool:
-        return self.grams.order == 1
+        return self.ngrams.order == 1
 
     def greedy(self, num_values: int, length: int, context: Tensor | None = None) -> Tensor:
         return self._left_to_right(num_values, length, lambda _, probs: probs.argmax(dim=-1))
@@ -115,7 +114,7 @@ class NGramBase(Base):
         prefix: Tensor | None = None,
     ) -> Tensor:
         """Decides one dimension after the other, each by its probabilities (N, K)."""
-        values = torch.empty(num_values, length, dtype=torch.long, device=self.grams.keys.device)
+        values = torch.empty(num_values, length, dtype=torch.long, device=self.ngrams.keys.device)
         history = torch.zeros_like(values[:, 0])
         known = 0
         if prefix is not None:
@@ -123,9 +122,9 @@ class NGramBase(Base):
             values[:, :known] = prefix
         for dimension in range(length):
             if dimension >= known:
-                probs = self.grams.next_probs(history, dimension)
+                probs = self.ngrams.next_probs(history, dimension)
                 values[:, dimension] = decide(dimension, probs)
-            history = (history << self.grams.bits) | values[:, dimension]
+            history = (history << self.ngrams.bits) | values[:, dimension]
         return values
 
     def init_from_counts(self, counts: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Grams in 64 bits, and how often they occur in data that come in chunks."""
+"""N-grams in 64 bits, and how often they occur in data that come in chunks."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -8,17 +8,17 @@ from torch import Tensor
 
 from dflows.errors import UserError
 
-__all__ = ["BLOCK", "Packing", "count_grams"]
+__all__ = ["BLOCK", "Packing", "count_ngrams"]
 
 BLOCK = 1 << 21
 """Classes that are counted at once."""
 
 
 class Packing(NamedTuple):
-    """How grams are held in 64 bits: the last class in the lowest `bits`, and so on.
+    """How n-grams are held in 64 bits: the last class in the lowest `bits`, and so on.
 
     The highest of 64 bits may be the sign's: an arithmetic shift gives the context all the same,
-    and sorted grams keep those of one context together.
+    and sorted n-grams keep those of one context together.
     """
 
     bits: int
@@ -34,7 +34,7 @@ class Packing(NamedTuple):
         bits = max((num_classes - 1).bit_length(), 1)
         if not 1 <= order <= 64 // bits:
             raise UserError(
-                f"order is {order}: give 1 to {64 // bits}, since a gram is held in 64 bits "
+                f"order is {order}: give 1 to {64 // bits}, since an n-gram is held in 64 bits "
                 f"and one of {num_classes} classes takes {bits}"
             )
         return cls(bits, order)
@@ -43,13 +43,13 @@ class Packing(NamedTuple):
         """Returns the bits of so many classes, fewer than fill 64."""
         return (1 << (self.bits * number)) - 1
 
-    def grams(self, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Yields every order m with its grams (N, d - m + 1) in rows of classes (N, d)."""
-        grams = rows
+    def ngrams(self, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Yields every order m with its n-grams (N, d - m + 1) in rows of classes (N, d)."""
+        ngrams = rows
         for m in range(1, min(self.order, rows.shape[1]) + 1):
             if m > 1:
-                grams = grams[:, 1:] | (rows[:, : 1 - m] << (self.bits * (m - 1)))
-            yield m, grams
+                ngrams = ngrams[:, 1:] | (rows[:, : 1 - m] << (self.bits * (m - 1)))
+            yield m, ngrams
 
     def histories(self, x: Tensor) -> Tensor:
         """Packs the n - 1 classes before every dimension of x (N, d); 0 where there is none."""
@@ -59,20 +59,20 @@ class Packing(NamedTuple):
         return packed
 
 
-def count_grams(
+def count_ngrams(
     chunks: Iterable[Any], num_classes: int, packing: Packing, device: torch.device
 ) -> list[tuple[Tensor, Tensor]]:
-    """Counts the grams of all orders, in one pass.
+    """Counts the n-grams of all orders, in one pass.
 
     Args:
         chunks: Tensors or arrays of classes: of shape (d,), consecutive pieces of one text, however
             it is cut; or (N, d), events that do not go on in one another.
         num_classes: K.
-        packing: How grams are held, and of which orders they are.
+        packing: How n-grams are held, and of which orders they are.
         device: Where to count.
 
     Returns:
-        For every order the grams, sorted, and how often each occurs.
+        For every order the n-grams, sorted, and how often each occurs.
 
     Raises:
         UserError: If there is nothing to count, or a value is no class.
@@ -80,9 +80,9 @@ def count_grams(
     tallies = [_Tally(device) for _ in range(packing.order)]
     classes = (_classes(chunk, num_classes, device) for chunk in chunks)
     for rows, before in _blocks(classes, packing.order - 1, device):
-        for m, grams in packing.grams(rows):
+        for m, ngrams in packing.ngrams(rows):
             # What is there for context alone was counted with the block before.
-            tallies[m - 1].add(grams[:, max(before - m + 1, 0) :])
+            tallies[m - 1].add(ngrams[:, max(before - m + 1, 0) :])
     found = [tally.total() for tally in tallies]
     if not len(found[0][0]):
         raise UserError("there is nothing to count: give at least one class")

@@ -23,7 +23,7 @@ class NGramExpert(Expert):
     trigrams (:func:`dflows.ngrams.messages.right_context_messages`). By Bayes' theorem their sum is
     the log-probability given both sides, up to a constant.
 
-    The n-grams are :attr:`grams`: call ``expert.grams.count(chunks)`` before training. Until then
+    The n-grams are :attr:`ngrams`: call ``expert.ngrams.count(chunks)`` before training. Until then
     all classes are equally likely.
 
     Args:
@@ -36,7 +36,7 @@ class NGramExpert(Expert):
 
     Example:
         >>> expert = NGramExpert(num_classes=2, order=2)
-        >>> expert.grams.count([torch.tensor([0, 1, 0, 1, 1, 0, 1])])
+        >>> expert.ngrams.count([torch.tensor([0, 1, 0, 1, 1, 0, 1])])
         >>> levels = torch.tensor([0, 1, 0, 1])
         >>> expert.num_terms(levels)
         2
@@ -49,7 +49,7 @@ class NGramExpert(Expert):
 
     def __init__(self, num_classes: int, order: int, discount: float | None = None) -> None:
         super().__init__(num_classes)
-        self.grams = NGrams(num_classes, order, discount)
+        self.ngrams = NGrams(num_classes, order, discount)
         self._neighbours = Remembered(partial(_Neighbours.of, most=order - 1))
 
     def num_terms(self, levels: Tensor) -> int:
@@ -60,8 +60,8 @@ class NGramExpert(Expert):
     def forward(
         self, y: Tensor, levels: Tensor, dimensions: Tensor | None = None, *, num_terms: int
     ) -> Tensor:
-        grams, known, leave_out = self.grams, self._neighbours(levels), self.leaves_one_out
-        parts = [grams.pack(y), known.runs.expand_as(y), y]
+        ngrams, known, leave_out = self.ngrams, self._neighbours(levels), self.leaves_one_out
+        parts = [ngrams.pack(y), known.runs.expand_as(y), y]
         if num_terms > 1:
             second = y[:, known.second].masked_fill(~known.has_second, self.num_classes)
             parts += [known.gap.expand_as(y), y[:, known.first], second, y.roll(1, dims=1)]
@@ -72,22 +72,22 @@ class NGramExpert(Expert):
             mask = dimensions.dtype == torch.bool
             parts = [part[dimensions] if mask else part[:, dimensions] for part in parts]
         history, seen, own, *right = (part.flatten() for part in parts)
-        terms = [grams.next_probs(history, seen, own if leave_out else None).log()]
+        terms = [ngrams.next_probs(history, seen, own if leave_out else None).log()]
         if right:
             gap, first, second, before, *paths = right
             left_out = (own, paths[0], paths[1]) if paths else None
-            likelihood = look_up(grams.messages(), gap, first, second, before, left_out)
+            likelihood = look_up(ngrams.messages(), gap, first, second, before, left_out)
             terms.append(likelihood.to(terms[0].dtype))
         return torch.stack(terms, dim=-1).unflatten(0, parts[0].shape)
 
     def _trigram_paths(self, y: Tensor) -> list[Tensor]:
         """Computes log-likelihoods (N, d) up to dimensions, with their own counts and without."""
-        history, seen = self.grams.pack(y).flatten(), torch.arange(y.shape[1], device=y.device)
+        history, seen = self.ngrams.pack(y).flatten(), torch.arange(y.shape[1], device=y.device)
         seen = seen.clamp(max=2).expand_as(y).flatten()
         classes = y.flatten()
         paths = []
         for leave_out in (None, classes):
-            probs = self.grams.next_probs(history, seen, leave_out)
+            probs = self.ngrams.next_probs(history, seen, leave_out)
             path = probs.gather(-1, classes.unsqueeze(-1)).log()
             paths.append(path.reshape(y.shape).cumsum(1))
         return paths

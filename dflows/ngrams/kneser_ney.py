@@ -17,19 +17,19 @@ FALLBACK = (0.5, 1.0, 1.5)
 
 @dataclass(frozen=True)
 class Table:
-    """Creates what the grams of one order add to a probability.
+    """Creates what the n-grams of one order add to a probability.
 
-    There are two kinds of counts: how often a gram occurs, and, where a higher order uses it, in
+    There are two kinds of counts: how often an n-gram occurs, and, where a higher order uses it, in
     how many different classes it follows.
 
     Args:
-        keys: Grams (G,), sorted.
-        last: The last class of every gram, and of none (G + 1,).
+        keys: N-grams (G,), sorted.
+        last: The last class of every n-gram, and of none (G + 1,).
         contexts: Their contexts (C,), sorted.
-        starts: Where the grams of every context begin, and where those of none would (C + 2,).
-        shares: The discounted probability of every gram, and of none (kinds, G + 1).
+        starts: Where the n-grams of every context begin, and where those of none would (C + 2,).
+        shares: The discounted probability of every n-gram, and of none (kinds, G + 1).
         rests: What every context leaves to the next lower order, and none does (kinds, C + 1).
-        counts: How often every gram was counted, and none was (kinds, G + 1).
+        counts: How often every n-gram was counted, and none was (kinds, G + 1).
         totals: How often every context was, and none was (kinds, C + 1).
         discounts: What is taken off counts of 0, 1, 2, and 3 or more (kinds, 4).
     """
@@ -48,7 +48,7 @@ class Table:
         self,
         kind: Tensor | int,
         place: Tensor,
-        gram: Tensor,
+        ngram: Tensor,
         counted: Tensor | bool,
         rests: Tensor,
         shares: Tensor,
@@ -58,16 +58,16 @@ class Table:
         Args:
             kind: Which counts are used, (N,) or of all rows.
             place: The place of the context (N,).
-            gram: The place of the gram (N,).
+            ngram: The place of the n-gram (N,).
             counted: Whether its occurrence was counted, (N,) or of all rows, if it was at all.
             rests: What the contexts leave (N,).
-            shares: The shares of all grams of the contexts (N, K).
+            shares: The shares of all n-grams of the contexts (N, K).
 
         Returns:
             The same without it: what the contexts leave (N,), the shares (N, K), and what is then
-            to be added to that of the gram itself (N,).
+            to be added to that of the n-gram itself (N,).
         """
-        count, total = self.counts[kind, gram], self.totals[kind, place]
+        count, total = self.counts[kind, ngram], self.totals[kind, place]
         counted = counted & (count > 0)
         fewer = (count - 1).clamp(min=0)
         before = self.discounts[kind, count.clamp(max=3)]
@@ -77,7 +77,7 @@ class Table:
         growth = torch.where(any_left, total / left, 0.0)
         rest = torch.where(any_left, (rests * total - before + after) / left, 1.0)
         share = torch.where(any_left, (fewer - after) / left, 0.0)
-        lost = torch.where(counted, share - self.shares[kind, gram] * growth, 0.0)
+        lost = torch.where(counted, share - self.shares[kind, ngram] * growth, 0.0)
         rests = torch.where(counted, rest, rests)
         return rests, shares * torch.where(counted, growth, 1.0).unsqueeze(-1), lost
 
@@ -88,9 +88,9 @@ def smooth(
     """Smooths the counts of all orders.
 
     Args:
-        keys: The grams of every order, sorted.
+        keys: The n-grams of every order, sorted.
         counts: How often each occurs.
-        packing: How grams are held.
+        packing: How n-grams are held.
         discount: What is taken off every count; found from counts of counts where it is not given.
 
     Returns:
@@ -100,7 +100,7 @@ def smooth(
     for m, occurrences in enumerate(counts):
         kinds = [occurrences]
         if m + 1 < packing.order:
-            # Every gram of the next order is one more class that this one follows.
+            # Every n-gram of the next order is one more class that this one follows.
             places = torch.searchsorted(keys[m], keys[m + 1] & packing.mask(m + 1))
             kinds.append(places.bincount(minlength=len(keys[m])))
         tables.append(_table(keys[m], kinds, packing, discount))

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dflows.counted import Counted
 from dflows.errors import UserError
-from dflows.ngrams.counts import Packing, count_grams
+from dflows.ngrams.counts import Packing, count_ngrams
 from dflows.ngrams.kneser_ney import Table, find, smooth
 from dflows.ngrams.messages import right_context_messages
 
@@ -23,16 +23,16 @@ class NGrams(Counted):
             + \gamma_m(h)\, p_{m-1}(w \mid h')
 
     where h is a context of m - 1 classes, h' is h without its first, :math:`p_0 = 1/K`, and
-    :math:`\gamma_m(h)` what the discounts :math:`\delta_m` leave over. At the order that is asked
-    for, c is how often a gram occurs; below it, in how many different classes it follows. A context
-    that was never seen hands over to the next lower order. After fewer than n - 1 classes the model
-    is that of a lower order, the occurrences of whose grams are counted.
+    :math:`\gamma_m(h)` what the discounts :math:`\delta_m` leave over. At order n, c is
+    how often an n-gram occurs; below it, how many different classes it follows. A context that was
+    never seen backs off to the next lower order. After only m - 1 < n - 1 classes, a model of order
+    m predicts, from the counts of m-grams.
 
     Tables are in float64. Before :meth:`count` everything is uniform.
 
     Args:
         num_classes: K.
-        order: n, the classes of the longest gram. A gram is held in 64 bits: 8 of 256 classes.
+        order: n, the classes of the longest n-gram. An n-gram is held in 64 bits: 8 of 256 classes.
         discount: What is taken off every count; by default three amounts an order, for counts of 1,
             2 and more, found from counts of counts.
 
@@ -47,11 +47,11 @@ class NGrams(Counted):
         | https://doi.org/10.1006/csla.1999.0128
 
     Example:
-        >>> grams = NGrams(num_classes=3, order=2, discount=0.5)
-        >>> grams.count([torch.tensor([0, 1, 0]), torch.tensor([1, 0, 1, 2])])
-        >>> grams.log_prob(torch.tensor([[0, 1, 0, 1]])).exp()
+        >>> ngrams = NGrams(num_classes=3, order=2, discount=0.5)
+        >>> ngrams.count([torch.tensor([0, 1, 0]), torch.tensor([1, 0, 1, 2])])
+        >>> ngrams.log_prob(torch.tensor([[0, 1, 0, 1]])).exp()
         tensor([[0.4286, 0.8889, 0.6111, 0.8889]], dtype=torch.float64)
-        >>> grams.next_probs(torch.tensor([0]), torch.tensor([1])).sum(dim=-1)
+        >>> ngrams.next_probs(torch.tensor([0]), torch.tensor([1])).sum(dim=-1)
         tensor([1.], dtype=torch.float64)
     """
 
@@ -69,7 +69,7 @@ class NGrams(Counted):
         self.num_classes = num_classes
         self.order = order
         self.discount = discount
-        # The grams of all orders, one order after the other, each sorted; and their occurrences.
+        # The n-grams of all orders, one order after the other, each sorted; and their occurrences.
         self.register_buffer("keys", torch.empty(0, dtype=torch.long))
         self.register_buffer("counts", torch.empty(0, dtype=torch.long))
         self.register_buffer("sizes", torch.zeros(order, dtype=torch.long))
@@ -77,7 +77,7 @@ class NGrams(Counted):
         self._messages: Tensor | None = None
 
     def extra_repr(self) -> str:
-        return f"num_classes={self.num_classes}, order={self.order}, grams={len(self.keys)}"
+        return f"num_classes={self.num_classes}, order={self.order}, ngrams={len(self.keys)}"
 
     @property
     def bits(self) -> int:
@@ -91,7 +91,7 @@ class NGrams(Counted):
     @torch.inference_mode(mode=False)
     @torch.no_grad()
     def count(self, chunks: Iterable[Any]) -> None:
-        """Counts data anew, in one pass.
+        """Counts data in one pass, in place of what was counted before.
 
         Args:
             chunks: Tensors or arrays of classes: of shape (d,), consecutive pieces of one text,
@@ -100,7 +100,7 @@ class NGrams(Counted):
         Raises:
             UserError: If there is nothing to count, or a value is no class.
         """
-        found = count_grams(chunks, self.num_classes, self._packing, self.keys.device)
+        found = count_ngrams(chunks, self.num_classes, self._packing, self.keys.device)
         keys, counts = zip(*found, strict=True)
         self.keys, self.counts = torch.cat(keys), torch.cat(counts)
         self.sizes = torch.tensor([len(part) for part in keys], device=self.keys.device)
@@ -127,12 +127,12 @@ class NGrams(Counted):
             Log-probabilities (N, d), in float64.
         """
         probs = torch.full(x.shape, 1 / self.num_classes, dtype=torch.double, device=x.device)
-        for (m, grams), table in zip(self._packing.grams(x), self._smoothed(), strict=False):
-            # The first of them has no gram of the next order.
-            kind = torch.full(grams.shape[1:], len(table.shares) - 1, device=x.device)
+        for (m, ngrams), table in zip(self._packing.ngrams(x), self._smoothed(), strict=False):
+            # The first of them has no n-gram of the next order.
+            kind = torch.full(ngrams.shape[1:], len(table.shares) - 1, device=x.device)
             kind[0] = 0
-            share = table.shares[kind, find(table.keys, grams)]
-            rest = table.rests[kind, find(table.contexts, grams >> self.bits)]
+            share = table.shares[kind, find(table.keys, ngrams)]
+            rest = table.rests[kind, find(table.contexts, ngrams >> self.bits)]
             probs[:, m - 1 :] = share + rest * probs[:, m - 1 :]
         return probs.log()
 
@@ -163,32 +163,32 @@ class NGrams(Counted):
         tables, packing = self._smoothed(), self._packing
         for m, table in enumerate(tables):
             kind: Tensor | int
-            of_grams: Tensor | int
+            of_ngrams: Tensor | int
             if isinstance(seen, int):
                 # Sampling comes by here once a class: no look-ups in vain, and none by rows.
                 if m > seen:
                     break
-                kind = of_grams = 0 if m == seen else -1
+                kind = of_ngrams = 0 if m == seen else -1
             else:
                 kind = torch.where(seen == m, 0, len(table.shares) - 1)
-                of_grams = kind.unsqueeze(-1)
+                of_ngrams = kind.unsqueeze(-1)
             context = (history & packing.mask(m)) << self.bits >> self.bits
             place = find(table.contexts, context)
             first, end = table.starts[place, None], table.starts[place + 1, None]
-            # The grams of a context stand together; those beyond its last are those of no gram.
-            grams = torch.where(first + classes < end, first + classes, len(table.keys))
-            rests, shares = table.rests[kind, place], table.shares[of_grams, grams]
+            # The n-grams of a context stand together; those beyond its last are those of no n-gram.
+            ngrams = torch.where(first + classes < end, first + classes, len(table.keys))
+            rests, shares = table.rests[kind, place], table.shares[of_ngrams, ngrams]
             lost: Tensor | None = None
             if leave_out is not None:
-                gram = find(table.keys, (context << self.bits) | leave_out)
+                ngram = find(table.keys, (context << self.bits) | leave_out)
                 counted = kind == 0
                 if m + 1 < len(tables):
-                    # It is one of the classes that a gram follows by this occurrence alone.
+                    # It is one of the classes that an n-gram follows by this occurrence alone.
                     longer = ((history & packing.mask(m + 1)) << self.bits) | leave_out
                     occurrences = tables[m + 1].counts[0, find(tables[m + 1].keys, longer)]
                     counted = counted | (occurrences == 1)
-                rests, shares, lost = table.leave_out(kind, place, gram, counted, rests, shares)
-            found = (probs * rests.unsqueeze(-1)).scatter_add(1, table.last[grams], shares)
+                rests, shares, lost = table.leave_out(kind, place, ngram, counted, rests, shares)
+            found = (probs * rests.unsqueeze(-1)).scatter_add(1, table.last[ngrams], shares)
             if leave_out is not None and lost is not None:
                 found = found.scatter_add(1, leave_out.unsqueeze(-1), lost.unsqueeze(-1))
             if isinstance(seen, int):
@@ -232,7 +232,7 @@ class NGrams(Counted):
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, *args: Any, **options: Any
     ) -> None:
-        # How many grams there are is for the data to say.
+        # How many n-grams there are is for the data to say.
         for name in ("keys", "counts", "sizes"):
             own = getattr(self, name)
             saved = own if name == "sizes" else state_dict.get(prefix + name, own)

@@ -487,7 +487,7 @@ class TestExpert:
     def told(self, name, ordering=NATURAL, order=3):
         """A random conditioner that is told of n-grams, which count for more or less."""
         expert = NGramExpert(CLASSES, order)
-        expert.grams.count([markov(200, CLASSES)])
+        expert.ngrams.count([markov(200, CLASSES)])
         return make(name, ordering, CLASSES, expert=expert)
 
     @pytest.mark.parametrize("ordering", ORDERINGS.values(), ids=ORDERINGS)
@@ -532,14 +532,14 @@ class TestExpert:
     def test_at_first_the_n_grams_alone_count(self, leave_out):
         torch.manual_seed(0)
         expert, text = NGramExpert(CLASSES, 3), markov(200, CLASSES)
-        expert.grams.count([text])
+        expert.ngrams.count([text])
         backbone = Transformer(WIDTH, layers=1, heads=2)
         conditioner = Conditioner(CLASSES, LENGTH, NATURAL, backbone, expert=expert)
         conditioner.init_head(torch.zeros(CLASSES))
         y = text[:LENGTH].unsqueeze(0)
         own = y[0] if leave_out else None
-        grams = expert.grams
-        expected = grams.next_probs(grams.pack(y)[0], torch.arange(LENGTH), own).log()
+        ngrams = expert.ngrams
+        expected = ngrams.next_probs(ngrams.pack(y)[0], torch.arange(LENGTH), own).log()
         with leave_one_out(counted=leave_out):
             torch.testing.assert_close(conditioner(y)[0], expected.float())
 

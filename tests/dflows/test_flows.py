@@ -165,7 +165,7 @@ class TestChoices:
         flow = flows.stack(K, D, [Strided(2), Natural()], causal, ngram_order=3)
         below, above = (t.conditioner for t in flow.conditional_transforms)
         assert below.expert is None
-        assert above.expert.grams.order == 3
+        assert above.expert.ngrams.order == 3
         assert flows.language_model(K, D, lstm, ngram_order=2).base.conditioner.expert is not None
         with pytest.raises(UserError, match="ngram_order is 3, and there is no transform"):
             flows.stack(K, D, [], causal, ngram_order=3)

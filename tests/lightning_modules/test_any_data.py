@@ -183,8 +183,8 @@ def test_n_grams_are_counted_on_the_rows(tmp_path):
     usual(tmp_path, max_epochs=1).fit(module, KINDS["rows"](), KINDS["rows"]())
     expected = NGramBase(K, D, order=2)
     expected.count([rows()])
-    assert torch.equal(module.flow.base.grams.keys, expected.grams.keys)
-    assert torch.equal(module.flow.base.grams.counts, expected.grams.counts)
+    assert torch.equal(module.flow.base.ngrams.keys, expected.ngrams.keys)
+    assert torch.equal(module.flow.base.ngrams.counts, expected.ngrams.counts)
 
 
 class TestContext:

@@ -43,8 +43,8 @@ MODULES = pytest.mark.parametrize("make", [language_model, flow_module])
 
 
 def grams_of(module):
-    (grams,) = (part for part in module.modules() if isinstance(part, NGrams))
-    return grams
+    (ngrams,) = (part for part in module.modules() if isinstance(part, NGrams))
+    return ngrams
 
 
 @MODULES
@@ -147,13 +147,13 @@ def test_a_refitted_base_sees_what_is_left_of_unseen_text(text, tmp_path):
 
 def test_an_expert_is_counted_before_the_base_beneath(text, tmp_path, monkeypatch):
     module = both(text.num_classes)
-    base = module.flow.base.grams
+    base = module.flow.base.ngrams
     (expert,) = (part for part in module.modules() if isinstance(part, NGrams) and part is not base)
     order, count = [], NGrams.count
 
-    def note(grams, chunks):
-        order.append("base" if grams is base else "expert")
-        count(grams, chunks)
+    def note(ngrams, chunks):
+        order.append("base" if ngrams is base else "expert")
+        count(ngrams, chunks)
 
     monkeypatch.setattr(NGrams, "count", note)
     run = trainer(tmp_path, steps=4, limit_val_batches=1)

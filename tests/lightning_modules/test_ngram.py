@@ -42,8 +42,8 @@ def test_it_is_counted_on_the_whole_text_and_scores_it_both_ways(order, streamin
     assert module.characters_read == 2400
     expected = NGramBase(data.num_classes, 16, order=order)
     expected.count(data.training_chunks())
-    assert torch.equal(base.grams.keys, expected.grams.keys)
-    assert torch.equal(base.grams.counts, expected.grams.counts)
+    assert torch.equal(base.ngrams.keys, expected.ngrams.keys)
+    assert torch.equal(base.ngrams.counts, expected.ngrams.counts)
     (result,) = run.test(module, datamodule=data, verbose=False)
     test = torch.cat([batch.flatten() for batch in data.test_dataloader()])
     stateful = -base.log_prob(test[None]).mean() / math.log(2)
@@ -71,7 +71,7 @@ def test_data_without_an_end_are_drawn(tmp_path):
     run.fit(module, datamodule=data)
     assert module.flow.base.num_counted == 150_000
     (result,) = run.test(module, datamodule=data, verbose=False)
-    # The same grams serve at all positions, so that it falls short of the entropy.
+    # The same n-grams serve at all positions, so that it falls short of the entropy.
     assert data.entropy < result["test_nats"] < data.factorized_entropy
     assert "test_bpc_stateful" not in result
 
@@ -121,8 +121,8 @@ class TestUnderTransforms:
         assert not torch.equal(left, rows)
         expected = NGramBase(text.num_classes, 16, order=3)
         expected.count([left])
-        assert torch.equal(base.grams.keys, expected.grams.keys)
-        assert not base.grams.keys.is_inference()
+        assert torch.equal(base.ngrams.keys, expected.ngrams.keys)
+        assert not base.ngrams.keys.is_inference()
         (result,) = run.test(module, datamodule=text, verbose=False)
         assert math.isfinite(result["test_bpc"])
         assert len(module.residual_bpc) == 2

@@ -163,7 +163,7 @@ class TestModule:
 
     def test_repr_and_passes(self):
         base = counted(size=3, order=2)
-        assert "NGrams(num_classes=4, order=2, grams=" in repr(base)
+        assert "NGrams(num_classes=4, order=2, ngrams=" in repr(base)
         assert base.passes == 0
         assert not [*base.parameters()]
 

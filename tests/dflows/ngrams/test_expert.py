@@ -16,29 +16,18 @@ from dflows.orderings import (
     BehindContext,
     Blocks,
     Checkerboard,
-    CoarseToFine,
-    Halves,
     Natural,
     Parity,
-    Permutation,
     Reversed,
     Strided,
 )
+from tests.dflows import small
 from tests.dflows.small import markov, states
 
 K, LENGTH = 3, 5
 
 ORDERINGS = {
-    "natural": Natural(),
-    "reversed": Reversed(),
-    "permutation": Permutation([2, 0, 4, 1, 3]),
-    "parity": Parity(),
-    "odd-first": Parity(first=1),
-    "halves": Halves(),
-    "right-half-first": Halves(first=1),
-    "blocks": Blocks(size=2),
-    "strided": Strided(columns=3),
-    "coarse-to-fine": CoarseToFine(stride=4),
+    **small.ORDERINGS,
     "checkerboard": Checkerboard(columns=3),
     "behind-context": BehindContext(Strided(columns=3)),
     "one-level": BehindContext(Blocks(size=LENGTH)),
@@ -48,7 +37,7 @@ over_orderings = pytest.mark.parametrize("ordering", ORDERINGS.values(), ids=ORD
 
 def counted(num_classes=K, order=3, size=200, **options):
     expert = NGramExpert(num_classes, order, **options).eval()
-    expert.grams.count([markov(size, num_classes)])
+    expert.ngrams.count([markov(size, num_classes)])
     return expert
 
 
@@ -76,9 +65,9 @@ class TestTerms:
             seen = 0
             while seen < min(d, order - 1) and levels[d - seen - 1] < levels[d]:
                 seen += 1
-            history = expert.grams.pack(y)[:, d]
+            history = expert.ngrams.pack(y)[:, d]
             own = y[:, d] if left_out else None
-            expected = expert.grams.next_probs(history, torch.tensor(seen).expand(len(y)), own)
+            expected = expert.ngrams.next_probs(history, torch.tensor(seen).expand(len(y)), own)
             torch.testing.assert_close(found[:, d], expected.log())
 
     def test_only_a_run_of_known_values_counts(self):
@@ -146,14 +135,14 @@ class TestBothSides:
         """With a chain of second order and all neighbours known, nothing is missing."""
         generator = torch.Generator().manual_seed(1)
         expert = NGramExpert(K, 3)
-        expert.grams.count([torch.randint(K, (200,), generator=generator)])
+        expert.ngrams.count([torch.randint(K, (200,), generator=generator)])
         y = torch.randint(K, (1, 6), generator=generator)
         d = 2  # the last of the first row: all but itself and the last of the second are known
         joint = torch.zeros(K, dtype=torch.double)
         for value in range(K):
             row = y.clone()
             row[0, d] = value
-            joint[value] = expert.grams.log_prob(row)[0, : d + 3].sum()
+            joint[value] = expert.ngrams.log_prob(row)[0, : d + 3].sum()
         found = terms_of(expert, y, Strided(3))[0, d].sum(-1).log_softmax(-1)
         torch.testing.assert_close(found, joint.log_softmax(-1), rtol=1e-5, atol=1e-5)
 
@@ -161,19 +150,19 @@ class TestBothSides:
     def test_what_was_counted_is_left_out_of_them(self, place):
         """Of the sum over what may be between, the term of what did follow is without itself."""
         expert, text = counted(order=4), markov(200, K)
-        grams, y = expert.grams, text[None, place : place + 6]
+        ngrams, y = expert.ngrams, text[None, place : place + 6]
 
         def trigram(*classes, own=False):
-            history = grams.pack(torch.tensor([classes]))[:, 2]
+            history = ngrams.pack(torch.tensor([classes]))[:, 2]
             left_out = torch.tensor(classes[2:]) if own else None
-            return grams.next_probs(history, 2, left_out)[0, classes[2]]
+            return ngrams.next_probs(history, 2, left_out)[0, classes[2]]
 
         with leave_one_out(True):
             found = terms_of(expert, y, Strided(3))[0].sum(-1)
-        history = grams.pack(y)[0]
+        history = ngrams.pack(y)[0]
         x, v, w, a, b = y[0, :5].tolist()
         for d, seen, own in ((1, 1, v), (2, 2, w)):
-            left = grams.next_probs(history[d : d + 1], seen, torch.tensor([own]))[0]
+            left = ngrams.next_probs(history[d : d + 1], seen, torch.tensor([own]))[0]
             right = torch.zeros(K, dtype=torch.double)
             for value in range(K):
                 if d == 1:
@@ -194,7 +183,7 @@ class TestLeaveOneOut:
         """Bigrams with a fixed discount, from counts in dictionaries."""
         text, discount = markov(60, K, seed=3).tolist(), 0.4
         expert = NGramExpert(K, 2, discount).train()
-        expert.grams.count([torch.tensor(text)])
+        expert.ngrams.count([torch.tensor(text)])
         y = torch.tensor([text])
         with leave_one_out():
             found = terms_of(expert, y, Natural())[0, :, :, 0].exp()
@@ -228,7 +217,7 @@ class TestModule:
     def test_it_has_counts_and_no_parameters(self):
         expert = counted()
         assert not [*expert.parameters()]
-        assert {*expert.state_dict()} == {"grams.keys", "grams.counts", "grams.sizes"}
+        assert {*expert.state_dict()} == {"ngrams.keys", "ngrams.counts", "ngrams.sizes"}
         other, y = NGramExpert(K, 3), events()
         other.load_state_dict(expert.state_dict())
         assert torch.equal(terms_of(other, y, Strided(3)), terms_of(expert, y, Strided(3)))

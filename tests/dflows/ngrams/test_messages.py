@@ -13,7 +13,7 @@ K = 3
 
 
 @pytest.fixture(scope="module")
-def grams():
+def ngrams():
     counted = NGrams(K, 4)
     counted.count([torch.randint(K, (300,), generator=torch.Generator().manual_seed(0))])
     return counted
@@ -51,39 +51,39 @@ def test_the_right_context_is_what_of_lower_levels_follows(ordering, length, gap
 
 @pytest.mark.parametrize("gap", range(3))
 @pytest.mark.parametrize("known", [1, 2])
-def test_the_table_sums_over_what_is_between(grams, gap, known):
-    table = right_context_messages(grams.trigrams()).exp()
+def test_the_table_sums_over_what_is_between(ngrams, gap, known):
+    table = right_context_messages(ngrams.trigrams()).exp()
     for right in itertools.product(range(K), repeat=known):
         for before in range(K):
             likelihoods = torch.zeros(K, dtype=torch.double)
             for x, *between in itertools.product(range(K), repeat=1 + gap):
                 row = torch.tensor([[before, x, *between, *right]])
                 triples = row.unfold(1, 3, 1)[0]
-                history = grams.pack(triples)[:, 2]
-                probs = grams.next_probs(history, 2)
+                history = ngrams.pack(triples)[:, 2]
+                probs = ngrams.next_probs(history, 2)
                 likelihoods[x] += probs.gather(1, triples[:, 2:]).prod()
             second = right[1] if known == 2 else K
             torch.testing.assert_close(table[gap, right[0], second, before], likelihoods)
 
 
-def test_messages_are_looked_up_by_rows_and_counted_anew(grams):
+def test_messages_are_looked_up_by_rows_and_counted_anew(ngrams):
     rows = [torch.tensor(column) for column in ([0, -1, 2], [1, 2, 0], [2, K, K], [0, 1, 2])]
-    found = look_up(grams.messages(), *rows)
-    table = right_context_messages(grams.trigrams().float())
-    assert torch.equal(grams.messages(), table)
+    found = look_up(ngrams.messages(), *rows)
+    table = right_context_messages(ngrams.trigrams().float())
+    assert torch.equal(ngrams.messages(), table)
     assert torch.equal(found[0], table[0, 1, 2, 0])
     assert torch.equal(found[1], torch.zeros(K))
     assert torch.equal(found[2], table[2, 0, K, 2])
     other = NGrams(K, 4)
-    other.load_state_dict(grams.state_dict())
+    other.load_state_dict(ngrams.state_dict())
     assert torch.equal(look_up(other.messages(), *rows), found)
     other.count([torch.tensor([0, 0, 1, 2, 2, 2, 1])])
     assert not torch.equal(look_up(other.messages(), *rows), found)
 
 
-def test_what_did_follow_is_replaced_by_its_likelihood_when_left_out(grams):
+def test_what_did_follow_is_replaced_by_its_likelihood_when_left_out(ngrams):
     """Of the sum over what may be between, one term is exchanged."""
-    table = right_context_messages(grams.trigrams())
+    table = right_context_messages(ngrams.trigrams())
     gap, first, second, before, own = torch.tensor([[1], [2], [K], [0], [1]])
     whole, rest = torch.tensor([[0.01], [0.004]], dtype=torch.double).log()
     found = look_up(table, gap, first, second, before, (own, whole, rest))[0].exp()
