@@ -40,7 +40,7 @@ METRICS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "valid_bpc": ("number", "bits per character of the validation split"),
         "test_bpc_stateful": ("number", "test_bpc given what comes before each window"),
         "test_bpc_importance": ("number", "importance-weighted bound, where test_bpc is a bound"),
-        "importance_draws": ("count", "draws of the importance-weighted bound"),
+        "importance_samples": ("count", "samples of the importance-weighted bound"),
         "test_nats": ("number", "nats per example of the test split"),
         "valid_nats": ("number", "nats per example of the validation split"),
         "standard_error_nats": ("number", "standard error of test_nats, where examples are draws"),

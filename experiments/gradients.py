@@ -81,7 +81,7 @@ def write_gradients(
         data.probabilities,
         trained=module.objective,
         batch_size=gradients.batch_size,
-        draws=gradients.draws,
+        num_samples=gradients.num_samples,
         batches=gradients.batches,
         seed=seed,
     )

@@ -113,7 +113,7 @@ class Gradients:
         tasks: Tasks that gradients are compared on; nothing else is run on them.
         rows: Rows whose rules and objectives are compared; all by default.
         config: Keys merged over those of the row: how long the networks are trained.
-        draws: Samples that the mean of a stochastic gradient is taken over.
+        num_samples: Samples that the mean of a stochastic gradient is taken over.
         batches: Batches that the variance is taken over.
         batch_size: Examples of such a batch.
     """
@@ -122,7 +122,7 @@ class Gradients:
     tasks: list[str]
     rows: list[str] | None = None
     config: dict[str, Any] = field(default_factory=dict)
-    draws: int = 64
+    num_samples: int = 64
     batches: int = 64
     batch_size: int = 256
 

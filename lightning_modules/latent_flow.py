@@ -25,18 +25,18 @@ class LatentFlowModule(BaseModule):
 
     Its likelihoods are bounds, not exact: `valid_bpc`, `test_bpc` and the nats are those of the
     evidence lower bound, and `test_bpc_importance` is the importance-weighted bound of
-    `importance_draws` draws, which testing logs beside it. Evaluation draws the same numbers every
+    `importance_samples` samples, which testing logs too. Evaluation draws the same numbers every
     time, so that a checkpoint gives the same figures.
 
     In training the divergence of posterior and prior has a weight, `kl_weight`, which is 0 at first
-    and then rises to 1, so that the latent sequence is put to use before it is paid for;
-    `train_bpc` is that of the weighted bound, lower than any likelihood while the weight is below
-    1. Before a fit the prior is checked: what its two directions make of each other.
+    and then rises to 1, so that the model learns to use the latent sequence before it pays for it;
+    `train_bpc` is that of the weighted bound, which is no likelihood while the weight is below 1.
+    Before a fit the prior is checked: its two directions must undo each other.
 
     Args:
         flow: The model.
-        num_draws: Latent sequences drawn for a window in training and validation.
-        importance_draws: Those of the bounds on the test split, drawn at once: memory grows with
+        num_samples: Latent sequences drawn for a window in training and validation.
+        importance_samples: Those of the bounds on the test split, drawn at once: memory grows with
             them and with `eval_batch_size`.
         kl_zero_steps: First steps in which the divergence has weight 0.
         kl_rise_steps: Steps after those in which the weight rises to 1.
@@ -63,24 +63,24 @@ class LatentFlowModule(BaseModule):
         self,
         flow: LatentFlow,
         *,
-        num_draws: int = 1,
-        importance_draws: int = 16,
+        num_samples: int = 1,
+        importance_samples: int = 16,
         kl_zero_steps: int = 0,
         kl_rise_steps: int = 0,
         optimization: Optimization = DEFAULT_OPTIMIZATION,
     ) -> None:
         super().__init__(optimization)
         for name, value, least in (
-            ("num_draws", num_draws, 1),
-            ("importance_draws", importance_draws, 1),
+            ("num_samples", num_samples, 1),
+            ("importance_samples", importance_samples, 1),
             ("kl_zero_steps", kl_zero_steps, 0),
             ("kl_rise_steps", kl_rise_steps, 0),
         ):
             if value < least:
                 raise UserError(f"{name} is {value}: give at least {least}")
         self.flow = flow
-        self.num_draws = num_draws
-        self.importance_draws = importance_draws
+        self.num_samples = num_samples
+        self.importance_samples = importance_samples
         self.kl_zero_steps = kl_zero_steps
         self.kl_rise_steps = kl_rise_steps
         self.importance = BitsPerCharacter()
@@ -104,7 +104,7 @@ class LatentFlowModule(BaseModule):
 
     def evaluate_objective(self, batch: Batch) -> Tensor:
         weight = self.kl_weight(self.global_step)
-        return self.flow.terms(self.indices_of(batch), self.num_draws).bound(weight)
+        return self.flow.terms(self.indices_of(batch), self.num_samples).bound(weight)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         """Returns the loss, and logs the weight of the divergence in it."""
@@ -113,7 +113,7 @@ class LatentFlowModule(BaseModule):
 
     def log_prob(self, batch: Batch) -> Tensor:
         """Computes the evidence lower bound (B,) on the log-likelihood, in nats."""
-        return self.flow.terms(self.indices_of(batch), self.num_draws, self._generator).bound()
+        return self.flow.terms(self.indices_of(batch), self.num_samples, self._generator).bound()
 
     def sample(
         self,
@@ -180,21 +180,21 @@ class LatentFlowModule(BaseModule):
         )
 
     def on_validation_epoch_start(self) -> None:
-        """Begins the draws of the validation split, the same every time."""
+        """Seeds the samples of the validation split, the same every time."""
         self._restart()
 
     def on_test_epoch_start(self) -> None:
-        """Begins the draws of the test split, the same every time."""
+        """Seeds the samples of the test split, the same every time."""
         self._restart()
 
     def _restart(self) -> None:
         self._generator = Generator(self.device).manual_seed(self.trainer.global_rank)
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Adds a batch to the metrics of both bounds, which are of the same draws."""
+        """Adds a batch to the metrics of both bounds, which share their samples."""
         y = self.indices_of(batch)
         with self.located("test"):
-            terms = self.flow.terms(y, self.importance_draws, self._generator)
+            terms = self.flow.terms(y, self.importance_samples, self._generator)
             self._update("test", batch, terms.bound())
             self.importance.update(terms.importance_bound(), y.numel())
 
@@ -215,8 +215,8 @@ class LatentFlowModule(BaseModule):
     def report(self, split: str) -> Report:
         report = super().report(split)
         if split == "test" and self.bpc_importance is not None:
-            draws, bits = self.importance_draws, self.bpc_importance
-            report.metrics |= {"test_bpc_importance": bits, "importance_draws": draws}
-            remark = f"bound of {draws} draws a window"
+            number, bits = self.importance_samples, self.bpc_importance
+            report.metrics |= {"test_bpc_importance": bits, "importance_samples": number}
+            remark = f"bound of {number} samples a window"
             report.row("test, importance-weighted", f"{bits:.4f}", remark)
         return report

@@ -92,14 +92,14 @@ class Bijection(nn.Module, ABC):
 
     @abstractmethod
     def sample_inverse(
-        self, y: Tensor, logits: Tensor, num_draws: int, temperature: float
+        self, y: Tensor, logits: Tensor, num_samples: int, temperature: float
     ) -> tuple[Tensor, Tensor]:
         """Samples maps, and maps indices data → base by them.
 
         Args:
             y: Indices (…, D).
             logits: Logits (…, D, num_logits).
-            num_draws: S, the maps that are sampled of every dimension.
+            num_samples: S, the maps that are sampled of every dimension.
             temperature: That of the softmax that maps are sampled from.
 
         Returns:
@@ -189,13 +189,13 @@ class SoftmaxBijection(Bijection):
         return choice
 
     def sample_inverse(
-        self, y: Tensor, logits: Tensor, num_draws: int, temperature: float
+        self, y: Tensor, logits: Tensor, num_samples: int, temperature: float
     ) -> tuple[Tensor, Tensor]:
         choices, log_probs = [], []
         for part in self.choice_logits(logits):
-            log_prob = (part / temperature).log_softmax(dim=-1).expand(num_draws, *part.shape)
+            log_prob = (part / temperature).log_softmax(dim=-1).expand(num_samples, *part.shape)
             choice = (log_prob.detach() + gumbel_like(log_prob)).argmax(dim=-1)
             choices.append(choice)
             log_probs.append(log_prob.gather(-1, choice.unsqueeze(-1)).squeeze(-1))
-        x = self.map_by(y.expand(num_draws, *y.shape), tuple(choices), inverse=True)
+        x = self.map_by(y.expand(num_samples, *y.shape), tuple(choices), inverse=True)
         return x, torch.stack(log_probs).sum(dim=0)

@@ -97,12 +97,12 @@ class RankPermutation(Bijection):
         return logits - logits.gather(-1, to_indices(y).unsqueeze(-1))
 
     def sample_inverse(
-        self, y: Tensor, logits: Tensor, num_draws: int, temperature: float
+        self, y: Tensor, logits: Tensor, num_samples: int, temperature: float
     ) -> tuple[Tensor, Tensor]:
         # Sorted with Gumbel noise, classes are in the order of choices without replacement.
-        scaled = _finite(self._checked(logits) / temperature).expand(num_draws, *logits.shape)
+        scaled = _finite(self._checked(logits) / temperature).expand(num_samples, *logits.shape)
         order = self._order(scaled.detach() + gumbel_like(scaled))
-        x = order.argsort(dim=-1).gather(-1, y.expand(num_draws, *y.shape).unsqueeze(-1))
+        x = order.argsort(dim=-1).gather(-1, y.expand(num_samples, *y.shape).unsqueeze(-1))
         chosen = scaled.gather(-1, order)
         left = chosen.flip(-1).logcumsumexp(dim=-1).flip(-1)
         return x.squeeze(-1), (chosen - left).sum(dim=-1)

@@ -46,7 +46,7 @@ class GradientComparison:
             of J's gradient.
         standard_error: Of the mean gradient, its norm over that of J's gradient; 0 where nothing is
             sampled and the mean is exact.
-        draws: Samples that the mean was taken over; 1 where it is exact.
+        num_samples: Samples that the mean was taken over; 1 where it is exact.
         batches: Batches that the variance was taken over.
     """
 
@@ -56,7 +56,7 @@ class GradientComparison:
     mixture_norm_ratio: float
     variance: float
     standard_error: float
-    draws: int
+    num_samples: int
     batches: int
 
     @property
@@ -78,7 +78,7 @@ def compare_gradients(
     probabilities: Tensor,
     *,
     batch_size: int = 256,
-    draws: int = 64,
+    num_samples: int = 64,
     batches: int = 64,
     seed: int = 0,
 ) -> GradientComparison:
@@ -93,7 +93,7 @@ def compare_gradients(
         objective: The objective, trained or not; it is left alone as well.
         probabilities: The probability of every state, (K,) * D.
         batch_size: Examples of a batch whose gradient's variance is asked for.
-        draws: Seeded samples that the mean is taken over, where there are any, at least 2.
+        num_samples: Seeded samples that the mean is taken over, where there are any, at least 2.
         batches: Seeded batches that the variance is taken over, at least 2.
         seed: Seed of the samples and batches.
 
@@ -114,7 +114,7 @@ def compare_gradients(
         >>> probabilities = probabilities / probabilities.sum()
         >>> flow = flows.bipartite(3, 2, num_transforms=1, bijection=ModularShift)
         >>> compared = compare_gradients(flow, EndToEnd(), probabilities, batches=2)
-        >>> round(compared.cosine, 6), round(compared.norm_ratio, 6), compared.draws
+        >>> round(compared.cosine, 6), round(compared.norm_ratio, 6), compared.num_samples
         (1.0, 1.0, 1)
     """
     weights = check_probabilities(probabilities).flatten()
@@ -162,9 +162,9 @@ def compare_gradients(
 
     with torch.random.fork_rng([y.device] if y.device.type == "cuda" else []):
         if not _draws(of_all, y.device):
-            draws = 1
+            num_samples = 1
         torch.manual_seed(seed)
-        mean, spread = _moments(of_all, draws)
+        mean, spread = _moments(of_all, num_samples)
         _, variance = _moments(of_a_batch, batches)
 
     def cosine(other: Tensor) -> float:
@@ -176,8 +176,8 @@ def compare_gradients(
         mixture_cosine=cosine(mixture),
         mixture_norm_ratio=float(mean.norm() / mixture.norm()),
         variance=float(variance / size**2),
-        standard_error=float((spread / draws).sqrt() / size),
-        draws=draws,
+        standard_error=float((spread / num_samples).sqrt() / size),
+        num_samples=num_samples,
         batches=batches,
     )
 
@@ -218,7 +218,7 @@ def compare_objectives(
     *,
     trained: Objective | None = None,
     batch_size: int = 256,
-    draws: int = 64,
+    num_samples: int = 64,
     batches: int = 64,
     seed: int = 0,
 ) -> dict[str, GradientComparison]:
@@ -232,7 +232,7 @@ def compare_objectives(
         trained: The objective that trained the flow. Where it has distributions of x that the
             transforms aim at and another has them too, the other takes them over.
         batch_size: Examples of a batch.
-        draws: Samples of the mean.
+        num_samples: Samples of the mean.
         batches: Batches of the variance.
         seed: Seed of the samples and batches, the same for every objective.
 
@@ -257,7 +257,7 @@ def compare_objectives(
             objective,
             probabilities,
             batch_size=batch_size,
-            draws=draws,
+            num_samples=num_samples,
             batches=batches,
             seed=seed,
         )

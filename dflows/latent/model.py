@@ -71,7 +71,7 @@ class LatentFlow(nn.Module):
         >>> network = lambda: LSTM(width=8, bidirectional=True)
         >>> model = LatentFlow(5, 6, AutoregressivePrior(4, 8), network(), network())
         >>> y = torch.randint(5, (2, 6))
-        >>> terms = model.terms(y, num_draws=3)
+        >>> terms = model.terms(y, num_samples=3)
         >>> terms.bound().shape, bool((terms.bound() <= terms.importance_bound()).all())
         (torch.Size([2]), True)
         >>> model.sample(2).shape, model.passes
@@ -106,34 +106,34 @@ class LatentFlow(nn.Module):
         """Network evaluations, one after the other, that sampling a batch takes."""
         return self.prior.passes(self.length) + 1
 
-    def terms(self, y: Tensor, num_draws: int = 1, generator: Generator | None = None) -> Terms:
+    def terms(self, y: Tensor, num_samples: int = 1, generator: Generator | None = None) -> Terms:
         """Samples latent sequences from the posterior and computes the terms of the bounds.
 
         Args:
             y: Indices (B, d); d below D is an event of its own.
-            num_draws: S.
+            num_samples: S.
             generator: Source of randomness.
 
         Returns:
             The terms, each (S, B), in nats.
 
         Raises:
-            UserError: If `num_draws` is below 1, or `y` has more positions than the model.
+            UserError: If `num_samples` is below 1, or `y` has more positions than the model.
         """
-        if num_draws < 1:
-            raise UserError(f"num_draws is {num_draws}: give at least 1")
+        if num_samples < 1:
+            raise UserError(f"num_samples is {num_samples}: give at least 1")
         self._check_length(y.shape[-1])
         batch, length = y.shape
         found = self.posterior(self.inference(self.embedding(y))).to(self.head.weight.dtype)
         loc, log_scale = found.chunk(2, dim=-1)
-        shape = (num_draws, *loc.shape)
+        shape = (num_samples, *loc.shape)
         noise = torch.randn(shape, dtype=loc.dtype, device=loc.device, generator=generator)
         z = (loc + log_scale.exp() * noise).flatten(0, 1)
         log_posterior = (normal_log_prob(noise) - full_precision(log_scale).sum(dim=-1)).sum(dim=-1)
         with torch.autocast(z.device.type, enabled=False):
-            log_prior = self.prior.log_prob(z).unflatten(0, (num_draws, batch))
-        log_probs = self.logits(z).log_softmax(dim=-1).unflatten(0, (num_draws, batch))
-        index = y.unsqueeze(-1).expand(num_draws, batch, length, 1)
+            log_prior = self.prior.log_prob(z).unflatten(0, (num_samples, batch))
+        log_probs = self.logits(z).log_softmax(dim=-1).unflatten(0, (num_samples, batch))
+        index = y.unsqueeze(-1).expand(num_samples, batch, length, 1)
         log_emission = log_probs.gather(-1, index).squeeze(-1).sum(dim=-1)
         return Terms(log_emission, log_posterior - log_prior)
 

@@ -39,7 +39,7 @@ class LocalExpectationGradient(Layerwise):
         rounds: Rounds of such stages, after that of local ones.
         temperature: That of the policy. The higher, the more is tried, and the more is lost of
             differences between logits that are smaller.
-        num_draws: S, maps that are sampled of every dimension, at least 2.
+        num_samples: S, maps that are sampled of every dimension, at least 2.
 
     Raises:
         UserError: If a number is out of range.
@@ -56,22 +56,21 @@ class LocalExpectationGradient(Layerwise):
         4
     """
 
-    def __init__(self, rounds: int = 1, temperature: float = 0.1, num_draws: int = 8) -> None:
+    def __init__(self, rounds: int = 1, temperature: float = 0.1, num_samples: int = 8) -> None:
         super().__init__()
         if rounds < 1:
             raise UserError(f"rounds is {rounds}: give at least 1, or train with Layerwise")
-        if num_draws < 2:
+        if num_samples < 2:
             raise UserError(
-                f"num_draws is {num_draws}: give at least 2, whose mean is to compare with"
+                f"num_samples is {num_samples}: give at least 2, to compare each with the others"
             )
         self.rounds = 1 + rounds
         self.temperature = check_positive(temperature)
-        self.num_draws = num_draws
+        self.num_samples = num_samples
 
     def extra_repr(self) -> str:
-        return (
-            f"rounds={self.rounds - 1}, temperature={self.temperature}, num_draws={self.num_draws}"
-        )
+        rounds = self.rounds - 1
+        return f"{rounds=}, temperature={self.temperature}, num_samples={self.num_samples}"
 
     def frozen(self, flow: DiscreteFlow, progress: float | None) -> Sequence[nn.Parameter]:
         frozen, targets = [*super().frozen(flow, progress)], [*self.targets.values()]
@@ -110,11 +109,11 @@ class LocalExpectationGradient(Layerwise):
             values: Log-likelihoods (N, n, K) of all that is beneath, for every x of a dimension.
         """
         x, log_policy = transform.bijection.sample_inverse(
-            y, logits, self.num_draws, self.temperature
+            y, logits, self.num_samples, self.temperature
         )
-        rewards = values.expand(self.num_draws, *values.shape)
+        rewards = values.expand(self.num_samples, *values.shape)
         rewards = rewards.gather(-1, x.unsqueeze(-1)).squeeze(-1)
-        better = (rewards - rewards.mean(dim=0)) / (self.num_draws - 1)
+        better = (rewards - rewards.mean(dim=0)) / (self.num_samples - 1)
         total = (better.to(log_policy.dtype) * log_policy).sum(dim=(0, -1))
         return total - total.detach()
 

@@ -62,7 +62,7 @@ CHOICES = {
         partial(Local, "transforms"),
         Layerwise,
         EndToEnd,
-        partial(LocalExpectationGradient, num_draws=2),
+        partial(LocalExpectationGradient, num_samples=2),
         lambda: OneAfterAnother(Local(), EndToEnd()),
     ],
     "base": [

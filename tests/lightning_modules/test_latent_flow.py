@@ -64,7 +64,7 @@ def test_so_it_is_in_training(text, tmp_path):
 
 @pytest.mark.parametrize("kind", PRIORS)
 def test_steps_reduce_the_loss(kind):
-    module = made(kind=kind, num_draws=4)
+    module = made(kind=kind, num_samples=4)
     y = torch.arange(16).remainder(5).expand(3, -1)
     optimizer = torch.optim.Adam(module.parameters(), lr=0.02)
     losses = []
@@ -81,7 +81,7 @@ def test_steps_reduce_the_loss(kind):
 
 @pytest.mark.parametrize("kind", PRIORS)
 def test_it_is_tested_by_two_bounds_that_do_not_change(kind, text, tmp_path):
-    module = made(text.num_classes, kind=kind, importance_draws=8)
+    module = made(text.num_classes, kind=kind, importance_samples=8)
     assert module.likelihood == "bound"
     run = trainer(tmp_path)
     run.fit(module, datamodule=text)
@@ -92,20 +92,20 @@ def test_it_is_tested_by_two_bounds_that_do_not_change(kind, text, tmp_path):
     assert module.scores["test"].characters == 300
     report = module.report("test")
     assert report.metrics["test_bpc_importance"] == pytest.approx(first["test_bpc_importance"])
-    assert report.metrics["importance_draws"] == 8
+    assert report.metrics["importance_samples"] == 8
     (again,) = run.validate(module, datamodule=text, verbose=False)
     assert run.validate(module, datamodule=text, verbose=False) == [again]
 
 
 def test_one_draw_makes_the_bounds_one(text, tmp_path):
-    module = made(text.num_classes, importance_draws=1)
+    module = made(text.num_classes, importance_samples=1)
     (found,) = trainer(tmp_path).test(module, datamodule=text, verbose=False)
     assert found["test_bpc_importance"] == pytest.approx(found["test_bpc"], rel=1e-6)
 
 
 def test_it_learns_a_distribution_and_is_not_called_exact(tmp_path):
     data = FullRankDataModule(length=3, num_classes=3, batch_size=64, eval_examples=2000)
-    module = made(3, 3, num_draws=2, optimization=Optimization(learning_rate=0.01))
+    module = made(3, 3, num_samples=2, optimization=Optimization(learning_rate=0.01))
     run = trainer(tmp_path, 60)
     run.fit(module, datamodule=data)
     (found,) = run.test(module, datamodule=data, verbose=False)
@@ -138,7 +138,7 @@ def test_there_is_one_way_to_draw():
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("num_draws", 0), ("importance_draws", 0), ("kl_zero_steps", -1), ("kl_rise_steps", -1)],
+    [("num_samples", 0), ("importance_samples", 0), ("kl_zero_steps", -1), ("kl_rise_steps", -1)],
 )
 def test_bad_values_are_named(key, value):
     with pytest.raises(UserError, match=f"{key} is {value}: give at least"):
@@ -166,19 +166,19 @@ def test_the_commands_take_it(kind, tmp_path, monkeypatch, capsys):
                     "emission": network,
                 },
             },
-            "importance_draws": 4,
+            "importance_samples": 4,
         },
     }
     path.write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
     assert run_here("fit", "--config", path, "--record", tmp_path) == 0
     printed = capsys.readouterr().out
     assert "300 characters, bound" in printed
-    assert "bound of 4 draws a window" in printed
+    assert "bound of 4 samples a window" in printed
     assert "exact" not in printed
     record = read_record(tmp_path / "small-1.json")
     assert record.likelihood == "bound"
     assert record.metrics["passes"] == (17 if kind is AutoregressivePrior else 2)
-    assert record.metrics["importance_draws"] == 4
+    assert record.metrics["importance_samples"] == 4
     assert record.metrics["test_bpc_importance"] < record.metrics["test_bpc"]
     assert record.metrics["generation_seconds_32"] > 0
     run = tmp_path / "runs" / "small" / "version_0"

@@ -42,7 +42,7 @@ class TestComparison:
         one = compare(SoftmaxStraightThrough(temperature))
         assert (one.cosine, one.norm_ratio) == pytest.approx((1, 1), abs=1e-9)
         assert one.mixture_cosine < 0.999
-        assert (one.draws, one.standard_error) == (1, 0)
+        assert (one.num_samples, one.standard_error) == (1, 0)
 
     def test_of_two_choices_it_takes_the_other_as_made(self):
         assert compare(SoftmaxStraightThrough(1.0), bijection="affine").cosine < 0.99
@@ -60,8 +60,8 @@ class TestComparison:
 
     @pytest.mark.parametrize("bijection", ["shift", "affine"])
     def test_reinmax_is_unbiased_for_one_flow(self, bijection):
-        one = compare(ReinMax(), bijection=bijection, draws=400, batches=2)
-        assert one.draws == 400
+        one = compare(ReinMax(), bijection=bijection, num_samples=400, batches=2)
+        assert one.num_samples == 400
         assert 0 < one.standard_error < 0.15
         assert abs(one.norm_ratio - 1) < 4 * one.standard_error
         assert 1 - one.cosine < 8 * one.standard_error**2
@@ -114,11 +114,11 @@ class TestComparison:
         before, local = copy.deepcopy(flow), objectives["local"][1]
         state = torch.random.get_rng_state()
         probabilities = random_probabilities(3, 3)
-        options = {"batch_size": 8, "draws": 3, "batches": 3}
+        options = {"batch_size": 8, "num_samples": 3, "batches": 3}
         compared = compare_objectives(flow, objectives, probabilities, **options)
         assert torch.equal(state, torch.random.get_rng_state())
         assert compared.keys() == objectives.keys()
-        assert {name for name, one in compared.items() if one.draws == 3} == sampled
+        assert {name for name, one in compared.items() if one.num_samples == 3} == sampled
         for one in compared.values():
             assert one.metrics.keys() <= METRICS.keys()
             assert one.variance > 0

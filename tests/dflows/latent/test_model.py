@@ -48,7 +48,7 @@ def test_bounds_lie_below_the_likelihood_and_reach_it(kind):
     assert float(exact.std()) > 0.01
     y = torch.tensor(list(itertools.product(range(K), repeat=D)))
     with torch.no_grad():
-        terms = model.terms(y, num_draws=10_000)
+        terms = model.terms(y, num_samples=10_000)
     log_prob = exact.flatten().log()
     weight = terms.log_emission - terms.divergence
     evidence = terms.bound()
@@ -64,7 +64,7 @@ def test_bounds_lie_below_the_likelihood_and_reach_it(kind):
 
 
 def test_the_divergence_is_weighted():
-    terms = made().terms(torch.zeros(2, D, dtype=torch.long), num_draws=4)
+    terms = made().terms(torch.zeros(2, D, dtype=torch.long), num_samples=4)
     assert torch.equal(terms.bound(0.0), terms.log_emission.mean(0))
     half = (terms.bound(0.0) + terms.bound(1.0)) / 2
     assert torch.allclose(terms.bound(0.5), half)
@@ -102,7 +102,7 @@ def test_a_low_temperature_leaves_one_sequence():
 
 def test_a_shorter_window_is_an_event_of_its_own():
     model = made(length=9)
-    terms = model.terms(torch.zeros(2, 4, dtype=torch.long), num_draws=3)
+    terms = model.terms(torch.zeros(2, 4, dtype=torch.long), num_samples=3)
     assert terms.log_emission.shape == terms.divergence.shape == (3, 2)
 
 
@@ -116,7 +116,7 @@ def test_any_network_that_sees_all_will_do():
 
 
 def test_likelihoods_of_a_half_precision_model_are_float32():
-    terms = made(features=4).bfloat16().terms(torch.zeros(2, D, dtype=torch.long), num_draws=3)
+    terms = made(features=4).bfloat16().terms(torch.zeros(2, D, dtype=torch.long), num_samples=3)
     assert terms.log_emission.dtype == terms.divergence.dtype == torch.float32
 
 
@@ -131,7 +131,7 @@ def test_a_network_that_sees_the_past_alone_is_refused():
         (lambda model: model.sample(1, temperature=0.0), "temperature is 0.0"),
         (lambda model: model.sample(1, length=0), "an event of 0 dimensions"),
         (lambda model: model.terms(torch.zeros(1, 3).long()), "3 dimensions was given, .* has 2"),
-        (lambda model: model.terms(torch.zeros(1, 2).long(), 0), "num_draws is 0"),
+        (lambda model: model.terms(torch.zeros(1, 2).long(), 0), "num_samples is 0"),
     ],
 )
 def test_what_cannot_be_had_is_named(call, message):

@@ -17,8 +17,6 @@ from dflows.orderings import (
     Blocks,
     Checkerboard,
     Natural,
-    Parity,
-    Reversed,
     Strided,
 )
 from tests.dflows import small

@@ -42,7 +42,7 @@ class TestGradient:
     @pytest.mark.parametrize("temperature", [0.7, 2.0])
     def test_its_mean_is_that_of_the_expectation(self, bijection, temperature):
         flow = stack(3, [Halves()], bijection, scale=0.25)  # where no map is too rare to be met
-        objective = LocalExpectationGradient(temperature=temperature, num_draws=64)
+        objective = LocalExpectationGradient(temperature=temperature, num_samples=64)
         (transform,) = flow.transforms
         weights = random_probabilities(3, 2).flatten()
         parameters = list(transform.conditioner.parameters())
@@ -60,7 +60,7 @@ class TestGradient:
     def test_that_of_the_upper_transform_is_of_all_beneath_as_it_is(self):
         flow = stack(3, BOTH_HALVES, "shift", scale=0.25)
         weights = random_probabilities(3, 2).flatten()
-        objective = LocalExpectationGradient(temperature=1.0, num_draws=64)
+        objective = LocalExpectationGradient(temperature=1.0, num_samples=64)
         upper = flow.transforms[1]
         parameters = list(upper.conditioner.parameters())
         y = states(3, 2)
@@ -148,7 +148,7 @@ def test_further_rounds_find_what_local_ones_do_not():
     weights = torch.distributions.Dirichlet(torch.ones(27, dtype=torch.double)).sample()
     orderings = [*BOTH_HALVES, Parity(), Parity(first=1)]
     flow = stack(3, orderings, "rank", length=3)
-    objective = prepared(LocalExpectationGradient(num_draws=32), flow)
+    objective = prepared(LocalExpectationGradient(num_samples=32), flow)
     y, found = states(3, 3), []
     optimizer = torch.optim.Adam(flow.parameters())
     for step in range(400):
@@ -168,7 +168,7 @@ def test_further_rounds_find_what_local_ones_do_not():
     ("options", "message"),
     [
         ({"rounds": 0}, "rounds is 0: give at least 1, or train with Layerwise"),
-        ({"num_draws": 1}, "num_draws is 1: give at least 2"),
+        ({"num_samples": 1}, "num_samples is 1: give at least 2"),
         ({"temperature": 0.0}, "temperature is 0.0: give a positive number"),
         ({"temperature": math.inf}, "give a positive number"),
     ],
@@ -180,4 +180,4 @@ def test_bad_options_are_refused(options, message):
 
 def test_repr_tells_the_options():
     shown = repr(LocalExpectationGradient())
-    assert "rounds=1, temperature=0.1, num_draws=8" in shown
+    assert "rounds=1, temperature=0.1, num_samples=8" in shown
