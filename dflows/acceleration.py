@@ -1,9 +1,8 @@
-"""Quicker ways to compute the same samples: compiled functions, and replayed CUDA graphs.
+"""Faster ways to compute the same samples: compiled functions, and replayed CUDA graphs.
 
-A level of generation is many small operations. ``torch.compile`` makes fewer of them: it is given
-the parts that are run again and again, a block of a Transformer say, each compiled once for all
-levels, flows and layers. A CUDA graph launches all operations of all levels at once: none waits for
-the processor, and the processor for none.
+A level of generation is many small operations. ``torch.compile`` fuses those of the parts that run
+again and again, such as a block of a Transformer, each compiled once for all levels, flows and
+layers. A CUDA graph launches all operations of all levels at once.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +35,7 @@ def _compiled(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
 
 
 def accelerated(function: Callable[P, R]) -> Callable[P, R]:
-    """Returns a part of generation as it is to be run: compiled, where the flow is told to.
+    """Returns a part of generation, compiled if the flow is set to compile.
 
     Args:
         function: A function of modules, tensors and numbers, the same object at every call.
@@ -67,12 +66,12 @@ class _Graph(NamedTuple):
 
 
 class Acceleration:
-    """Creates the way in which samples are made of noise.
+    """Creates the way to turn noise into samples.
 
     Args:
-        compile: Whether parts are compiled by ``torch.compile``.
-        cuda_graph: Whether the whole is captured as a CUDA graph, one for every shape, and
-            replayed.
+        compile: Whether ``torch.compile`` compiles parts.
+        cuda_graph: Whether to capture the whole as a CUDA graph, one for every shape, and replay
+            it.
     """
 
     def __init__(self, *, compile: bool = False, cuda_graph: bool = False) -> None:  # noqa: A002
@@ -97,10 +96,10 @@ class Acceleration:
         """Computes a function of tensors.
 
         Args:
-            function: The function, which reads no value of a tensor where it is to be captured.
+            function: The function; one to be captured reads no value of a tensor.
             module: The module whose parameters it uses.
-            inputs: The tensors, or nothing in their places.
-            options: Numbers that it is given beside.
+            inputs: The tensors, or None.
+            options: Further arguments.
 
         Raises:
             UserError: If a graph is asked for and there is no CUDA device.

@@ -1,8 +1,10 @@
 """Checks of arguments that constructors share."""
 
+import math
+
 from dflows.errors import UserError
 
-__all__ = ["check_dropout", "check_positive"]
+__all__ = ["check_dropout", "check_positive", "check_temperature"]
 
 
 def check_positive(**sizes: int) -> None:
@@ -24,3 +26,14 @@ def check_dropout(dropout: float, name: str = "dropout") -> None:
     """
     if not 0 <= dropout < 1:
         raise UserError(f"{name} is {dropout}: give a probability from 0 to below 1")
+
+
+def check_temperature(temperature: float) -> float:
+    """Returns a temperature.
+
+    Raises:
+        UserError: If it is not positive, or not finite.
+    """
+    if not 0 < temperature < math.inf:
+        raise UserError(f"temperature is {temperature}: give a positive number")
+    return temperature

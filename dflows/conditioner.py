@@ -1,15 +1,15 @@
-"""The conditional network: values in, logits out, never looking at a level that it must not see.
+"""The conditional network: from values to logits, never looking at a level that it must not see.
 
-A conditioner is an ordering and a backbone between an embedding of values and a linear head.
-Transforms read the parameters of their bijection off it, autoregressive bases their probabilities.
-It is the one place that knows how a backbone is run:
+A conditioner is an ordering and a backbone between an embedding of values and a linear head. It
+gives transforms the parameters of their bijection, and autoregressive bases their probabilities. It
+is the one place that knows how to run a backbone:
 
 - *level-causal*: the backbone itself keeps to the ordering, and one evaluation gives the logits of
   every dimension;
-- *masked*: the dimensions of the same and of higher levels are replaced by a learned vector before
-  the backbone sees them, so that any network will do; one evaluation a level.
+- *masked*: a learned vector replaces the dimensions of the same and of higher levels before the
+  backbone sees them, so any network will do; one evaluation a level.
 
-What a backbone can do beyond that it says itself (:class:`dflows.backbones.Backbone`).
+A backbone says itself what else it can do (:class:`dflows.backbones.Backbone`).
 """
 
 from bisect import bisect_left
@@ -36,18 +36,18 @@ LevelByLevel: TypeAlias = Callable[[Tensor, int, int], tuple[Tensor, Tensor]]
 """See :meth:`Conditioner.level_by_level`."""
 
 Shortcut: TypeAlias = Callable[["Conditioner", Tensor, int], Tensor | None]
-"""Finds the logits of values and a first level (:meth:`Conditioner.forward`) in a quicker way, or
-returns None."""
+"""Finds the logits of values and a first level (:meth:`Conditioner.forward`) faster, or returns
+None."""
 
 _shortcut: ContextVar[Shortcut | None] = ContextVar("shortcut", default=None)
 
 
 @contextmanager
 def evaluated_by(shortcut: Shortcut) -> Iterator[None]:
-    """Asks a shortcut first for the logits of values without a context.
+    """Asks a shortcut first for logits without a context.
 
     Args:
-        shortcut: Finds the same logits, or returns None where it has no quicker way.
+        shortcut: Finds the same logits faster, or returns None.
     """
     token = _shortcut.set(shortcut)
     try:
@@ -68,7 +68,7 @@ def _affine(layer: nn.Linear, features: Tensor) -> Tensor:
 
 
 class Conditioner(nn.Module):
-    """Creates a network from values (N, d) to logits (N, d, num_logits) that keeps to an ordering.
+    """Creates a network from values (N, d) to logits (N, d, num_logits) that respects an ordering.
 
     The logits of a dimension depend on the values of lower levels only, and on the context.
 
@@ -78,10 +78,10 @@ class Conditioner(nn.Module):
         ordering: Which dimensions condition which.
         backbone: The network, from features (N, D, width) to features (N, D, width). Conditioners
             may share one: their embeddings and heads are their own.
-        num_logits: Logits of one dimension, those of a bijection say; K by default.
-        context: What it is conditioned on beside.
-        expert: Adds what it knows to the logits, each of its terms times a factor that the network
-            gives, 1 at first. The network learns what the expert does not know.
+        num_logits: Logits of one dimension, such as those of a bijection; K by default.
+        context: What else it is conditioned on.
+        expert: Adds its terms to the logits, each times a gate that the network computes, 1 at
+            first. The network learns what the expert does not know.
 
     Raises:
         UserError: If the parts do not fit each other.
@@ -135,7 +135,7 @@ class Conditioner(nn.Module):
 
     @torch.no_grad()
     def init_head(self, logits: Tensor) -> None:
-        """Makes the logits (num_logits,) those of every dimension, whatever the values."""
+        """Sets the logits of every dimension to these (num_logits,), whatever the values."""
         self.head.weight.zero_()
         self.head.bias.copy_(logits)
 
@@ -156,7 +156,7 @@ class Conditioner(nn.Module):
 
     @property
     def steps(self) -> bool:
-        """Whether generation goes by cached steps, one evaluation's work for all levels."""
+        """Whether generation takes cached steps: for all levels, the work of one evaluation."""
         return isinstance(self.backbone, SteppedBackbone) and self.backbone.steps
 
     @property
@@ -167,26 +167,26 @@ class Conditioner(nn.Module):
 
     @property
     def stateful(self) -> bool:
-        """Whether windows can go on where others ended: :meth:`resume`."""
+        """Whether windows can continue where others ended: :meth:`resume`."""
         stateful = isinstance(self.backbone, StatefulBackbone) and self.backbone.stateful
         return stateful and self.left_to_right and self.expert is None
 
     def layout(self, length: int, device: torch.device, tokens: int = 0) -> Layout:
-        """Returns what the ordering makes of so many dimensions, behind so many context tokens."""
+        """Returns the layout of `length` dimensions behind so many context tokens."""
         key = (length, device, tokens)
         if key not in self._layouts:
             self._layouts[key] = Layout.of(self.ordering.levels(length), device, tokens)
         return self._layouts[key]
 
     def supports_prefix(self, number: int, length: int) -> bool:
-        """Says whether the first of so many dimensions depend on none of those behind them."""
+        """Returns whether the first `number` of `length` dimensions depend on no later ones."""
         levels = self.ordering.levels(length)
         return number >= length or bool(levels[:number].max() <= levels[number:].min())
 
     def _causal_inputs(
         self, length: int, device: torch.device, context: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Returns query and levels of all that a level-causal backbone sees, and the tokens."""
+        """Returns the query and levels of what a level-causal backbone sees, and the tokens."""
         query, tokens = self.embedding.causal(self.layout(length, device), context)
         count = 0 if tokens is None else tokens.shape[1]
         return query, self.layout(length, device, count).shifted, tokens
@@ -202,10 +202,10 @@ class Conditioner(nn.Module):
 
         Args:
             y: Values (N, d) or (N, d, K).
-            level: The level (N,) or (1,) that an example is evaluated for, with the values of this
-                and of higher levels hidden; a level-causal backbone needs none.
+            level: The level (N,) or (1,) to evaluate, with the values of this and of higher levels
+                hidden; a level-causal backbone needs none.
             context: Vectors (N, C) or sequences (N, S, C); (N, D, C) where it is aligned.
-            only: The n dimensions that are asked for; all d where they are not given.
+            only: The n dimensions to evaluate; all d by default.
 
         Returns:
             Features (N, d, width) or (N, n, width).
@@ -259,7 +259,7 @@ class Conditioner(nn.Module):
         Args:
             y: Indices (N, d) or one-hot vectors (N, d, K).
             context: As in :meth:`features`.
-            first_level: The lowest level whose logits are wanted.
+            first_level: The lowest level to evaluate.
 
         Returns:
             Logits (N, d, num_logits); zeros at levels below the first.
@@ -282,12 +282,12 @@ class Conditioner(nn.Module):
         return logits.index_copy(1, torch.cat(members[first_level:]), torch.cat(parts, 1))
 
     def resume(self, y: Tensor, last: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Computes the logits of windows that go on where others ended.
+        """Computes the logits of windows that continue where others ended.
 
         Args:
             y: Indices (N, d).
-            last: The value (N,) before each window; -1 where one begins anew, from a state of 0.
-            state: What the backbone has made of all before; zeros where not given.
+            last: The value (N,) before each window; -1 where a text starts, from a state of 0.
+            state: The backbone's state before the windows; zeros by default.
 
         Returns:
             Logits (N, d, num_logits), and the state after the windows.
@@ -298,8 +298,8 @@ class Conditioner(nn.Module):
         backbone = self.backbone
         if not isinstance(backbone, StatefulBackbone) or not self.stateful:
             raise UserError(
-                f"a {self.embedding.name} over {self.ordering!r} has no state that goes on from "
-                "window to window: choose an LSTM over Natural, without a context or an expert"
+                f"a {self.embedding.name} over {self.ordering!r} carries no state from window to "
+                "window: choose an LSTM over Natural, without a context or an expert"
             )
         query, levels, _ = self._causal_inputs(y.shape[1], y.device, None)
         anew = (last < 0).unsqueeze(-1)
@@ -316,8 +316,8 @@ class Conditioner(nn.Module):
             y: Indices (N, d).
 
         Returns:
-            Logits (N, d, num_logits), and features (N, d, width) after every layer that the
-            backbone tells of; the logits were read off the last.
+            Logits (N, d, num_logits), and the features (N, d, width) of every layer that the
+            backbone reports; the logits are computed from the last.
 
         Raises:
             UserError: If the backbone does not run in one pass, or takes a context.
@@ -334,7 +334,7 @@ class Conditioner(nn.Module):
     def level_logits(self, y: Tensor, level: int, context: Tensor | None = None) -> Tensor:
         """Computes the logits (N, n, num_logits) of the n dimensions of one level.
 
-        Only the values of lower levels matter, those of others may be anything.
+        Only the values of lower levels matter.
         """
         only = self.layout(y.shape[1], y.device).members[level]
         return self._logits(self._at(y, level, context, only), y, only)
@@ -363,19 +363,18 @@ class Conditioner(nn.Module):
         return sampled, self._logits(self.features(y, hide, context)[sampled], y, sampled)
 
     def level_by_level(self, y: Tensor, context: Tensor | None = None) -> LevelByLevel:
-        """Begins an evaluation of one level after the other.
+        """Starts an evaluation level by level.
 
-        It goes by cached steps where the backbone offers them and no gradient is asked for.
+        It takes cached steps where the backbone has them and gradients are off.
 
         Args:
             y: Indices (N, d) or one-hot vectors (N, d, K); their values do not matter yet.
             context: As in :meth:`features`.
 
         Returns:
-            A function that is called once a level, in their order and from a first level of 0 or
-            1 on: with the values so far, the level, and a number of dimensions. It returns the
-            dimensions (n,) of the level that do not lie in this prefix, and their logits
-            (N, n, num_logits).
+            A function to call once a level, in order, from level 0 or 1: with the values so far,
+            the level, and the length of a prefix. It returns the dimensions (n,) of the level
+            behind the prefix, and their logits (N, n, num_logits).
         """
         backbone, layout = self.backbone, self.layout(y.shape[1], y.device)
         if (

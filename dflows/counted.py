@@ -1,4 +1,4 @@
-"""What is counted on data and not trained."""
+"""Parts of a model that are counted on data instead of trained."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ __all__ = ["Counted"]
 
 
 class Counted(nn.Module, ABC):
-    """A part of a model that is counted on data, in one pass, and has nothing to train.
+    """A part of a model that is counted on data, in one pass, instead of trained.
 
     Whoever runs the training finds such parts among the modules of a flow and counts them.
     """
@@ -22,12 +22,12 @@ class Counted(nn.Module, ABC):
 
     @abstractmethod
     def count(self, chunks: Iterable[Any]) -> None:
-        """Counts data anew, in one pass.
+        """Counts data in one pass, in place of what was counted before.
 
         Args:
             chunks: Tensors or arrays of classes: of shape (d,), consecutive pieces of one text,
-                however it is cut; or (N, d), events, of which none goes on in another.
+                however it is cut; or (N, d), independent events.
 
         Raises:
-            UserError: If there are none, or other numbers than classes.
+            UserError: If there is nothing to count, or a value is no class.
         """

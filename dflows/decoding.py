@@ -1,4 +1,4 @@
-"""Values decided level by level, or all at once until nothing changes."""
+"""Decodes values level by level, or all at once until nothing changes."""
 
 from collections.abc import Callable
 from typing import TypeAlias
@@ -24,16 +24,16 @@ def decide_levels(
     prefix_length: int = 0,
     first_level: int = 0,
 ) -> Tensor:
-    """Decides the values level by level, in one evaluation each.
+    """Decides values level by level, with one evaluation each.
 
     Args:
         conditioner: The network and its ordering.
-        y: Indices (N, d) or one-hot vectors (N, d, K), right below the first level.
-        decide: What the values of a level are, given its dimensions and logits.
+        y: Indices (N, d) or one-hot vectors (N, d, K), correct below the first level.
+        decide: Decides the values of a level, given its dimensions and logits.
         context: Vectors (N, C) or sequences (N, S, C).
-        prefix_length: The first so many dimensions are right, too, and are not decided; they must
-            depend on none behind them (:meth:`~dflows.conditioner.Conditioner.supports_prefix`).
-        first_level: The lowest level that is decided.
+        prefix_length: Number of first dimensions that are correct, too, and stay; they must not
+            depend on later ones (:meth:`~dflows.conditioner.Conditioner.supports_prefix`).
+        first_level: The lowest level to decide.
 
     Returns:
         The values, in the representation of `y`.
@@ -56,18 +56,18 @@ def solve_fixed_point(
     prefix_length: int = 0,
     first_level: int = 0,
 ) -> tuple[Tensor, int]:
-    """Decides the values of all dimensions at once, again and again until nothing changes.
+    """Decides the values of all dimensions at once, repeatedly, until nothing changes.
 
-    An iteration settles at least one more level, so that the values are those of
-    :func:`decide_levels` after as many iterations as levels at most, and one to see it.
+    Each iteration settles at least one more level: after at most as many iterations as levels, the
+    values are those of :func:`decide_levels`, and one more confirms it.
 
     Args:
-        conditioner: As in :func:`decide_levels`, as are the rest.
-        y: Indices (N, d), right below the first level, anything elsewhere.
-        decide: What the values are.
+        conditioner: The network and its ordering.
+        y: Indices (N, d), correct below the first level.
+        decide: As in :func:`decide_levels`.
         context: Vectors (N, C) or sequences (N, S, C).
-        prefix_length: Dimensions that are known.
-        first_level: The lowest level that is decided.
+        prefix_length: As in :func:`decide_levels`.
+        first_level: The lowest level to decide.
 
     Returns:
         The values (N, d) and the number of iterations.

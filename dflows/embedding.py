@@ -1,4 +1,4 @@
-"""What a backbone is told of every dimension: its value, its level and position, the context."""
+"""The input of a backbone: embeddings of values, levels, positions and the context."""
 
 from dataclasses import dataclass
 from typing import NamedTuple, Self
@@ -20,10 +20,10 @@ class Context:
 
     Args:
         features: C, the features of an encoded context, a vector (B, C) or a sequence (B, S, C).
-        aligned: Whether position d of a sequence belongs to dimension d, to whose query it is
-            added. Otherwise a context of any length is set in front, as tokens that all see.
-        encoder: Maps what the user conditions on to such vectors or sequences; without one the
-            context comes encoded.
+        aligned: Whether position d of a sequence belongs to dimension d, and is added to its query.
+            Otherwise a context of any length stands in front, as tokens visible to all.
+        encoder: Maps contexts to such vectors or sequences; without one, contexts must already be
+            encoded.
 
     Raises:
         UserError: If there are no features.
@@ -35,15 +35,15 @@ class Context:
 
     def __post_init__(self) -> None:
         if self.features < 1:
-            raise UserError(f"a context of {self.features} features says nothing: give at least 1")
+            raise UserError(f"features is {self.features}: give a context at least 1 feature")
 
 
 class Layout(NamedTuple):
-    """What an ordering makes of so many dimensions.
+    """The levels (d,) of an event, and the dimensions of each level.
 
-    `levels` (d,) and the `members` of every level, `placed` the same as numbers. A backbone knows
-    no empty level 0, and is handed the levels `shifted` by the `lowest`, behind the -1 of context
-    tokens. All is worked out before it goes to a device, which nothing then waits for.
+    `members` are tensors, and `placed` the same as lists of numbers. A backbone expects no empty
+    level 0, so it gets the levels `shifted` by the `lowest`, behind the -1 of context tokens. It is
+    computed on the CPU, so that nothing waits for the device.
     """
 
     levels: Tensor
@@ -54,7 +54,7 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, levels: Tensor, device: torch.device, tokens: int = 0) -> Self:
-        """Works it out from levels (d,), for so many context tokens in front."""
+        """Computes the layout of levels (d,) behind so many context tokens."""
         with torch.inference_mode(False):
             levels = levels.clone()
             members = [
@@ -78,11 +78,11 @@ class Embedding(nn.Module):
         num_classes: K.
         length: D, the largest number of dimensions.
         num_levels: Levels of the ordering.
-        backbone: The backbone, which says what it needs to be told.
-        context: What it is conditioned on beside.
+        backbone: The backbone, which says what input it needs.
+        context: What else it is conditioned on.
 
     Raises:
-        UserError: If the backbone can be told of no context.
+        UserError: If the backbone takes no context.
     """
 
     def __init__(
@@ -130,10 +130,10 @@ class Embedding(nn.Module):
         return F.embedding(y, self.values)
 
     def check_context(self, context: Tensor | None) -> None:
-        """Refuses a context that is missing or too many.
+        """Refuses a missing or unexpected context.
 
         Raises:
-            UserError: If it is.
+            UserError: If the context is missing or unexpected.
         """
         if (context is None) == (self.context is None):
             return
@@ -143,15 +143,15 @@ class Embedding(nn.Module):
         raise UserError(f"a context was given to a {self.name} that takes none: {remedy}")
 
     def causal(self, layout: Layout, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Computes what a level-causal backbone may know of dimensions beforehand.
+        """Computes the query of a level-causal backbone.
 
         Args:
             layout: The dimensions.
             context: Vectors (N, C) or sequences (N, S, C); (N, D, C) where it is aligned.
 
         Returns:
-            The query of all that it sees, (S + d, width), or (N, d, width) where a context is
-            aligned; and the tokens (N, S, width) of a context that is set in front.
+            The query (S + d, width), or (N, d, width) where a context is aligned; and the tokens
+            (N, S, width) of a context in front.
         """
         query, tokens = self._known(layout.levels, context)
         if tokens is not None:
@@ -161,12 +161,12 @@ class Embedding(nn.Module):
     def masked(
         self, y: Tensor, layout: Layout, level: Tensor, context: Tensor | None
     ) -> tuple[Tensor, int]:
-        """Computes the features (N, S + d, width) of all that lies below a level, and S.
+        """Computes the features (N, S + d, width) of the values below a level, and S.
 
         Args:
             y: Indices (N, d) or one-hot vectors (N, d, K).
             layout: The dimensions.
-            level: The level (N,) or (1,) from which on values are hidden.
+            level: The lowest hidden level (N,) or (1,).
             context: As in :meth:`causal`.
         """
         content = self.content(y)
@@ -193,12 +193,12 @@ class Embedding(nn.Module):
             return query, vectors.unsqueeze(1) if vectors.ndim == 2 else vectors
         if context.ndim != 3 or context.shape[1] not in (len(levels), self.length):
             raise UserError(
-                f"a context {tuple(context.shape)} is to be aligned with {len(levels)} dimensions: "
+                f"a context {tuple(context.shape)} does not align with {len(levels)} dimensions: "
                 "give a vector for each, (batch, length, features), or unset `aligned`"
             )
         return query + vectors[:, : len(levels)], None
 
 
 def behind(tokens: Tensor | None, content: Tensor) -> Tensor:
-    """Sets context tokens (N, S, width), where there are any, in front of content (N, d, width)."""
+    """Puts context tokens (N, S, width), if any, in front of content (N, d, width)."""
     return content if tokens is None else torch.cat([tokens.to(content.dtype), content], dim=1)

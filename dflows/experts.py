@@ -1,11 +1,11 @@
-"""Experts: what adds log-probabilities of its own to a network's logits.
+"""Experts: what adds log-probabilities to a network's logits.
 
-An expert knows something about the values that the network need not learn, such as the n-grams of a
-training text. Whoever owns the network weighs what the expert says by a learned gate.
+An expert knows something that the network need not learn, such as the n-grams of a training text.
+The conditioner weighs its terms by a learned gate.
 
-An expert that was counted on the training data has seen every example that training scores. It then
-knows the answer, and the network would learn to trust it too much. Training therefore scores under
-:func:`leave_one_out`, which tells experts to answer as if the example had not been counted::
+An expert that was counted on the training data has seen every training example, and the network
+would learn to trust it too much. Training therefore scores under :func:`leave_one_out`, so that
+experts answer as if the example had not been counted::
 
     with leave_one_out():
         loss = -flow.log_prob(y).mean()
@@ -24,7 +24,7 @@ _left_out: ContextVar["_Scored"] = ContextVar("left_out")
 
 
 class _Scored:
-    """Creates a note of whether the values scored were counted; None asks the training mode."""
+    """Creates a flag: whether the scored values were counted; None follows the training mode."""
 
     def __init__(self, counted: bool | None) -> None:
         self.counted = counted
@@ -32,14 +32,13 @@ class _Scored:
 
 @contextmanager
 def leave_one_out(counted: bool | None = None) -> Iterator[None]:
-    """Tells experts that the values scored are part of the data that they were counted on.
+    """Declares that the scored values are part of the data that experts were counted on.
 
-    They leave each value out of the counts that predict it, so that training sees what new data
-    will see. Contexts nest; the innermost holds.
+    Experts then leave each value out of the counts that predict it, as if it were new data.
+    Contexts nest; the innermost holds.
 
     Args:
-        counted: Whether the values were counted. By default they were for experts in training mode,
-            and not for those in evaluation mode.
+        counted: Whether the values were counted. By default: for experts in training mode.
     """
     token = _left_out.set(_Scored(counted))
     try:
@@ -49,10 +48,10 @@ def leave_one_out(counted: bool | None = None) -> Iterator[None]:
 
 
 class Expert(nn.Module, ABC):
-    """Says how likely the classes are, given the dimensions of lower levels.
+    """Predicts the classes of a dimension from the dimensions of lower levels.
 
-    What it says of a dimension must depend on the values of lower levels only, as a conditioner's
-    logits do. It has no gradient with respect to the values.
+    Its terms, like a conditioner's logits, must depend on the values of lower levels only. They
+    have no gradient with respect to the values.
 
     Args:
         num_classes: K.
@@ -64,7 +63,7 @@ class Expert(nn.Module, ABC):
 
     @property
     def leaves_one_out(self) -> bool:
-        """Whether the values scored are to be left out of the counts: :func:`leave_one_out`."""
+        """Whether to leave the scored values out of the counts: :func:`leave_one_out`."""
         scored = _left_out.get(None)
         if scored is None:
             return False
@@ -72,7 +71,7 @@ class Expert(nn.Module, ABC):
 
     @abstractmethod
     def num_terms(self, levels: Tensor) -> int:
-        """Returns how many terms the expert has, each with a gate of its own.
+        """Returns the number of terms, each with its own gate.
 
         Args:
             levels: Levels (D,) of an event of full length.
@@ -82,18 +81,17 @@ class Expert(nn.Module, ABC):
     def forward(
         self, y: Tensor, levels: Tensor, dimensions: Tensor | None = None, *, num_terms: int
     ) -> Tensor:
-        """Computes log-probabilities or log-likelihoods of every class.
+        """Computes the terms: log-probabilities or log-likelihoods of every class.
 
         Args:
             y: Indices (N, d).
-            levels: Levels (d,) of an event of this length. What follows from them may be
-                remembered, so hand over the same tensor for the same levels.
-            dimensions: The dimensions asked for: all d by default, indices (n,), or a mask (N, d)
+            levels: Levels (d,) of an event of this length. Experts may cache by tensor, so pass the
+                same tensor for the same levels.
+            dimensions: The dimensions to score: all d by default, indices (n,), or a mask (N, d)
                 with M true entries.
-            num_terms: Terms asked for, :meth:`num_terms` of an event of full length. A shorter
+            num_terms: Number of terms, :meth:`num_terms` of an event of full length. A shorter
                 event may have fewer; the others are then 0.
 
         Returns:
-            Terms (N, d, K, num_terms), (N, n, K, num_terms) or (M, K, num_terms), to be added to
-            logits (…, K) after they are weighed.
+            Terms (N, d, K, num_terms), (N, n, K, num_terms) or (M, K, num_terms).
         """

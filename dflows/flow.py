@@ -1,12 +1,11 @@
 """The discrete flow: a base and transforms.
 
 ``transform(x)`` maps base → data, everywhere in dflows; a stack lists its transforms in that order.
-Since a bijection of a finite set changes no volume, p(y) = p_base(x) with x the value that y comes
-from: the likelihood is exact, and there is no Jacobian.
+A bijection of a finite set changes no volume, so p(y) = p_base(x) with x = f⁻¹(y): the likelihood
+is exact, and there is no Jacobian.
 
-A flow knows nothing of training: `-flow.log_prob(y).mean()` has the gradient of the bijections'
-rules (:mod:`dflows.gradients`), and what else can be maximised is an objective
-(:mod:`dflows.objectives`).
+A flow knows nothing of training. `-flow.log_prob(y).mean()` has the gradient of the bijections'
+rules (:mod:`dflows.gradients`); other objectives are in :mod:`dflows.objectives`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -43,14 +42,14 @@ class DiscreteFlow(nn.Module):
     :mod:`dflows.flows` has ready-made ones.
 
     Args:
-        base: The distribution of x. It is told the orderings of the transforms.
-        transforms: Transforms in the order base → data; compositions are taken apart.
-        context_encoder: Maps what the user conditions on to vectors (B, C) or sequences (B, S, C);
-            without it the context must have one of these shapes.
+        base: The distribution of x, which adapts to the orderings of the transforms.
+        transforms: Transforms in the order base → data; compositions are flattened.
+        context_encoder: Maps contexts to vectors (B, C) or sequences (B, S, C); without it,
+            contexts must already have one of these shapes.
 
     Attributes:
-        evaluations: Network evaluations, one after the other, that the last samples took: of the
-            base, and of every transform.
+        evaluations: Sequential network evaluations of the last samples: of the base, and of every
+            transform.
 
     Raises:
         UserError: If the parts do not fit each other.
@@ -94,13 +93,13 @@ class DiscreteFlow(nn.Module):
         for transform in self.conditional_transforms:
             if transform.length != base.length:
                 raise UserError(
-                    f"a transform of {transform.length} dimensions stands on a base of "
+                    f"a transform of {transform.length} dimensions does not fit a base of "
                     f"{base.length}: give both the same length"
                 )
             if transform.bijection.num_classes != base.num_classes:
                 raise UserError(
-                    f"a bijection of {transform.bijection.num_classes} classes stands on a base of "
-                    f"{base.num_classes}: give both the same num_classes"
+                    f"a bijection of {transform.bijection.num_classes} classes does not fit a "
+                    f"base of {base.num_classes}: give both the same num_classes"
                 )
         base.adapt(self._orderings)
         self.evaluations: list[int] = []
@@ -128,21 +127,21 @@ class DiscreteFlow(nn.Module):
 
     @property
     def passes(self) -> int:
-        """Network evaluations, one after the other, that one batch of samples takes."""
+        """Sequential network evaluations for one batch of samples."""
         return self.base.passes + sum(transform.passes for transform in self.transforms)
 
     @property
     def untransformed(self) -> int:
         """Number of dimensions that no transform ever changes.
 
-        Permutations between transforms are not looked through: it is exact for stacks of
-        conditional transforms, and an upper bound elsewhere.
+        It is exact for stacks of conditional transforms, and an upper bound where permutations
+        stand between them.
         """
         return len(untransformed(self._orderings, self.length))
 
     @property
     def transforms_learn(self) -> bool:
-        """Whether some transform has parameters, for which values must carry a gradient."""
+        """Whether some transform has parameters, which learn from the gradients of values."""
         return any(True for _ in self.transforms.parameters())  # type: ignore[attr-defined]
 
     @property
@@ -182,8 +181,8 @@ class DiscreteFlow(nn.Module):
     def exactly(self, device: torch.device) -> Iterator[None]:
         """Evaluates without gradients in full precision, whatever autocast says.
 
-        Features in half precision differ between one evaluation of all levels and one a level, so
-        that transforms would choose different maps in the two directions.
+        In half precision the features from one evaluation of all levels differ from those from one
+        evaluation a level, and transforms would choose different maps in the two directions.
         """
         exact = len(self.transforms) > 0 and not torch.is_grad_enabled()
         enabled = torch.is_autocast_enabled(device.type) and not exact
@@ -193,12 +192,12 @@ class DiscreteFlow(nn.Module):
     def log_prob(self, y: Tensor, context: Tensor | None = None) -> Tensor:
         """Computes the exact log-probability, in nats.
 
-        Its gradient is that of the rules by which bijections are differentiated. A rule that draws
-        maps does so in training mode with gradients, as dropout does: the value is then the
-        log-probability under the maps that were drawn.
+        Its gradient is that of the bijections' rules. A stochastic rule samples maps in training
+        mode with gradients, as dropout does: the value is then the log-probability under these
+        maps.
 
         Args:
-            y: Indices (…, d); d below D is an event of its own.
+            y: Indices (…, d); d < D is a shorter event.
             context: What the flow is conditioned on, (B, …) with B the last batch dimension of y.
 
         Returns:
@@ -232,7 +231,7 @@ class DiscreteFlow(nn.Module):
             context: An encoded context.
 
         Returns:
-            x, the kind that was given.
+            x, in the representation of `y`.
         """
         for transform in reversed(self.transforms):
             y = transform.inverse(y, context)
@@ -240,7 +239,7 @@ class DiscreteFlow(nn.Module):
 
     @torch.no_grad()
     def residuals(self, y: Tensor, context: Tensor | None = None) -> list[Tensor]:
-        """Returns what is left of y after each transform was undone, the data's side first.
+        """Returns y after the inverse of each transform, the data's side first.
 
         Args:
             y: Indices (…, d).
@@ -279,11 +278,11 @@ class DiscreteFlow(nn.Module):
             generator: Source of randomness.
             method: ``levels``: one evaluation a level; ``fixed_point``: iterations over all
                 dimensions at once, until nothing changes. The samples are the same, and
-                :attr:`evaluations` says how many were needed.
-            prompt: What samples begin with, indices (n,), or one a sample in the shape of the
-                samples; the rest is drawn from its exact distribution given the prompt. A flow can
-                do so where the first dimensions depend on none behind them: base and transforms
-                over the natural ordering, or blocks from left to right.
+                :attr:`evaluations` counts the evaluations.
+            prompt: Prefix of the samples, indices (n,), or one a sample in the shape of the
+                samples; the rest is sampled from its exact distribution given the prompt. The
+                prefix must not depend on later dimensions, as over the natural ordering or blocks
+                from left to right.
 
         Returns:
             Indices ``(*S, d)``, or ``(*S, B, d)`` with a context.
@@ -332,14 +331,14 @@ class DiscreteFlow(nn.Module):
         return value.reshape(*shape, length)
 
     def accelerate(self, *, compile: bool = False, cuda_graph: bool = False) -> None:  # noqa: A002
-        """Sets how samples are computed from now on; those of a seed stay the same to round-off.
+        """Sets how samples are computed; those of a seed stay the same to round-off.
 
-        The first samples of every shape take longer: seconds to compile, and some to capture.
+        The first samples of every shape take longer: seconds to compile or to capture.
 
         Args:
-            compile: Whether ``torch.compile`` compiles the parts that are run level by level.
-            cuda_graph: Whether to capture all levels as one CUDA graph and replay it; only on a
-                CUDA device, and not by the fixed point, which looks whether values have settled.
+            compile: Whether to compile the parts that run level by level (``torch.compile``).
+            cuda_graph: Whether to capture all levels as one CUDA graph and replay it. It needs a
+                CUDA device, and excludes the fixed point, which depends on values.
 
         Example:
             >>> from dflows import FactorizedBase
@@ -360,10 +359,10 @@ class DiscreteFlow(nn.Module):
 
     @torch.no_grad()
     def greedy(self, context: Tensor | None = None, *, length: int | None = None) -> Tensor:
-        """Decodes greedily: the base's most likely values, each given those before it, as data.
+        """Decodes greedily: takes the base's likeliest value after those before it, mapped to data.
 
         Where the dimensions of the base are independent this is the flow's mode
-        (:attr:`FlowDistribution.mode`), for a bijection moves probabilities and changes none. Over
+        (:attr:`FlowDistribution.mode`), since a bijection moves probabilities and changes none. On
         an autoregressive base it need not be.
 
         Args:
@@ -388,13 +387,13 @@ class DiscreteFlow(nn.Module):
 
 
 class FlowDistribution(Distribution):
-    """Creates the distribution of y that a flow is, given a context.
+    """Creates the distribution of y under a flow, given a context.
 
     Its batch shape is that of the context, its event shape (D,).
 
     Args:
         flow: The flow.
-        context: Encoded context (B, C) or (B, S, C), or nothing.
+        context: Encoded context (B, C) or (B, S, C), or None.
     """
 
     arg_constraints: dict[str, constraints.Constraint] = {}  # noqa: RUF012
@@ -423,14 +422,14 @@ class FlowDistribution(Distribution):
         """The most likely event, indices ``(*batch_shape, D)``.
 
         Raises:
-            UserError: If the dimensions of the base are not independent, so that only a search
-                would find it.
+            UserError: If the dimensions of the base are not independent: the mode would take a
+                search.
         """
         base = self.flow.base
         if not base.greedy_is_mode:
             raise UserError(
                 f"the mode of a flow on {type(base).__name__} takes a search over all events: "
-                "flow.greedy(context) decodes greedily, and a FactorizedBase has its mode there"
+                "use flow.greedy(context), which is the mode on a FactorizedBase"
             )
         with torch.no_grad():
             return self.flow._greedy(self.context, self.flow.length)

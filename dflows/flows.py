@@ -1,4 +1,4 @@
-"""Ready-made flows: the classes, the length and the orderings are said once.
+"""Ready-made flows: classes, length and orderings are given once.
 
 Each is a function that returns a :class:`~dflows.flow.DiscreteFlow`; in a configuration it is the
 `class_path` of a flow, which takes `num_classes` and `length` from the data.
@@ -30,16 +30,16 @@ __all__ = [
 ]
 
 WIDTH = 96
-"""Features of a dimension in the networks that are made where none are given."""
+"""Width of the default networks."""
 
 
 class AutoregressiveFactory:
-    """Creates what makes an autoregressive base of a network, once K and D are known.
+    """Creates a factory of an autoregressive base, called once K and D are known.
 
     Args:
-        backbone: The network, of one base.
+        backbone: The network.
         ordering: Which dimensions condition which; natural by default.
-        context: What it is conditioned on; its encoder is the flow's to give.
+        context: What it is conditioned on; its encoder belongs to the flow.
         ngram_order: As in :func:`stack`; only for a base without transforms.
 
     Example:
@@ -64,7 +64,7 @@ class AutoregressiveFactory:
         """Makes the base.
 
         Raises:
-            UserError: If it has made one, which would share the network.
+            UserError: If it was called before: two bases would share the network.
         """
         if self._made:
             raise UserError(
@@ -116,8 +116,8 @@ def stack(
         share_backbone: Whether one network serves all transforms; embeddings and heads are their
             own.
         context: What the transforms are conditioned on.
-        ngram_order: Classes of the longest of the n-grams on which the network of the transform
-            next to the data is conditioned (:class:`dflows.ngrams.NGramExpert`).
+        ngram_order: n, for an n-gram expert in the transform next to the data
+            (:class:`dflows.ngrams.NGramExpert`).
 
     Raises:
         UserError: If the choices do not fit each other.
@@ -130,8 +130,8 @@ def stack(
     """
     if ngram_order is not None and not orderings:
         raise UserError(
-            f"ngram_order is {ngram_order}, and there is no transform that could be conditioned on "
-            "n-grams: give orderings, or leave it away"
+            f"ngram_order is {ngram_order}, and there is no transform to condition on n-grams: "
+            "give orderings, or unset ngram_order"
         )
     shared = backbone() if share_backbone else None
     transforms = []
@@ -162,7 +162,7 @@ def bipartite(
     base: BaseFactory = FactorizedBase,
     context: Context | None = None,
 ) -> DiscreteFlow:
-    """Makes the paper's bipartite flow: one part of the dimensions given the other, by turns.
+    """Makes the paper's bipartite flow: each part of the dimensions given the other, alternating.
 
     Generation takes one network evaluation a transform.
 
@@ -170,7 +170,7 @@ def bipartite(
         num_classes: K.
         length: D.
         backbone: Makes the network of a transform, of any kind; a dilated convolution by default.
-        num_transforms: Transforms; which part conditions the other alternates.
+        num_transforms: Number of transforms; the parts alternate.
         parts: Even and odd dimensions (``parity``), or the left and the right half (``halves``).
         bijection: Makes what is done to one variable, given K.
         base: Makes the distribution of x, given K and D.
@@ -218,7 +218,7 @@ def autoregressive(
         num_classes: K.
         length: D.
         backbone: Makes the network of a transform; an LSTM by default.
-        num_transforms: Transforms.
+        num_transforms: Number of transforms.
         bijection: Makes what is done to one variable, given K.
         base: Makes the distribution of x, given K and D.
         context: What the transforms are conditioned on.
@@ -263,7 +263,7 @@ def strided(
     Args:
         num_classes: K.
         length: D.
-        columns: Columns, which are the levels.
+        columns: Number of columns, which are the levels.
         backbone: Makes the network; a level-causal convolution by default.
         bijection: Makes what is done to one variable, given K.
         base: Makes the distribution of x, given K and D.
@@ -306,7 +306,7 @@ def language_model(
         backbone: Makes the network; an LSTM by default.
         ordering: Which dimensions condition which; natural by default.
         context: What it is conditioned on.
-        ngram_order: Classes of the longest of the n-grams on which the network is conditioned.
+        ngram_order: n, for an n-gram expert (:class:`dflows.ngrams.NGramExpert`).
 
     Raises:
         UserError: If the choices do not fit each other.

@@ -1,6 +1,5 @@
 """From noise to samples: through the base and the transforms, with or without a prompt."""
 
-import math
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -8,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dflows.acceleration import Acceleration
+from dflows.arguments import check_temperature
 from dflows.bases import Base
 from dflows.errors import UserError
 from dflows.transforms import DiscreteTransform
@@ -19,32 +19,31 @@ Method = Literal["levels", "fixed_point"]
 
 
 def check_sampling(temperature: float, method: str, acceleration: Acceleration) -> None:
-    """Refuses options of sampling that cannot be honoured.
+    """Refuses sampling options that cannot be honoured.
 
     Raises:
-        UserError: If one is.
+        UserError: If an option cannot be honoured.
     """
-    if not 0 < temperature < math.inf:
-        raise UserError(f"temperature is {temperature}: give a positive number")
+    check_temperature(temperature)
     if method not in get_args(Method):
         raise UserError(f"method is {method!r}: give 'levels' or 'fixed_point'")
     if method == "fixed_point" and acceleration.cuda_graph:
         raise UserError(
-            "method is 'fixed_point', which looks whether the values have settled, and a CUDA "
-            "graph cannot: take 'levels', or leave cuda_graph away"
+            "method is 'fixed_point', whose number of iterations depends on the values, and a CUDA "
+            "graph is fixed: use method 'levels', or unset cuda_graph"
         )
 
 
 def expand_prompt(
     prompt: Tensor, shape: torch.Size, length: int, parts: Sequence[Base | DiscreteTransform]
 ) -> Tensor:
-    """Repeats a prompt, one for every sample.
+    """Repeats a prompt for every sample.
 
     Args:
         prompt: Indices (n,), or one a sample ``(*shape, n)``.
         shape: Shape of the samples.
         length: Dimensions of a sample.
-        parts: The base and the transforms that it is to go through.
+        parts: The base and the transforms.
 
     Returns:
         Indices (N, n).
@@ -68,8 +67,8 @@ def expand_prompt(
             over = "" if part.ordering is None else f" over {part.ordering!r}"
             raise UserError(
                 f"a prompt of {number} dimensions cannot be conditioned on exactly: in "
-                f"{type(part).__name__}{over} they depend on dimensions behind them; give no "
-                "prompt, or train a model over the natural ordering"
+                f"{type(part).__name__}{over} they depend on later dimensions; give no prompt, or "
+                "train a model over the natural ordering"
             )
     return prompt.expand(*shape, number).reshape(-1, number)
 
@@ -84,19 +83,19 @@ def generate(
     temperature: float,
     fixed_point: bool,
 ) -> tuple[Tensor, list[int]]:
-    """Makes samples of noise.
+    """Turns noise into samples.
 
     Args:
         base: The distribution of x.
         transforms: Transforms base → data.
-        noise: What the base's `noise` drew (N, d).
+        noise: Noise of the base (N, d).
         context: Vectors (N, C) or sequences (N, S, C).
-        prompt: Indices (N, n) that the samples begin with.
+        prompt: Prefix of the samples, indices (N, n).
         temperature: Divides the base's logits.
-        fixed_point: Whether to iterate over all dimensions in place of going level by level.
+        fixed_point: Whether to iterate over all dimensions instead of level by level.
 
     Returns:
-        Indices (N, d), and the evaluations that the base and every transform took.
+        Indices (N, d), and the number of evaluations of the base and of every transform.
     """
     known: list[Tensor | None] = [None] * (1 + len(transforms))
     if prompt is not None:

@@ -1,4 +1,4 @@
-"""Distributions of x, on which the transforms stand."""
+"""Distributions of x."""
 
 from dflows.bases.autoregressive import AutoregressiveBase
 from dflows.bases.base import Base, ClosedFormBase

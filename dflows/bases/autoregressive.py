@@ -19,12 +19,12 @@ class AutoregressiveBase(Base):
 
     .. math:: p(x) = \prod_d p(x_d \mid x_e : \ell_e < \ell_d)
 
-    Over the natural ordering, with no flow on it, this is a language model; over a strided one its
-    levels are drawn in parallel. Over an ordering of one level, ``Strided(1)``, its dimensions are
-    independent given a context.
+    Over the natural ordering and without transforms this is a language model; over a strided one,
+    the dimensions of a level are sampled in parallel. Over an ordering of one level,
+    ``Strided(1)``, the dimensions are independent given a context.
 
     Args:
-        conditioner: The network over its ordering; its logits are those of the classes.
+        conditioner: The network over its ordering; its logits are those of the K classes.
 
     Raises:
         UserError: If the conditioner has other logits, or no dimension of level 0.
@@ -48,12 +48,12 @@ class AutoregressiveBase(Base):
         if conditioner.num_logits != conditioner.num_classes:
             raise UserError(
                 f"a base reads the logits of {conditioner.num_classes} classes, and the "
-                f"conditioner has {conditioner.num_logits}: leave its num_logits away"
+                f"conditioner has {conditioner.num_logits}: leave out its num_logits"
             )
         if int(conditioner.ordering.levels(conditioner.length).min()):
             raise UserError(
-                f"{conditioner.ordering!r} has no dimension of level 0, and a base begins there, "
-                "with a context or without one: give it the ordering inside"
+                f"{conditioner.ordering!r} has no dimension of level 0, where a base starts: "
+                "give it the ordering inside"
             )
         self.conditioner = conditioner
 

@@ -20,7 +20,7 @@ class Base(nn.Module, ABC):
     """
 
     scores_parts: ClassVar[bool]
-    """Whether a part of the dimensions can be scored without knowing the others."""
+    """Whether some dimensions can be scored without the others."""
 
     differentiable: ClassVar[bool] = True
     """Whether log-probabilities have a gradient with respect to one-hot vectors."""
@@ -34,24 +34,24 @@ class Base(nn.Module, ABC):
         self.length = length
 
     def adapt(self, orderings: Sequence[Ordering]) -> None:
-        """Takes notice of the orderings of the transforms above; the flow calls it when it is made.
+        """Adapts to the orderings of the transforms; the flow calls it when it is created.
 
         Args:
             orderings: Those of the conditional transforms, base → data.
 
         Raises:
-            UserError: If the distribution serves transforms of other orderings already.
+            UserError: If the distribution has been adapted to other orderings.
         """
 
     @property
     def ordering(self) -> Ordering | None:
-        """Which dimensions condition which, of a base over levels."""
+        """Which dimensions condition which; None where the base has no levels."""
         return None
 
     @property
     @abstractmethod
     def passes(self) -> int:
-        """Network evaluations, one after the other, that a batch of samples takes."""
+        """Sequential network evaluations for a batch of samples."""
 
     @abstractmethod
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -70,12 +70,12 @@ class Base(nn.Module, ABC):
     ) -> Tensor:
         """Computes an unbiased estimate of the event's log-probability, at one evaluation.
 
-        A base that takes an evaluation a level evaluates one of them, drawn for every example.
+        A base that takes one evaluation a level evaluates one level, sampled for every example.
 
         Args:
-            x: As in :meth:`log_prob`; right where the weight is not 0.
+            x: As in :meth:`log_prob`; correct where the weight is not 0.
             context: As in :meth:`log_prob`.
-            weight: Weights (N, d) of the dimensions; 1 where they are not given.
+            weight: Weights (N, d) of the dimensions; 1 by default.
 
         Returns:
             Log-probabilities (N,).
@@ -85,7 +85,7 @@ class Base(nn.Module, ABC):
 
     @abstractmethod
     def noise(self, num_samples: int, length: int, generator: Generator | None = None) -> Tensor:
-        """Draws all the randomness that samples take: a uniform number for every dimension.
+        """Draws all the randomness of samples: a uniform number for every dimension.
 
         Args:
             num_samples: N.
@@ -106,24 +106,24 @@ class Base(nn.Module, ABC):
         fixed_point: bool = False,
         prefix: Tensor | None = None,
     ) -> tuple[Tensor, int]:
-        """Makes samples of noise.
+        """Turns noise into samples.
 
         Args:
-            noise: What :meth:`noise` drew (N, d).
+            noise: Numbers (N, d) from :meth:`noise`.
             context: Vectors (N, C) or sequences (N, S, C).
             temperature: Divides the logits; 1 samples the distribution itself.
-            fixed_point: Whether to iterate over all positions at once in place of going level by
-                level. The samples are the same.
-            prefix: Indices (N, n), what the first dimensions are, for a sample of the others given
-                these; only where :meth:`supports_prefix` says so.
+            fixed_point: Whether to iterate over all dimensions at once instead of level by level.
+                The samples are the same.
+            prefix: Values of the first dimensions, indices (N, n), given which the others are
+                sampled; only where :meth:`supports_prefix` allows it.
 
         Returns:
-            Indices (N, d), and the evaluations, one after the other, that they took.
+            Indices (N, d), and the number of sequential evaluations.
         """
 
     @abstractmethod
     def supports_prefix(self, number: int, length: int) -> bool:
-        """Says whether what follows so many dimensions can be drawn exactly, given these."""
+        """Returns whether the rest can be sampled exactly given the first `number` dimensions."""
 
     def sample(
         self,
@@ -166,7 +166,7 @@ class Base(nn.Module, ABC):
             context: Vectors (N, C) or sequences (N, S, C).
 
         Returns:
-            Indices (N, d). They are the mode only where :attr:`greedy_is_mode`.
+            Indices (N, d), the mode where :attr:`greedy_is_mode`.
         """
 
     @abstractmethod
@@ -174,12 +174,12 @@ class Base(nn.Module, ABC):
         """Initialises the distribution from the counts of the training data's classes.
 
         Args:
-            counts: Counts (K,), or (D, K) of every dimension's own.
+            counts: Counts (K,), or (D, K) of every dimension.
         """
 
 
 class ClosedFormBase(Base):
-    """A base whose most likely distribution given data is known in closed form."""
+    """A base with a closed-form maximum-likelihood fit."""
 
     @abstractmethod
     def count(self, x: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -187,12 +187,12 @@ class ClosedFormBase(Base):
 
         Args:
             x: Indices (N, d).
-            weight: Weights (N, d) of the dimensions; 1 where they are not given.
+            weight: Weights (N, d) of the dimensions; 1 by default.
 
         Returns:
-            Counts in float64, of the same shape for all data, which add up over batches.
+            Counts in float64, of a fixed shape, which add up over batches.
         """
 
     @abstractmethod
     def refit(self, counts: Tensor) -> None:
-        """Sets the distribution to the most likely one given counts, sums of :meth:`count`."""
+        """Fits the distribution to counts, sums of :meth:`count`, by maximum likelihood."""

@@ -15,7 +15,7 @@ from dflows.representations import check_logits, full_precision, is_one_hot
 __all__ = ["FactorizedBase"]
 
 PEAK = 0.5
-"""Probability of class 0 at the start, where a flow transforms the dimension."""
+"""Initial probability of class 0 in transformed dimensions."""
 
 
 class FactorizedBase(ClosedFormBase):
@@ -23,17 +23,17 @@ class FactorizedBase(ClosedFormBase):
 
     .. math:: p(x) = \prod_d \mathrm{softmax}(\theta_{g(d)})_{x_d}
 
-    with g(d) the group of a dimension. Those that some flow transforms start peaked on class 0:
-    a base that starts at the data's marginal would make the identity a local optimum of the flow.
-    Those that none transforms start at the marginal.
+    with g(d) the group of a dimension. Transformed dimensions start peaked on class 0: if they
+    started at the data's marginal, the identity would be a local optimum. Other dimensions start at
+    the marginal.
 
-    A flow tells it the orderings of its transforms when it is made, and initialises it anew for
-    them; by itself it is a base that none transforms.
+    A flow adapts it to the orderings of its transforms; until then no dimension counts as
+    transformed.
 
     Args:
         num_classes: K.
         length: D.
-        sharing: ``levels``: dimensions of equal levels in all orderings share their distribution;
+        sharing: ``levels``: dimensions of equal levels in all orderings share a distribution;
             ``positions``: every dimension has its own.
 
     Raises:
@@ -80,8 +80,8 @@ class FactorizedBase(ClosedFormBase):
             return
         if self._orderings is not None:
             raise UserError(
-                f"a FactorizedBase under transforms over {self._orderings} was given to a flow of "
-                f"transforms over {orderings}: make a new one for each flow"
+                f"a FactorizedBase of a flow over {self._orderings} was given to a flow over "
+                f"{orderings}: create one for each flow"
             )
         self._orderings = orderings
         if orderings:
@@ -153,12 +153,12 @@ class FactorizedBase(ClosedFormBase):
 
     @torch.no_grad()
     def refit(self, counts: Tensor, smoothing: float = 0.5) -> None:
-        """Sets the distribution in closed form, to the most likely one given counts.
+        """Fits the distribution to counts, in closed form.
 
         Args:
             counts: Counts (G, K), sums of :meth:`count`.
-            smoothing: Added to every count, so that no class has probability 0. Groups that were
-                never counted are left alone.
+            smoothing: Added to every count, so that no class has probability 0. Groups without
+                counts keep their distribution.
 
         Example:
             >>> base = FactorizedBase(num_classes=3, length=2)

@@ -71,7 +71,7 @@ class NGramBase(Base):
         return self.ngrams.num_counted
 
     def count(self, chunks: Iterable[Any]) -> None:
-        """Counts data anew, in one pass; as :meth:`dflows.ngrams.NGrams.count`."""
+        """Counts data in one pass, as :meth:`dflows.ngrams.NGrams.count`."""
         self.ngrams.count(chunks)
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:

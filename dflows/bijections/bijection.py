@@ -1,4 +1,4 @@
-"""The interface of all bijections: what is done to one K-class variable, given logits."""
+"""The interface of all bijections: maps of one K-class variable, given logits."""
 
 from abc import ABC, abstractmethod
 from typing import ClassVar
@@ -13,7 +13,7 @@ from dflows.representations import check_largest, check_logits, is_one_hot
 __all__ = ["INITIAL_MARGIN", "Bijection", "SoftmaxBijection"]
 
 INITIAL_MARGIN = 0.1
-"""Lead of the identity's logits at initialisation: no tie, and a softmax of any usual temperature
+"""Margin of the identity's logits at initialisation: no tie, and a softmax of any usual temperature
 still spreads over all classes."""
 
 
@@ -34,7 +34,7 @@ class Bijection(nn.Module, ABC):
     """
 
     needs_target: ClassVar[bool]
-    """Whether the local objective needs a distribution of x to aim at."""
+    """Whether the local objective needs a target distribution of x."""
     rule: GradientRule | None
     """How the choice of the map is differentiated; None where no softmax chooses it."""
 
@@ -42,8 +42,7 @@ class Bijection(nn.Module, ABC):
         super().__init__()
         if num_classes < 2:
             raise UserError(
-                f"num_classes is {num_classes}, and a bijection of fewer than 2 classes has "
-                "nothing to transform: give at least 2"
+                f"num_classes is {num_classes}, and a bijection needs at least 2 classes: give more"
             )
         self.num_classes = num_classes
         self.num_logits = num_logits
@@ -81,7 +80,7 @@ class Bijection(nn.Module, ABC):
         Args:
             y: Indices (…, D).
             logits: Logits (…, D, num_logits).
-            target: Log-probabilities (K,) of the x to aim at, where `needs_target` says so.
+            target: Log-probabilities (K,) of the target distribution of x, where `needs_target`.
 
         Returns:
             Log-likelihoods (…, D).
@@ -94,13 +93,13 @@ class Bijection(nn.Module, ABC):
     def sample_inverse(
         self, y: Tensor, logits: Tensor, num_samples: int, temperature: float
     ) -> tuple[Tensor, Tensor]:
-        """Samples maps, and maps indices data → base by them.
+        """Samples maps, and maps indices data → base with them.
 
         Args:
             y: Indices (…, D).
             logits: Logits (…, D, num_logits).
-            num_samples: S, the maps that are sampled of every dimension.
-            temperature: That of the softmax that maps are sampled from.
+            num_samples: S, the number of sampled maps of every dimension.
+            temperature: Temperature of the softmax that maps are sampled from.
 
         Returns:
             Indices (S, …, D), and the log-probabilities (S, …, D) of the sampled maps.
@@ -117,7 +116,7 @@ class Bijection(nn.Module, ABC):
 
 
 class SoftmaxBijection(Bijection):
-    """A bijection whose map is made of choices, each by a softmax over logits of its own.
+    """A bijection whose map is made of choices, each by a softmax over its own logits.
 
     Args:
         num_classes: K, at least 2.
@@ -136,7 +135,7 @@ class SoftmaxBijection(Bijection):
 
     @abstractmethod
     def choice_logits(self, logits: Tensor) -> tuple[Tensor, ...]:
-        """Computes the logits (…, D, M) of each choice; their largest is what is chosen.
+        """Computes the logits (…, D, M) of each choice, which is their argmax.
 
         Args:
             logits: Logits (…, D, num_logits).
@@ -158,11 +157,11 @@ class SoftmaxBijection(Bijection):
 
     @abstractmethod
     def map_by(self, value: Tensor, choices: tuple[Tensor, ...], *, inverse: bool) -> Tensor:
-        """Maps values by choices that were made.
+        """Maps values by given choices.
 
         Args:
             value: Indices (…, D), or one-hot vectors (…, D, K).
-            choices: What was chosen, of the kind of `value`: indices (…, D) or vectors (…, D, M).
+            choices: The choices, of the kind of `value`: indices (…, D) or vectors (…, D, M).
             inverse: Whether to map data → base.
 
         Returns:

@@ -1,12 +1,10 @@
 """The permutation by rank."""
 
-import math
-
 import torch
 from torch import Tensor
 
+from dflows.arguments import check_temperature
 from dflows.bijections.bijection import INITIAL_MARGIN, Bijection
-from dflows.errors import UserError
 from dflows.gradients import gumbel_like
 from dflows.representations import is_one_hot, to_indices, to_one_hot
 
@@ -52,9 +50,7 @@ class RankPermutation(Bijection):
 
     def __init__(self, num_classes: int, temperature: float = 1.0) -> None:
         super().__init__(num_classes, num_logits=num_classes)
-        if not 0 < temperature < math.inf:
-            raise UserError(f"temperature is {temperature}: give a positive number")
-        self.temperature = temperature
+        self.temperature = check_temperature(temperature)
 
     def initial_logits(self) -> Tensor:
         return INITIAL_MARGIN * torch.linspace(1, 0, self.num_classes)

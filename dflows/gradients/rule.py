@@ -1,15 +1,12 @@
 """The interface of all gradient rules."""
 
-import math
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from dflows.errors import UserError
-
-__all__ = ["GradientRule", "check_positive", "gumbel_like"]
+__all__ = ["GradientRule", "gumbel_like"]
 
 
 class GradientRule(nn.Module, ABC):
@@ -39,14 +36,3 @@ class GradientRule(nn.Module, ABC):
 def gumbel_like(logits: Tensor) -> Tensor:
     """Samples Gumbel noise: with it, the largest of logits is a sample from their softmax."""
     return -torch.empty_like(logits).exponential_().log()
-
-
-def check_positive(temperature: float) -> float:
-    """Returns a temperature.
-
-    Raises:
-        UserError: If it is not positive.
-    """
-    if not 0 < temperature < math.inf:
-        raise UserError(f"temperature is {temperature}: give a positive number")
-    return temperature

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dflows.gradients.rule import GradientRule, check_positive, gumbel_like
+from dflows.arguments import check_temperature
+from dflows.gradients.rule import GradientRule, gumbel_like
 from dflows.representations import to_one_hot
 
 __all__ = ["GumbelStraightThrough", "ReinMax"]
@@ -24,7 +25,7 @@ class _Stochastic(GradientRule):
 
     def __init__(self, temperature: float = 1.0) -> None:
         super().__init__()
-        self.temperature = check_positive(temperature)
+        self.temperature = check_temperature(temperature)
 
     def extra_repr(self) -> str:
         return f"temperature={self.temperature}"

@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from dflows.gradients.rule import GradientRule, check_positive
+from dflows.arguments import check_temperature
+from dflows.gradients.rule import GradientRule
 from dflows.representations import to_one_hot
 
 __all__ = ["SoftmaxStraightThrough"]
@@ -35,7 +36,7 @@ class SoftmaxStraightThrough(GradientRule):
 
     def __init__(self, temperature: float = 0.1) -> None:
         super().__init__()
-        self.temperature = check_positive(temperature)
+        self.temperature = check_temperature(temperature)
 
     @property
     def choice_temperature(self) -> float:

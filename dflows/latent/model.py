@@ -6,6 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor, nn
 
+from dflows.arguments import check_temperature
 from dflows.backbones import Backbone, as_backbone
 from dflows.categorical import inverse_cdf
 from dflows.errors import UserError
@@ -65,7 +66,8 @@ class LatentFlow(nn.Module):
         | Importance Weighted Autoencoders (Burda et al., 2016), arXiv:1509.00519
 
     Example:
-        >>> from dflows.backbones import LSTM
+        >>> from dflows.arguments import check_temperature
+    from dflows.backbones import LSTM
         >>> from dflows.latent import AutoregressivePrior
         >>> _ = torch.manual_seed(0)
         >>> network = lambda: LSTM(width=8, bidirectional=True)
@@ -167,8 +169,7 @@ class LatentFlow(nn.Module):
         Raises:
             UserError: If the temperature or the length is out of range.
         """
-        if not 0 < temperature < math.inf:
-            raise UserError(f"temperature is {temperature}: give a positive number")
+        check_temperature(temperature)
         length = self.length if length is None else length
         self._check_length(length)
         weight = self.head.weight

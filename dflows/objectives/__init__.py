@@ -1,8 +1,8 @@
 """What training maximises, given the flow: ``objective(flow, y, context, progress)``.
 
-An objective is an object of its own and holds all that only training needs: targets, schedules. It
-keeps no clock: whoever runs the training tells it the progress. The value is one number an example,
-the log-likelihood or an unbiased estimate of it, and the gradient is the objective's::
+An objective holds what only training needs: targets and stages. It keeps no clock: the training
+passes the progress. Its value is one number an example, the log-likelihood or an unbiased estimate
+of it; its gradient is its own::
 
     objective = Local()
     objective.prepare(flow)

@@ -13,14 +13,14 @@ __all__ = ["EndToEnd"]
 
 
 class EndToEnd(Objective):
-    """Creates the likelihood as objective: all parts are trained on the one log-probability.
+    """Creates the likelihood as objective: all parts learn from one log-probability.
 
     Its gradient crosses the transforms by their bijections' rules (:mod:`dflows.gradients`), as
     that of :meth:`dflows.DiscreteFlow.log_prob` does.
 
     Args:
-        subsample: Where the base's backbone runs masked, ``levels`` evaluates one level an example,
-            an unbiased estimate at one evaluation; ``none`` all of them.
+        subsample: Where the base's backbone runs masked: ``none`` evaluates all levels; ``levels``
+            one level an example, an unbiased estimate at one evaluation.
 
     Raises:
         UserError: If `subsample` is neither.
@@ -48,9 +48,8 @@ class EndToEnd(Objective):
     def prepare(self, flow: DiscreteFlow) -> None:
         if flow.transforms_learn and not flow.base.differentiable:
             raise UserError(
-                f"the base has to hand a gradient to the transforms, and a "
-                f"{type(flow.base).__name__} has none: train with Local, whose losses need none, "
-                "or choose another base"
+                f"transforms learn from the gradient of the base, and a {type(flow.base).__name__} "
+                "has none: train with Local, which needs none, or choose another base"
             )
 
     def end_to_end(self, progress: float | None) -> bool:

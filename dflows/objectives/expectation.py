@@ -1,13 +1,13 @@
-"""Layerwise training, at last on all that lies beneath: the local expectation gradient."""
+"""Layerwise training on the likelihood of the whole stack: the local expectation gradient."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from dflows.arguments import check_temperature
 from dflows.errors import UserError
 from dflows.flow import DiscreteFlow
-from dflows.gradients.rule import check_positive
 from dflows.objectives.layerwise import Layerwise
 from dflows.objectives.local import Step
 from dflows.transforms import ConditionalTransform
@@ -16,30 +16,30 @@ __all__ = ["LocalExpectationGradient"]
 
 
 class LocalExpectationGradient(Layerwise):
-    r"""Creates layerwise training that goes on with local expectation gradients.
+    r"""Creates layerwise training followed by local expectation gradients.
 
     In the first round every transform learns by itself, as with
-    :class:`~dflows.objectives.Layerwise`. That leaves what only shows further down: which x a
-    transform should hand to the ones beneath it. So in further rounds a transform learns from the
-    likelihood of the whole stack. Of each dimension in turn, all others as they are, that of every
-    class is evaluated, exactly; the map of the dimension is sampled several times from a policy,
-    and the policy made to prefer those whose x was likelier than the mean of the others',
+    :class:`~dflows.objectives.Layerwise`. That cannot teach a transform which x suits the
+    transforms beneath it, so in further rounds it learns from the likelihood of the whole stack.
+    For one dimension at a time, with all others fixed, the likelihood of every class is computed
+    exactly. Several maps of the dimension are sampled from a policy, which then learns to prefer
+    those whose x was likelier than the mean of the others',
 
     .. math::
 
         \nabla \approx \frac{1}{S - 1} \sum_s (R_{x_s} - \bar R)\, \nabla \log \pi(b_s), \qquad
         R_x = \log q(\ldots, x_{d-1}, x, x_{d+1}, \ldots).
 
-    A policy is the softmax of the logits over the temperature, and for rank permutations the order
-    of choices without replacement by it (Plackett and Luce). A step takes D·K evaluations an
-    example of all that is beneath: it is for few dimensions of few classes, and asks for many
-    examples of every context.
+    The policy is the softmax of the logits over the temperature; for rank permutations it is the
+    order of choices without replacement (Plackett and Luce). A step evaluates everything beneath
+    D·K times an example: it is for few dimensions of few classes, and needs many examples of every
+    context.
 
     Args:
-        rounds: Rounds of such stages, after that of local ones.
-        temperature: That of the policy. The higher, the more is tried, and the more is lost of
-            differences between logits that are smaller.
-        num_samples: S, maps that are sampled of every dimension, at least 2.
+        rounds: Rounds of these stages, after the local round.
+        temperature: Temperature of the policy. Higher ones explore more, and blur differences
+            between logits below them.
+        num_samples: S, the number of sampled maps of every dimension, at least 2.
 
     Raises:
         UserError: If a number is out of range.
@@ -65,7 +65,7 @@ class LocalExpectationGradient(Layerwise):
                 f"num_samples is {num_samples}: give at least 2, to compare each with the others"
             )
         self.rounds = 1 + rounds
-        self.temperature = check_positive(temperature)
+        self.temperature = check_temperature(temperature)
         self.num_samples = num_samples
 
     def extra_repr(self) -> str:
@@ -106,7 +106,7 @@ class LocalExpectationGradient(Layerwise):
             transform: The transform.
             y: Indices (N, n).
             logits: Logits (N, n, num_logits).
-            values: Log-likelihoods (N, n, K) of all that is beneath, for every x of a dimension.
+            values: Log-likelihoods (N, n, K) beneath, for every x of a dimension.
         """
         x, log_policy = transform.bijection.sample_inverse(
             y, logits, self.num_samples, self.temperature

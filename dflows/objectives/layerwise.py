@@ -1,4 +1,4 @@
-"""Layerwise training: one transform after the other."""
+"""Layerwise training: one transform at a time."""
 
 from collections.abc import Sequence
 
@@ -16,18 +16,18 @@ ROUND_OFF = 1e-9
 
 
 class Layerwise(LocalLosses):
-    """Creates the local objective of one transform after the other, the one next to the data first.
+    """Creates layerwise training: the local objective, one transform at a time, data side first.
 
-    Trained all at once, a transform learns from what the transforms on its data's side make of the
-    data, and this goes on changing while they learn. Layerwise, each learns from what is settled,
-    and a step costs the training of one transform, however many there are. It asks for as many
-    steps as all transforms need together. The base learns all the time.
+    Trained all at once, a transform learns from the output of the transforms on its data side,
+    which keeps changing while they learn. Layerwise, each learns from settled input, and a step
+    costs the training of one transform, however many there are. It takes as many steps as all
+    transforms need together. The base learns all the time.
 
-    The training is divided into equal stages, one a transform. Of a backbone that runs masked, one
-    level an example is trained in a step.
+    The training is divided into equal stages, one a transform. A backbone that runs masked trains
+    one level an example in each step.
 
     Raises:
-        UserError: When a flow is prepared whose transforms share a backbone.
+        UserError: If the transforms of a prepared flow share a backbone.
 
     References:
         | Greedy Layer-Wise Training of Deep Networks (Bengio et al., 2006)
@@ -41,25 +41,25 @@ class Layerwise(LocalLosses):
     """
 
     rounds: int = 1
-    """How often every transform has a stage."""
+    """Number of stages of each transform."""
 
     def prepare(self, flow: DiscreteFlow) -> None:
         super().prepare(flow)
         conditional = flow.conditional_transforms
         if len({id(part.conditioner.backbone) for part in conditional}) < len(conditional):
             raise UserError(
-                "transforms that are trained layerwise share a backbone, so that each would undo "
-                "what the one before it has learnt: give each its own, or train with Local"
+                "transforms trained layerwise share a backbone, so that each would undo what the "
+                "one before it learned: give each its own, or train with Local"
             )
 
     def num_stages(self, flow: DiscreteFlow) -> int:
         return max(1, self.rounds * len(flow.conditional_transforms))
 
     def stage(self, flow: DiscreteFlow, progress: float | None) -> int:
-        """Returns the number of the stage, in rounds of all transforms, the data's side first.
+        """Returns the number of the stage, in rounds of all transforms, data side first.
 
         Raises:
-            UserError: If there are several, and the progress is not known.
+            UserError: If there are several stages, and the progress is unknown.
         """
         stages = self.num_stages(flow)
         if stages == 1:
@@ -108,15 +108,15 @@ class Layerwise(LocalLosses):
         context: Tensor | None,
         rounds: int,
     ) -> Step:
-        """Trains and inverts the transform whose stage it is.
+        """Trains and inverts the transform of the current stage.
 
         Args:
             flow: The flow.
-            position: Place of the transform in the stack.
+            position: Index of the transform in the stack.
             number: Its number among the conditional ones.
             y: Indices (N, d).
             context: Vectors (N, C) or sequences (N, S, C).
-            rounds: Rounds of stages that are done.
+            rounds: Number of completed rounds.
         """
         transform = flow.conditional_transforms[number]
         return self.step(transform, number, y, context, one_level=True)

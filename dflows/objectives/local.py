@@ -1,4 +1,4 @@
-"""Local objectives: every transform learns from a loss of its own."""
+"""Local objectives: every transform learns from its own loss."""
 
 import math
 from typing import Literal, NamedTuple
@@ -16,10 +16,10 @@ __all__ = ["Local", "LocalLosses"]
 
 
 class Step(NamedTuple):
-    """What one transform makes of y (N, d) in a training step.
+    """The result of one transform in a training step.
 
-    `x` (N, d) is right where `weight` (N, d) is not 0, everywhere where there is none; the weights
-    make a sum over dimensions unbiased. `zeros` (N,) have the gradient of the transform's loss.
+    `x` (N, d) is correct where `weight` (N, d) is not 0, or everywhere without weights, which make
+    a sum over dimensions unbiased. `zeros` (N,) have the gradient of the transform's loss.
     """
 
     x: Tensor
@@ -37,11 +37,10 @@ def _add_at(total: Tensor, rows: Tensor, value: Tensor) -> Tensor:
 
 
 class LocalLosses(Objective):
-    """What objectives share whose transforms have losses of their own.
+    """The base of objectives in which each transform has its own loss.
 
-    Such a loss is the negative :meth:`~dflows.bijections.Bijection.local_log_likelihood`. A
-    bijection that needs a distribution of x to aim at is given one, which learns beside: it starts
-    peaked on class 0.
+    That is the negative :meth:`~dflows.bijections.Bijection.local_log_likelihood`. A bijection that
+    needs a target distribution of x gets one, which is learned, too, and starts peaked on class 0.
     """
 
     def __init__(self) -> None:
@@ -64,12 +63,12 @@ class LocalLosses(Objective):
                 self.targets[str(number)] = nn.Parameter(peaked * math.log(num_classes))
 
     def target(self, number: int) -> Tensor | None:
-        """Returns the log-probabilities (K,) of the x that a transform aims at, if it does."""
+        """Returns the target of a transform, log-probabilities (K,) of x, if it has one."""
         key = str(number)
         return self.targets[key].log_softmax(dim=-1) if key in self.targets else None
 
     def idle(self, transform: nn.Module | None, number: int) -> Tensor | float:
-        """Returns a zero that depends on the parameters of a transform and on its target."""
+        """Returns a zero that depends on the parameters and the target of a transform."""
         unused, target = idle(transform), self.target(number)
         return unused if target is None else unused + 0 * target.sum()
 
@@ -90,14 +89,14 @@ class LocalLosses(Objective):
             number: Its number among the conditional ones, base → data.
             y: Indices (N, d).
             context: Vectors (N, C) or sequences (N, S, C).
-            one_level: Whether to train one level an example where each costs an evaluation.
-            need_all: Whether x must then be right at all dimensions nonetheless.
+            one_level: Whether to train one level an example, where each level takes an evaluation.
+            need_all: Whether x must be correct at all dimensions nonetheless.
         """
         target = self.target(number)
         if target is None and transform.bijection.needs_target:
             raise UserError(
                 f"{type(self).__name__} has no target for a {type(transform.bijection).__name__}: "
-                "call objective.prepare(flow) once, before the optimizer is made"
+                "call objective.prepare(flow) once, before creating the optimizer"
             )
         if one_level and not transform.conditioner.one_pass:
             sampled = _sampled_level(transform, y, target, context)
@@ -116,7 +115,7 @@ class LocalLosses(Objective):
 def _sampled_level(
     transform: ConditionalTransform, y: Tensor, target: Tensor | None, context: Tensor | None
 ) -> Step:
-    """Samples one level an example, and inverts and trains that one alone."""
+    """Inverts and trains one sampled level an example."""
     conditioner, bijection = transform.conditioner, transform.bijection
     layout = conditioner.layout(y.shape[1], y.device)
     num_levels = len(layout.members) - 1
@@ -132,19 +131,17 @@ def _sampled_level(
 
 
 class Local(LocalLosses):
-    """Creates the local objective: all transforms at once, each on a likelihood of its own.
+    """Creates the local objective: all transforms at once, each on its own likelihood.
 
-    No gradient crosses transforms, so that nothing is biased by depth and the graph is a layer
-    deep. What a transform maximises is its bijection's `local_log_likelihood`: the cross-entropy of
-    its classes for rank permutations and shifts, the mixture's likelihood for the location-scale
-    map.
+    No gradient crosses transforms, so depth biases nothing and the graph is one layer deep. A
+    transform maximises its bijection's `local_log_likelihood`: the cross-entropy of its classes for
+    rank permutations and shifts, the likelihood of a mixture for the location-scale map.
 
     Args:
-        subsample: What one step evaluates where a backbone runs masked, an example at a time:
-            ``none``: all levels; ``levels``: one level of each transform, and of the base, an
-            unbiased estimate at one evaluation each; ``transforms``: one level of one transform
-            alone. A level-causal backbone supervises all levels in one evaluation, and only
-            ``transforms`` makes a difference to it.
+        subsample: What a step evaluates, per example, where a backbone runs masked. ``none``: all
+            levels; ``levels``: one level of each transform and of the base, an unbiased estimate at
+            one evaluation each; ``transforms``: one level of one transform. Level-causal backbones
+            evaluate all levels at once; only ``transforms`` affects them.
 
     Raises:
         UserError: If `subsample` is none of these.
@@ -197,7 +194,7 @@ class Local(LocalLosses):
         return (log_prob if weight is None else log_prob * weight).sum(dim=-1)
 
     def _one_transform(self, flow: DiscreteFlow, y: Tensor, context: Tensor | None) -> Tensor:
-        """Trains one transform an example; the base, by the examples that reach it."""
+        """Trains one transform an example, and the base on the examples that reach it."""
         conditional = flow.conditional_transforms
         number = count = len(conditional)
         choice = torch.randint(count, y.shape[:1], device=y.device)
@@ -222,7 +219,7 @@ class Local(LocalLosses):
             else:
                 total = total + self.idle(transform, number)
             if number == 0:
-                # Those that are left chose this transform, and only they go on to the base.
+                # Only the examples that chose this transform go on to the base.
                 rows, y = rows[chosen], trained
                 continue
             with torch.no_grad():

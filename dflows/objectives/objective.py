@@ -16,17 +16,17 @@ __all__ = ["Objective", "check_choice", "check_progress", "idle"]
 class Objective(nn.Module, ABC):
     """What a training step maximises, given the flow.
 
-    In training mode experts are told that the data were counted, and leave out each value's own
-    occurrence (:func:`dflows.experts.leave_one_out`): the value is then no log-probability.
+    In training mode experts leave each value's own occurrence out of their counts
+    (:func:`dflows.experts.leave_one_out`): the value is then no log-probability.
     """
 
     def prepare(self, flow: DiscreteFlow) -> None:
-        """Sees whether the objective can train a flow, and makes the parameters that it takes.
+        """Checks that the objective can train a flow, and creates its parameters.
 
-        Call it before the optimizer is made.
+        Call it before creating the optimizer.
 
         Raises:
-            UserError: If it cannot.
+            UserError: If the objective cannot train the flow.
         """
 
     def forward(
@@ -36,13 +36,13 @@ class Objective(nn.Module, ABC):
         context: Tensor | None = None,
         progress: float | None = None,
     ) -> Tensor:
-        """Computes what is maximised.
+        """Computes the objective.
 
         Args:
             flow: The flow.
             y: Indices (…, d).
             context: What the flow is conditioned on, (B, …) with B the last batch dimension of y.
-            progress: The part of the training that is done, 0 to 1; only objectives of several
+            progress: The completed fraction of the training, 0 to 1; only objectives of several
                 stages need it.
 
         Returns:
@@ -60,27 +60,24 @@ class Objective(nn.Module, ABC):
     def evaluate(
         self, flow: DiscreteFlow, y: Tensor, context: Tensor | None, progress: float | None
     ) -> Tensor:
-        """Computes what is maximised, (N,), of indices (N, d) and an encoded context."""
+        """Computes the objective (N,) of indices (N, d) and an encoded context."""
 
     def end_to_end(self, progress: float | None) -> bool:
-        """Says whether the gradient crosses transforms by their bijections' rules, at this point.
-
-        Otherwise the rules do not matter to it.
-        """
+        """Returns whether the gradient now crosses transforms by their bijections' rules."""
         return False
 
     def num_stages(self, flow: DiscreteFlow) -> int:
-        """Returns the equal parts of the training in which different parameters learn.
+        """Returns the number of equal stages, in which different parameters learn.
 
-        A learning rate that takes its course once a stage settles each.
+        The learning rate schedule should run once a stage.
         """
         return 1
 
     def frozen(self, flow: DiscreteFlow, progress: float | None) -> Sequence[nn.Parameter]:
         """Returns the parameters that do not learn at this point of the training.
 
-        Their gradients are zeros, which distributed training awaits; an optimizer with a memory
-        would still step by them, so take them away before each step.
+        Their gradients are zeros, which distributed training waits for. An optimizer with momentum
+        would still move them, so set their gradients to None before each step.
         """
         return []
 
@@ -89,7 +86,7 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Refuses a value that is none of the choices.
 
     Raises:
-        UserError: If it is not.
+        UserError: If `value` is none of `choices`.
     """
     if value not in choices:
         raise UserError(f"{name} is {value!r}: give {', '.join(map(repr, choices))}")
@@ -99,19 +96,19 @@ def check_progress(objective: Objective, progress: float | None) -> float:
     """Returns the progress.
 
     Raises:
-        UserError: If it is not known.
+        UserError: If the progress is unknown.
     """
     if progress is None:
         raise UserError(
-            f"{type(objective).__name__} trains in stages, and how much of the training is done is "
-            "not known: give objective(flow, y, context, progress=0.0 … 1.0), and the trainer "
+            f"{type(objective).__name__} trains in stages, and the progress of the training is "
+            "unknown: call objective(flow, y, context, progress=0.0 … 1.0), and the trainer "
             "max_steps, max_epochs or max_time"
         )
     return progress
 
 
 def idle(*modules: nn.Module | None) -> Tensor | float:
-    """Returns a zero that depends on all parameters, since distributed training awaits them all."""
+    """Returns a zero that depends on all parameters, which distributed training waits for."""
     parameters = (
         parameter
         for module in modules

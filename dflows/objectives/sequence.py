@@ -13,16 +13,15 @@ __all__ = ["OneAfterAnother"]
 
 
 class OneAfterAnother(Objective):
-    """Creates an objective that trains by one objective first, and then by another.
+    """Creates an objective that uses one objective first, and then another.
 
-    Local losses lead the transforms quickly to where each is good by itself; from there the
-    likelihood trains them end to end, for example. Each objective is told the progress of its own
-    part of the training.
+    For example, local losses quickly make each transform good by itself, and the likelihood then
+    trains them end to end. Each objective receives the progress of its own part of the training.
 
     Args:
-        first: The objective until then.
-        then: The objective from then on.
-        at: The part of the training that is done when they change.
+        first: The first objective.
+        then: The second objective.
+        at: The fraction of the training after which they change.
 
     Raises:
         UserError: If `at` is not between 0 and 1.
@@ -40,7 +39,7 @@ class OneAfterAnother(Objective):
     def __init__(self, first: Objective, then: Objective, at: float = 0.5) -> None:
         super().__init__()
         if not 0 < at < 1:
-            raise UserError(f"at is {at}: give a part of the training between 0 and 1")
+            raise UserError(f"at is {at}: give a fraction of the training between 0 and 1")
         self.first = first
         self.then = then
         self.at = at
@@ -56,7 +55,7 @@ class OneAfterAnother(Objective):
         """Returns the objective at this point of the training.
 
         Raises:
-            UserError: If the progress is not known.
+            UserError: If the progress is unknown.
         """
         done = check_progress(self, progress) >= self.at - ROUND_OFF
         return self.then if done else self.first

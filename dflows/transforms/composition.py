@@ -13,7 +13,7 @@ __all__ = ["Composition", "invert_prefix"]
 
 
 class Composition(DiscreteTransform):
-    """Creates a transform that applies others one after the other.
+    """Creates a transform that applies others in sequence.
 
     Args:
         transforms: Transforms in the order base → data.
@@ -73,13 +73,13 @@ def invert_prefix(
     length: int,
     context: Tensor | None = None,
 ) -> list[Tensor]:
-    """Finds the prefix of x, and of what every transform makes of it, given that of y.
+    """Finds the prefixes of x and of every transform's value, given that of y.
 
     Args:
         transforms: Transforms in the order base → data, all of which support the prefix.
         prefix: The first dimensions of y (…, n).
         length: Dimensions of y.
-        context: As the transforms take it.
+        context: The encoded context.
 
     Returns:
         Indices (…, n): of x, and then of every transform's value; the last is `prefix`.
@@ -87,7 +87,7 @@ def invert_prefix(
     number = prefix.shape[-1]
     found = [prefix]
     for transform in reversed(transforms):
-        # What follows may be anything, for the prefix does not depend on it.
+        # The prefix does not depend on what follows.
         anything = F.pad(found[-1], (0, length - number))
         found.append(transform.inverse(anything, context)[..., :number])
     return found[::-1]

@@ -20,14 +20,14 @@ class ConditionalTransform(DiscreteTransform):
     .. math:: y_d = b(x_d; \theta_d), \qquad \theta_d = \text{network}(y_{e} : \ell_e < \ell_d)
 
     with b a bijection of one K-class variable and :math:`\ell` the levels of an ordering; the
-    dimensions of level 0 are handed through. Data → base is one evaluation of a level-causal
-    backbone; base → data takes one a level. All levels distinct is the autoregressive transform of
-    the paper, two levels its bipartite one.
+    dimensions of level 0 stay as they are. Data → base is one evaluation of a level-causal
+    backbone; base → data takes one a level. With all levels distinct it is the paper's
+    autoregressive transform, with two levels its bipartite one.
 
-    At first it is the identity.
+    It starts as the identity.
 
     Args:
-        bijection: What is done to one variable.
+        bijection: The map of one variable.
         conditioner: The network over its ordering, with the bijection's number of logits.
 
     Raises:
@@ -69,8 +69,8 @@ class ConditionalTransform(DiscreteTransform):
         if conditioner.num_levels < 2:
             raise UserError(
                 f"{conditioner.ordering!r} gives all {conditioner.length} dimensions the same "
-                "level, which leaves a flow nothing to do: choose an ordering of two levels or "
-                "more, or a greater length"
+                "level, so that nothing is transformed: choose an ordering of two levels or more, "
+                "or a greater length"
             )
         self.bijection = bijection
         self.conditioner = conditioner

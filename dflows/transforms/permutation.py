@@ -15,13 +15,13 @@ __all__ = ["PermutationTransform"]
 class PermutationTransform(DiscreteTransform):
     """Creates a fixed permutation of the dimensions: y_d = x_{order[d]}.
 
-    An event of fewer dimensions keeps those entries of the order that it has.
+    A shorter event uses the entries of the order that it has.
 
     Args:
         order: A permutation of 0..D-1.
 
     Raises:
-        UserError: If it is none.
+        UserError: If `order` is no permutation.
 
     Example:
         >>> transform = PermutationTransform([2, 0, 1])

@@ -18,10 +18,9 @@ class DiscreteTransform(nn.Module, ABC):
     """A bijection of {0, …, K-1}^D, after `torch.distributions.Transform`.
 
     ``transform(x)`` maps base → data and ``transform.inv(y)`` data → base. Both take indices
-    (…, D) or one-hot vectors (…, D, K) and return the kind that they were given; on one-hot vectors
-    they have a gradient, that of the bijections' rules. Fewer dimensions than D are an event of
-    their own. A context, where the transform takes one, has the shape (B, C) or (B, S, C), with B
-    the last batch dimension.
+    (…, D) or one-hot vectors (…, D, K) and return the same kind; on one-hot vectors they have the
+    gradient of the bijections' rules. Events may be shorter than D. A context, where the transform
+    takes one, has the shape (B, C) or (B, S, C), with B the last batch dimension.
     """
 
     takes_context: bool = False
@@ -30,16 +29,16 @@ class DiscreteTransform(nn.Module, ABC):
     @property
     @abstractmethod
     def passes(self) -> int:
-        """Network evaluations, one after the other, that base → data takes."""
+        """Sequential network evaluations of base → data."""
 
     @property
     def ordering(self) -> Ordering | None:
-        """Which dimensions condition which, of a transform that is conditional on them."""
+        """Which dimensions condition which; None where the transform is not conditional on them."""
         return None
 
     @property
     def parts(self) -> Sequence[DiscreteTransform]:
-        """The transforms that it applies one after the other, base → data: mostly itself."""
+        """The transforms of a composition, base → data; otherwise itself."""
         return [self]
 
     @abstractmethod
@@ -60,7 +59,7 @@ class DiscreteTransform(nn.Module, ABC):
         return torch.zeros(batch_shape(y), device=y.device)
 
     def supports_prefix(self, number: int, length: int) -> bool:
-        """Says whether the first of so many dimensions of y and those of x tell each other."""
+        """Returns whether the first dimensions of y and those of x determine each other."""
         return False
 
     def generate(
@@ -71,18 +70,18 @@ class DiscreteTransform(nn.Module, ABC):
         prefix: Tensor | None = None,
         fixed_point: bool = False,
     ) -> tuple[Tensor, int]:
-        """Maps base → data, the first dimensions of which may be known.
+        """Maps base → data, given a prefix of y.
 
         Args:
             x: Indices (…, D).
             context: As in :meth:`forward`.
-            prefix: The first dimensions of y (…, n), those that the first of x are mapped to; only
-                where :meth:`supports_prefix` says so.
-            fixed_point: Whether to iterate over all dimensions at once until nothing changes, in
-                place of going level by level. The values are the same.
+            prefix: The first dimensions of y (…, n), which the first of x map to; only where
+                :meth:`supports_prefix` allows it.
+            fixed_point: Whether to iterate over all dimensions at once until nothing changes,
+                instead of level by level. The values are the same.
 
         Returns:
-            Indices (…, D), and the evaluations, one after the other, that they took.
+            Indices (…, D), and the number of sequential evaluations.
         """
         y = self(x, context)
         if prefix is not None:
@@ -94,7 +93,7 @@ class Inverse(DiscreteTransform):
     """Creates the inverse of a transform.
 
     Args:
-        transform: The transform, whose parameters become the inverse's.
+        transform: The transform, whose parameters the inverse shares.
     """
 
     def __init__(self, transform: DiscreteTransform) -> None:

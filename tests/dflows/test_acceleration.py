@@ -166,7 +166,7 @@ def test_a_graph_needs_a_cuda_device_and_levels():
     flow.accelerate(cuda_graph=True)
     with pytest.raises(UserError, match="the model is on cpu: a CUDA graph needs a CUDA device"):
         draw(flow)
-    with pytest.raises(UserError, match="looks whether the values have settled"):
+    with pytest.raises(UserError, match="whose number of iterations depends on the values"):
         draw(flow, method="fixed_point")
 
 

@@ -150,5 +150,5 @@ class TestContext:
 
     @pytest.mark.parametrize("features", [0, -1])
     def test_one_of_no_features_says_nothing(self, features):
-        with pytest.raises(UserError, match=f"context of {features} features says nothing"):
+        with pytest.raises(UserError, match=f"features is {features}: give a context at least 1"):
             Context(features)

@@ -239,9 +239,9 @@ class TestStack:
         assert make_flow(3, 6, []).untransformed == 6
 
     def test_parts_that_do_not_fit_are_refused(self):
-        with pytest.raises(UserError, match="transform of 4 dimensions stands on a base of 5"):
+        with pytest.raises(UserError, match="transform of 4 dimensions does not fit a base of 5"):
             make_flow(3, 4, base=FactorizedBase(3, 5))
-        with pytest.raises(UserError, match="bijection of 3 classes stands on a base of 4"):
+        with pytest.raises(UserError, match="bijection of 3 classes does not fit a base of 4"):
             make_flow(3, 4, base=FactorizedBase(4, 4))
 
     def test_a_base_is_told_the_orderings_of_the_transforms(self):
@@ -258,7 +258,7 @@ class TestStack:
     def test_a_base_under_other_orderings_is_refused(self, other):
         flow = make_flow(3, 4, [Parity()], sharing="levels")
         probs = flow.log_prob(states(3, 4))
-        with pytest.raises(UserError, match="make a new one for each flow"):
+        with pytest.raises(UserError, match="create one for each flow"):
             make_flow(3, 4, other, base=flow.base)
         assert torch.equal(flow.log_prob(states(3, 4)), probs)
         same = DiscreteFlow(flow.base, list(flow.transforms))
@@ -565,7 +565,7 @@ class TestMode:
         for d in range(4):
             x[0, d] = base.conditioner(x)[0, d].argmax()
         assert torch.equal(flow.greedy(), flow.transforms[0](x)[0])
-        with pytest.raises(UserError, match=r"takes a search over all events: flow\.greedy"):
+        with pytest.raises(UserError, match=r"takes a search over all events: use flow\.greedy"):
             _ = flow().mode
 
     def test_given_a_context_dimensions_are_independent_over_one_level(self):

@@ -186,12 +186,12 @@ class TestChoices:
             (lambda: flows.bipartite(K, D, num_transforms=0), "num_transforms is 0"),
             (lambda: flows.autoregressive(K, D, num_transforms=0), "num_transforms is 0"),
             (lambda: flows.bipartite(1, D), "num_classes is 1"),
-            (lambda: flows.bipartite(K, 1), "leaves a flow nothing to do"),
-            (lambda: flows.strided(K, D, 1), "leaves a flow nothing to do"),
+            (lambda: flows.bipartite(K, 1), "so that nothing is transformed"),
+            (lambda: flows.strided(K, D, 1), "so that nothing is transformed"),
             (lambda: flows.stack(K, D, [Parity()], lstm), "LSTM"),
             (
                 lambda: flows.bipartite(K, D, small, base=lambda k, d: FactorizedBase(k, d + 1)),
-                "stands on a base of 5",
+                "does not fit a base of 5",
             ),
             (
                 lambda: flows.bipartite(K, D, partial(nn.Linear, WIDTH, WIDTH)),

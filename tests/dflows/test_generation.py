@@ -31,7 +31,7 @@ def test_options_that_cannot_be_honoured_are_refused(temperature, method, messag
 def test_a_graph_cannot_look_whether_values_have_settled():
     check_sampling(1.0, "levels", Acceleration(cuda_graph=True))
     check_sampling(1.0, "fixed_point", Acceleration(compile=True))
-    with pytest.raises(UserError, match="take 'levels', or leave cuda_graph away"):
+    with pytest.raises(UserError, match="use method 'levels', or unset cuda_graph"):
         check_sampling(1.0, "fixed_point", Acceleration(cuda_graph=True))
 
 

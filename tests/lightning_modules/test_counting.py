@@ -181,7 +181,7 @@ def test_data_without_a_text_are_refused(tmp_path):
 def test_what_does_not_fit_is_refused():
     with pytest.raises(UserError, match="logits of the classes themselves"):
         flows.stack(3, D, [Natural()], NETWORK, ModularAffine, ngram_order=2)
-    with pytest.raises(UserError, match="there is no transform that could be conditioned on"):
+    with pytest.raises(UserError, match="there is no transform to condition on"):
         flows.stack(3, D, [], NETWORK, ngram_order=2)
     with pytest.raises(UserError, match="order is 40: give 1 to 32"):
         flows.language_model(3, D, NETWORK, ngram_order=40)

@@ -45,7 +45,7 @@ class TestConstruction:
             AutoregressiveBase(make_conditioner(3, 4, Natural(), num_logits=4))
 
     def test_it_begins_at_level_0(self):
-        with pytest.raises(UserError, match="no dimension of level 0, and a base begins there"):
+        with pytest.raises(UserError, match="no dimension of level 0, where a base starts"):
             AutoregressiveBase(make_conditioner(3, 4, BehindContext(Natural()), context=Context(2)))
 
     def test_it_is_of_the_conditioner_that_it_was_given(self):

@@ -10,7 +10,7 @@ from tests.dflows.small import shaken, states
 
 
 def under(orderings, num_classes=3, length=4, sharing="levels"):
-    """A base that is told the orderings, as a flow does."""
+    """A base that adapts to orderings, as in a flow."""
     base = FactorizedBase(num_classes, length, sharing)
     base.adapt(orderings)
     return base
@@ -146,15 +146,13 @@ class TestSample:
 
 
 class TestAdapt:
-    def test_it_is_told_once(self):
+    def test_it_adapts_once(self):
         base = shaken(under([Parity()]))
         logits = base.logits
         base.adapt((Parity(),))
         assert base.logits is logits
         for other in ([], [Natural()], [Parity(), Parity()]):
-            with pytest.raises(
-                UserError, match=r"under transforms over \[Parity.*a new one for each"
-            ):
+            with pytest.raises(UserError, match=r"of a flow over \[Parity.*create one for each"):
                 base.adapt(other)
         assert base.logits is logits
 
@@ -234,5 +232,5 @@ def test_state_dict_and_repr():
 def test_a_base_that_stands_alone_under_a_flow_serves_no_other_orderings():
     base = FactorizedBase(3, 4)
     DiscreteFlow(base)
-    with pytest.raises(UserError, match="make a new one for each flow"):
+    with pytest.raises(UserError, match="create one for each flow"):
         base.adapt([Natural()])

@@ -214,7 +214,7 @@ def test_the_progress_is_needed_where_there_are_stages(name):
         lambda: objective.frozen(flow, None),
         lambda: OBJECTIVES["one-after-another"]().end_to_end(None),
     ):
-        with pytest.raises(UserError, match=r"is not known: give objective\(flow, .*progress=0.0"):
+        with pytest.raises(UserError, match=r"is unknown: call objective\(flow, .*progress=0.0"):
             call()
 
 
