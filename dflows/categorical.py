@@ -4,6 +4,8 @@ One uniform number a value is all the randomness that a draw takes, so that samp
 the order in which they are made.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -114,7 +116,7 @@ def select_log_prob(log_probs: Tensor, x: Tensor) -> Tensor:
     Args:
         log_probs: Log-probabilities (…, K).
         x: Indices (…) or one-hot vectors (…, K). A class of probability 0 adds nothing to a vector
-            that is 0 there.
+            that is 0 there, whose gradient is the logarithm of the smallest number.
 
     Returns:
         Log-probabilities (…).
@@ -125,5 +127,7 @@ def select_log_prob(log_probs: Tensor, x: Tensor) -> Tensor:
         tensor([-0.2877,    -inf])
     """
     if is_one_hot(x):
-        return (x * log_probs.masked_fill((x == 0) & (log_probs == -torch.inf), 0)).sum(dim=-1)
+        lowest = math.log(torch.finfo(log_probs.dtype).tiny)
+        impossible = (x == 0) & (log_probs == -torch.inf)
+        return (x * log_probs.masked_fill(impossible, lowest)).sum(dim=-1)
     return log_probs.gather(-1, x.unsqueeze(-1)).squeeze(-1)

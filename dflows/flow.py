@@ -11,6 +11,7 @@ rules (:mod:`dflows.gradients`); other objectives are in :mod:`dflows.objectives
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from typing import cast
 
 import torch
@@ -162,7 +163,8 @@ class DiscreteFlow(nn.Module):
             )
         if context is None or self.context_encoder is None:
             return context
-        encoded: Tensor = self.context_encoder(context)
+        with self.exactly(context.device):
+            encoded: Tensor = self.context_encoder(context)
         return encoded
 
     def forward(self, context: Tensor | None = None) -> "FlowDistribution":
@@ -379,8 +381,9 @@ class DiscreteFlow(nn.Module):
 
     def _greedy(self, context: Tensor | None, length: int) -> Tensor:
         number = 1 if context is None else context.shape[0]
-        value = self.base.greedy(number, length, context)
-        with self.exactly(value.device):
+        part = next(chain(self.parameters(), self.buffers()), torch.empty(0))
+        with self.exactly(part.device):
+            value = self.base.greedy(number, length, context)
             for transform in self.transforms:
                 value = transform(value, context)
         return value.squeeze(0) if context is None else value

@@ -84,7 +84,7 @@ class AutoregressiveFactory:
         )
 
 
-BaseFactory: TypeAlias = AutoregressiveFactory | Callable[[int, int], Base]
+BaseFactory: TypeAlias = Callable[[int, int], Base] | AutoregressiveFactory
 """Makes the distribution of x, given K and D."""
 
 

@@ -326,7 +326,8 @@ class FlowModule(BaseModule):
         # The last of the residuals is x, whose likelihood under the base is that of y.
         residuals = self.flow.residuals(y, context)
         x = residuals[-1] if residuals else y
-        log_prob = self.flow.base.log_prob(x, self.flow.encode_context(context))
+        with self.flow.exactly(y.device):
+            log_prob = self.flow.base.log_prob(x, self.flow.encode_context(context))
         if residuals:
             self.residual_entropy.update(residuals)
         if self._ordering is not None and self.level_bits is not None:

@@ -103,7 +103,8 @@ class AutoregressiveBase(Base):
 
     def noise(self, num_samples: int, length: int, generator: Generator | None = None) -> Tensor:
         device = self.conditioner.head.weight.device
-        return torch.rand(num_samples, length, device=device, generator=generator)
+        shape = (num_samples, length)
+        return torch.rand(shape, dtype=torch.float, device=device, generator=generator)
 
     def from_noise(
         self,

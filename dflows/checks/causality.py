@@ -175,6 +175,8 @@ def _check(probes: _Round, shaken: bool) -> None:
         _check_steps(probes)
         # Steps know nothing of batches that are as large as those to come.
         probes = replace(probes, most=probes.batch_size * probes.length)
+    if conditioner.stateful:
+        _check_resumed(probes)
     _check_levels(probes, probes.name, probes.evaluate)
 
 
@@ -246,6 +248,27 @@ def _check_steps(probes: _Round) -> None:
             f"{probes.name} computes other logits by steps than in one evaluation, first at "
             f"dimension {where[1]}: `begin` and `advance` must give what `forward` does"
         )
+
+
+def _check_resumed(probes: _Round) -> None:
+    """Shows that windows that begin anew are those of `forward`, and others see nothing ahead."""
+    with torch.inference_mode(False):
+        exact = copy.deepcopy(probes.conditioner).double()
+    y, _ = probes.rows(STEPPED_ROWS)
+    where = _first_change(exact(y), exact.resume(y, y.new_full((len(y),), -1))[0])
+    if where is not None:
+        raise CertificateError(
+            f"{probes.name} computes other logits when windows begin anew than in one evaluation, "
+            f"first at dimension {where[1]}: `resume` must give what `forward` does"
+        )
+
+    def going_on(y: Tensor, _: Tensor | None) -> Tensor:
+        classes = torch.arange(y.shape[1], device=y.device) % probes.conditioner.num_classes
+        before = classes.expand_as(y)
+        _, state = probes.conditioner.resume(before, y.new_full((len(y),), -1))
+        return probes.conditioner.resume(y, before[:, -1], state)[0]
+
+    _check_levels(probes, f"{probes.name}, in windows that go on,", going_on)
 
 
 def _check_levels(probes: _Round, name: str, evaluate: Evaluate) -> None:

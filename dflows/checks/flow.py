@@ -23,6 +23,8 @@ CONTEXTS = 8
 SHORT = (1, 2, 3)
 """Dimensions of events whose states are enumerated, beside those of all."""
 MOST_STATES = 1 << 17
+MOST_BASE_STATES = 1 << 20
+"""States of the base alone, where those are too many for the flow."""
 MOST_SECONDS = 1.0
 
 
@@ -161,12 +163,14 @@ def check_flow(
                 check_maps(whole, encoded, num_values=0, length=flow.length // 2 + 1)
         for length in SHORT:
             if length < flow.length:
+                many = flow.num_classes**length > MOST_STATES
                 check_normalized(
                     flow,
                     encoded,
                     length=length,
                     trained=trained,
-                    max_states=MOST_STATES,
+                    base_alone=many,
+                    max_states=MOST_BASE_STATES if many else MOST_STATES,
                     max_seconds=MOST_SECONDS,
                 )
         check_normalized(flow, encoded, trained=trained)

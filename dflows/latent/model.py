@@ -11,7 +11,7 @@ from dflows.backbones import Backbone, as_backbone
 from dflows.categorical import inverse_cdf
 from dflows.errors import UserError
 from dflows.latent.prior import FlowPrior, normal_log_prob
-from dflows.representations import full_precision
+from dflows.representations import check_logits, full_precision
 
 __all__ = ["LatentFlow", "Terms"]
 
@@ -140,10 +140,14 @@ class LatentFlow(nn.Module):
         return Terms(log_emission, log_posterior - log_prior)
 
     def logits(self, z: Tensor) -> Tensor:
-        """Returns the logits (B, T, K) of every position given a latent sequence (B, T, …)."""
+        """Returns the logits (B, T, K) of every position given a latent sequence (B, T, …).
+
+        Raises:
+            NonFiniteError: If they are not finite.
+        """
         features = self.latent(z)
         logits: Tensor = self.head(features + self.emission(features))
-        return full_precision(logits.to(self.head.weight.dtype))
+        return check_logits(logits.to(self.head.weight.dtype), type(self).__name__)
 
     @torch.no_grad()
     def sample(
@@ -175,7 +179,9 @@ class LatentFlow(nn.Module):
         weight = self.head.weight
         shape = (num_samples, length, self.prior.features)
         noise = torch.randn(shape, dtype=weight.dtype, device=weight.device, generator=generator)
-        uniform = torch.rand(num_samples, length, device=weight.device, generator=generator)
+        uniform = torch.rand(
+            shape[:2], dtype=torch.float, device=weight.device, generator=generator
+        )
         with torch.autocast(noise.device.type, enabled=False):
             z = self.prior.transform(noise * math.sqrt(temperature))
         return inverse_cdf(uniform, logits=self.logits(z), temperature=temperature)

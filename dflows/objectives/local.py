@@ -119,7 +119,7 @@ def _sampled_level(
     conditioner, bijection = transform.conditioner, transform.bijection
     layout = conditioner.layout(y.shape[1], y.device)
     num_levels = len(layout.members) - 1
-    weight = (layout.levels == 0).to(conditioner.head.weight.dtype).expand(y.shape)
+    weight = (layout.levels == 0).float().expand(y.shape)
     if num_levels == 0:
         return Step(y, torch.zeros(len(y), device=y.device), weight)
     level = torch.randint(1, num_levels + 1, y.shape[:1], device=y.device)

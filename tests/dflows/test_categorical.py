@@ -152,6 +152,7 @@ class TestSelectLogProb:
         assert found[1] == -torch.inf
         select_log_prob(log_probs[[0, 2]], one_hot[[0, 2]]).sum().backward()
         assert one_hot.grad.isfinite().all()
+        assert (one_hot.grad[[0, 2], 1] < -80).all()  # no rule is drawn to it
 
     def test_the_gradient_of_one_hot_vectors_is_that_of_all_classes(self):
         log_probs = torch.randn(4, 3).log_softmax(-1)

@@ -10,10 +10,11 @@ from torch import nn
 from torch.distributions import Distribution
 
 from dflows import DiscreteFlow, PermutationTransform
-from dflows.backbones import LSTM, Table, Transformer
+from dflows.backbones import LSTM, DilatedConvolution, Table, Transformer
 from dflows.bases import AutoregressiveBase, FactorizedBase, NGramBase
 from dflows.conditioner import Conditioner, Context
 from dflows.errors import UserError
+from dflows.flows import AutoregressiveFactory
 from dflows.objectives import EndToEnd
 from dflows.orderings import BehindContext, Blocks, Natural, Parity, Reversed, Strided
 from dflows.transforms import Composition
@@ -156,6 +157,19 @@ class TestLogProb:
                 torch.testing.assert_close(flow.log_prob(every).exp().sum(), ONE)
         assert loss.dtype == torch.float32
         assert all(p.grad is None or p.grad.isfinite().all() for p in flow.parameters())
+
+    def test_without_gradients_autocast_changes_nothing(self):
+        encoder = nn.Sequential(nn.Linear(5, 32), nn.Tanh(), nn.Linear(32, 3))
+        base = AutoregressiveFactory(DilatedConvolution(8), context=Context(3))
+        flow = make_flow(5, 6, base=base(5, 6), context=Context(3), encoder=encoder)
+        context = torch.randn(20, 5)
+        with torch.no_grad():
+            found = []
+            for enabled in (False, True):
+                with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                    y = flow.greedy(context)
+                    found += [y, flow.log_prob(y, context), flow(context).log_prob(y)]
+        assert all(map(torch.equal, found[:3], found[3:]))
 
     @pytest.mark.parametrize(
         ("y", "message"),

@@ -209,3 +209,8 @@ def test_half_precision_weights_give_a_full_distribution(backbone, dtype):
     assert (counts[likely] > 0).all()
     deviations = (counts - probs * 20_000).abs() / (probs * 20_000).sqrt().clamp(min=1)
     assert deviations.max() < 5
+    torch.set_default_dtype(dtype)  # as Lightning's true half precision does
+    try:
+        assert base.noise(1, 1).dtype == torch.float32
+    finally:
+        torch.set_default_dtype(torch.float32)

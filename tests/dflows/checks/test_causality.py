@@ -72,6 +72,18 @@ class LeakingLSTM(LSTM):
         return super().forward(content, query, levels) + content.roll(-1, dims=1)
 
 
+class LeakingWindows(LSTM):
+    """Is right in all but windows that go on, or begin anew."""
+
+    def __init__(self, begins):
+        super().__init__(WIDTH)
+        self.begins = begins
+
+    def resume(self, content, query, levels, before, state=None):
+        features, after = super().resume(content, query, levels, before, state)
+        return features + content * ((state is None) == self.begins), after
+
+
 class OtherSteps(LSTM):
     """Is right in one evaluation, and wrong in steps."""
 
@@ -243,6 +255,13 @@ class TestCausal:
             check_autoregressive(LeakingLSTM(WIDTH), length=300)
         with pytest.raises(CertificateError, match=r"by steps than in one.*first at dimension 3"):
             check_autoregressive(OtherSteps(WIDTH), length=6)
+
+    @pytest.mark.parametrize(
+        ("begins", "message"), [(True, "other logits when windows begin"), (False, "go on, leaks")]
+    )
+    def test_windows_that_go_on_keep_to_it_too(self, begins, message):
+        with pytest.raises(CertificateError, match=message):
+            check_autoregressive(LeakingWindows(begins))
 
     def test_what_is_masked_cannot_leak(self):
         network = Plain(lambda h: h + h.roll(-1, dims=1))

@@ -251,9 +251,10 @@ class TestProbes:
 
 
 class TestBase:
+    @pytest.mark.parametrize("num_classes", [27, 68])
     @pytest.mark.parametrize("length", [1, 2, 3])
     @pytest.mark.parametrize("context", [None, torch.randn(2, 3)], ids=["alone", "context"])
-    def test_a_base_must_be_normalized_on_short_events(self, length, context):
+    def test_a_base_must_be_normalized_on_short_events(self, num_classes, length, context):
         class Own(FactorizedBase):
             takes_context = True
 
@@ -262,7 +263,7 @@ class TestBase:
                 return super().log_prob(x, context) + 0.1 * wrong
 
         Own.takes_context = context is not None
-        flow = DiscreteFlow(Own(27, 64))
+        flow = DiscreteFlow(Own(num_classes, 64))
         with pytest.raises(CertificateError, match=f"of {length} dimensions.*base Own is not"):
             check_flow(flow, context)
 

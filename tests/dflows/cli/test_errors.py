@@ -187,7 +187,10 @@ class TestKeys:
             (("--model.flow.backbone.width", 0), "width is 0: give at least 1"),
             (("--model.optimization.learning_rate", -1), "optimization.learning_rate is -1"),
             (("--trainer.accelerator", "abacus"), "invalid accelerator name"),
-            (("--model.base_refit_decay", 2), "base_refit_decay is 2"),
+            (
+                ("--model.base_refit_every", 2, "--model.base_refit_decay", 2),
+                "base_refit_decay is 2",
+            ),
             (
                 ("--model.flow.length", 8),
                 "model.init_args.flow.init_args.length is 8, and the data have 16",
@@ -196,7 +199,7 @@ class TestKeys:
                 ("--model.flow.num_classes", 5),
                 "model.init_args.flow.init_args.num_classes is 5, and the data have 23",
             ),
-            (("--trainer.max_steps", -1), "the training has 2 stages and no end"),
+            (("--trainer.max_steps", -1), "Layerwise trains in stages"),
             (("--trainer.max_steps", 0), "trainer.max_steps is 0: give at least 1"),
             (("--trainer.enable_checkpointing", "false"), "trainer.enable_checkpointing is false"),
             (("--seed_everything", "false"), "seed_everything is false"),

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dflows.backbones import LSTM, DilatedConvolution, Masked
-from dflows.errors import UserError
+from dflows.errors import NonFiniteError, UserError
 from dflows.latent import AutoregressivePrior, InverseAutoregressivePrior, LatentFlow
 
 PRIORS = (AutoregressivePrior, InverseAutoregressivePrior)
@@ -137,3 +137,15 @@ def test_a_network_that_sees_the_past_alone_is_refused():
 def test_what_cannot_be_had_is_named(call, message):
     with pytest.raises(UserError, match=message):
         call(made())
+
+
+@pytest.mark.parametrize("kind", PRIORS)
+@pytest.mark.parametrize("part", ["head", "posterior", "embedding"])
+def test_what_has_diverged_is_an_error(kind, part):
+    model = made(kind)
+    next(getattr(model, part).parameters()).data.fill_(torch.nan)
+    with pytest.raises(NonFiniteError, match="LatentFlow"):
+        model.terms(torch.randint(K, (4, D)))
+    if part == "head":
+        with pytest.raises(NonFiniteError, match="LatentFlow"):
+            model.sample(2)
