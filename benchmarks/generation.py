@@ -162,8 +162,8 @@ def equal_width(build: Build, length: int, layers: int, parameters: int) -> int:
     return width
 
 
-def anew(flow: DiscreteFlow, number: int, generator: torch.Generator, every: int) -> Tensor:
-    """Samples by evaluating the network anew on all that precedes, one character in so many."""
+def uncached(flow: DiscreteFlow, number: int, generator: torch.Generator, every: int) -> Tensor:
+    """Samples by evaluating the whole prefix, one character in so many."""
     conditioner = conditioner_of(flow)
     noise = flow.base.noise(number, flow.length, generator)
     y = torch.zeros(noise.shape, dtype=torch.long, device=noise.device)
@@ -189,7 +189,7 @@ def by_module(flow: DiscreteFlow, number: int, generator: torch.Generator, every
     return y
 
 
-NAIVE = {"transformer": anew, "lstm": by_module, "lstm-3": by_module}
+NAIVE = {"transformer": uncached, "lstm": by_module, "lstm-3": by_module}
 
 
 def ways_of(

@@ -7,7 +7,7 @@ __all__ = ["CounterRNG"]
 
 
 class CounterRNG:
-    """Creates a random sequence of which any entry can be had without those before it.
+    """Creates a random sequence with random access to its entries.
 
     It is SplitMix64 read at arbitrary places: every process, worker and resumed run computes just
     the entries that it needs, and all of them see the same sequence.

@@ -231,7 +231,7 @@ class StreamDataModule(pl.LightningDataModule, ABC):
         """
         stream = self.training_stream()
         length = self._batches_per_epoch(stream)
-        # Lightning does not always iterate anew where an epoch begins: the batches must know.
+        # Lightning does not always restart the iterator at an epoch: the batches must know.
         overfit = self._overfit_batches()
         cycle = min(overfit, length or overfit) if overfit else None
         batches = TrainingBatches(stream, self.batch_size, *self._process(), cycle)
@@ -275,7 +275,7 @@ class StreamDataModule(pl.LightningDataModule, ABC):
         if vocabulary != self.vocabulary:
             raise UserError(
                 f"the checkpoint was trained with another vocabulary ({vocabulary.num_classes} "
-                f"symbols, here {self.num_classes}): set vocabulary to the tokenizer.json beside "
+                f"symbols, here {self.num_classes}): set vocabulary to the tokenizer.json next to "
                 "the checkpoint, or read the same text"
             )
 

@@ -54,7 +54,7 @@ class TextDataModule(StreamDataModule):
         stateful: Whether row i of a training batch begins where row i of the batch before ended,
             as a model needs that carries its state from window to window. The rows of a batch, over
             all processes, are then places of the text at equal distances.
-        streaming: Whether to read the text anew in every epoch in place of holding it in memory.
+        streaming: Whether to reread the text in every epoch instead of holding it in memory.
             Windows are then shuffled within blocks of `shuffle_windows`, and setting up reads the
             text once or twice to count it.
         shuffle_windows: The windows of such a block.

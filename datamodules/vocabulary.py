@@ -1,6 +1,6 @@
 """Vocabularies: which class every symbol of a text is, held by Hugging Face tokenizers.
 
-The tokenizer is the definition, and what is saved beside a checkpoint. Look-up tables compute the
+The tokenizer is the definition, and saved next to a checkpoint. Look-up tables compute the
 same map about a thousand times quicker, and are what reads corpora.
 """
 
@@ -340,7 +340,7 @@ def parse_vocabulary(text: str, source: str = "the vocabulary") -> Vocabulary:
     except ValueError as error:
         raise UserError(f"{source} is damaged or no tokenizer.json: {error}") from None
     foreign = UserError(
-        f"{source} is not one that dflows wrote: give a tokenizer.json from beside a checkpoint, "
+        f"{source} is not one that dflows wrote: give the tokenizer.json of a checkpoint, "
         "or let the vocabulary be built from the text"
     )
     try:

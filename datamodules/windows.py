@@ -57,7 +57,7 @@ class ShuffledWindows(TrainingStream):
     """Creates the shuffled windows of an array in memory.
 
     An epoch visits disjoint windows in random order, as many as fit wherever they begin. Where the
-    first begins is drawn anew for every epoch, so that windows are cut in all ways.
+    first begins is resampled for every epoch, so that windows are cut in all ways.
 
     Args:
         values: The array, one dimension, at least `length` long.

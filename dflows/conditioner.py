@@ -302,10 +302,10 @@ class Conditioner(nn.Module):
                 "window: choose an LSTM over Natural, without a context or an expert"
             )
         query, levels, _ = self._causal_inputs(y.shape[1], y.device, None)
-        anew = (last < 0).unsqueeze(-1)
-        before = torch.where(anew, backbone.start, self.embedding.content(last.clamp(min=0)))
+        starts = (last < 0).unsqueeze(-1)
+        before = torch.where(starts, backbone.start, self.embedding.content(last.clamp(min=0)))
         if state is not None:
-            state = tuple(part.masked_fill(anew, 0) for part in state)
+            state = tuple(part.masked_fill(starts, 0) for part in state)
         features, state = backbone.resume(self.embedding.content(y), query, levels, before, state)
         return self._logits(features, y), state
 

@@ -10,7 +10,7 @@ __all__ = ["atomic_write"]
 
 @contextmanager
 def atomic_write(file: Path) -> Iterator[Path]:
-    """Writes a file beside its place, and moves it there when all is written.
+    """Writes a temporary file, and moves it into place when it is complete.
 
     Args:
         file: The place, in a folder that exists.

@@ -75,7 +75,7 @@ def generate(arguments: Sequence[str]) -> None:
     try:
         module.to(_device(config.device))
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {config.device} cannot be had: {error}") from None
+        raise UserError(f"device {config.device} is not available: {error}") from None
     module.accelerate(compile=config.compile, cuda_graph=config.cuda_graph)
     prompt = None
     if config.prompt is not None:

@@ -24,7 +24,7 @@ def load(
 
     Args:
         path: The file, or the folder of a run, for its `best.ckpt`.
-        allow: Packages, beside dflows' own, whose classes the checkpoint may name.
+        allow: Packages, other than dflows' own, whose classes the checkpoint may name.
         device: Where the model computes.
 
     Returns:

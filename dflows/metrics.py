@@ -289,11 +289,11 @@ class NatsPerExample(_Accumulator):
 
 
 class ExactMatch(_Accumulator):
-    """Creates a metric of the share of examples that are told in whole, every dimension right.
+    """Creates a metric of the share of examples predicted exactly, in every dimension.
 
     It is that of all batches and processes, which may differ in size.
 
-    ``update(told, y)`` takes indices (…, d) of what was told and of what is so. ``compute()``
+    ``update(prediction, y)`` takes indices (…, d). ``compute()``
     returns a float64 scalar, the same on all processes, and raises a ``ValueError`` if no process
     has counted an example.
 
@@ -316,16 +316,16 @@ class ExactMatch(_Accumulator):
         for name in ("num_right", "num_examples"):
             self.add_state(name, torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
 
-    def update(self, told: Tensor, y: Tensor) -> None:
-        """Adds a batch: what was told and what is so, indices (…, d)."""
-        if told.shape != y.shape:
-            raise ValueError(f"{tuple(told.shape)} was told of {tuple(y.shape)}: expected equal")
-        right = (told == y).all(dim=-1)
+    def update(self, prediction: Tensor, y: Tensor) -> None:
+        """Adds a batch: predictions and the truth, indices (…, d)."""
+        if prediction.shape != y.shape:
+            raise ValueError(f"shapes {tuple(prediction.shape)}, {tuple(y.shape)}: expected equal")
+        right = (prediction == y).all(dim=-1)
         self.num_right = self.num_right + right.sum().to(self.num_right.device)
         self.num_examples = self.num_examples + right.numel()
 
     def compute(self) -> Tensor:
-        """Returns the share of examples told right, 0 to 1."""
+        """Returns the share of examples predicted exactly, 0 to 1."""
         _check_counted(self, self.num_examples, "examples")
         return self.num_right.double() / self.num_examples
 

@@ -1,8 +1,8 @@
 """The record of a finished run: one JSON file that tables, figures and the README are made from.
 
-A record is complete or absent: it is written beside its place and moved there. Metric names are
-fixed (:data:`METRICS`), so that a table never misses a column over a spelling. Nothing in a record
-names the machine it was made on, except for its processor.
+A record is complete or absent: it is written to a temporary file and moved into place. Metric names
+are fixed (:data:`METRICS`), so that a table never misses a column over a spelling. Nothing in a
+record names the machine it was made on, except for its processor.
 """
 
 import json
@@ -60,7 +60,7 @@ METRICS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "factorized_kl": ("number", "kl of the best factorized base, nats"),
         "reference_kl": ("number", "kl of the best tabular flow found, nats"),
         "probabilities": ("numbers", "the model's of every state, the last dimension first"),
-        "accuracy": ("number", "share of test examples told exactly by greedy decoding"),
+        "accuracy": ("number", "share of test examples predicted exactly by greedy decoding"),
         # The transforms.
         "residual_bpc": ("numbers", "bits per dimension after each transform was undone, on test"),
         "level_bpc": ("numbers", "bits per dimension of each level of the one ordering, on test"),
@@ -90,7 +90,7 @@ METRICS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "generation_seconds_32_p95": ("number", "95th percentile of the same"),
         "generation_bytes_1": ("count", "peak device memory generating 1 sequence, bytes"),
         "generation_bytes_32": ("count", "peak device memory generating 32 sequences, bytes"),
-        # Speed in benchmarks, beside an opponent and what the device can do.
+        # Speed in benchmarks, of an opponent too, and what the device can do.
         "generation_ratio_1": ("number", "the opponent's seconds for 1 sequence over these"),
         "generation_ratio_32": ("number", "the opponent's seconds for 32 sequences over these"),
         "naive_ratio_1": ("number", "the naive opponent's seconds for 1 sequence over these"),

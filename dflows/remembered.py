@@ -1,4 +1,4 @@
-"""A memory of what was worked out from levels."""
+"""A cache of results computed from levels."""
 
 from collections.abc import Callable
 from typing import Generic, TypeVar
@@ -14,13 +14,13 @@ MOST_REMEMBERED = 32
 
 
 class Remembered(Generic[T]):
-    """Creates a memory of what was worked out from levels, told apart by their tensors' identity.
+    """Creates a cache of a function of levels, by the identity of their tensors.
 
     The levels of an ordering are the same tensor from call to call, and reading them would wait for
     the device.
 
     Args:
-        function: What is worked out. It may be made in inference mode and be used in training.
+        function: The function. Results computed in inference mode may be used in training.
 
     Example:
         >>> highest = Remembered(lambda levels: int(levels.max()))

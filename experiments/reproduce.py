@@ -1,4 +1,4 @@
-"""Runs an experiment of the paper, beside exact answers.
+"""Runs an experiment of the paper, and finds exact answers.
 
     python -m experiments.reproduce full-rank
     python -m experiments.reproduce full-rank --smoke
@@ -151,7 +151,7 @@ def _kept(
     """Says whether a record is kept, and prints the keys in which it differs from those wanted."""
     if options.again or not file.is_file():
         return False
-    console.print(f"kept: {file}; --again runs it anew", highlight=False)
+    console.print(f"kept: {file}; --again repeats it", highlight=False)
     keys = [] if wanted is None else [*config_diff(read_record(file).config, wanted)]
     if keys:
         console.print(f"its configuration is not the plan's in {', '.join(keys)}", style="yellow")

@@ -192,12 +192,12 @@ class BaseModule(OptimizedModule, ABC):
 
         A checkpoint of `python -m dflows.fit` says how its module is made. One of a
         `pl.Trainer` does so as far as the module called `save_hyperparameters`; what its
-        constructor takes beside that is handed over.
+        constructor takes otherwise must be given.
 
         Args:
             checkpoint_path: The file.
             map_location: Where the module goes, by default the CPU.
-            allow: Packages, beside dflows' own, whose classes a checkpoint may name.
+            allow: Packages, other than dflows' own, whose classes a checkpoint may name.
             strict: Whether all weights must be there, and no others.
             arguments: Arguments of the constructor.
 

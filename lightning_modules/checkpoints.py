@@ -212,7 +212,7 @@ def rebuild(
         cls: The class that was asked for.
         content: What the file holds.
         path: The file.
-        allowed: Packages, beside dflows' own, whose classes may be imported.
+        allowed: Packages, other than dflows' own, whose classes may be imported.
         arguments: What the user hands to the constructor.
 
     Raises:

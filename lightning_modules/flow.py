@@ -62,7 +62,7 @@ class FlowModule(BaseModule):
     :meth:`dflows.DiscreteFlow.greedy` tells right, which is the mode on a factorized base.
 
     N-grams are counted where training begins: those of an expert on the training split; those of a
-    base under transforms on what these leave of training data, and anew before every validation.
+    base under transforms on what these leave of training data, again before every validation.
 
     Args:
         flow: The flow.
@@ -75,9 +75,10 @@ class FlowModule(BaseModule):
         base_count_windows: Training windows, or draws, on which an n-gram base is counted.
 
     Raises:
-        UserError: If the objective cannot train the flow; if a base without a closed form is to be
-            refitted, or nothing is left to train beside it; if n-grams are of what transforms make
-            of the data, or the base of a flow that takes a context; or a number is out of range.
+        UserError: If the objective cannot train the flow; if the base to refit has no closed form,
+        or
+            is all there is to train; if n-grams would be counted on transformed data, or are the
+            base of a flow that takes a context; or a number is out of range.
 
     Example:
         >>> from dflows import flows

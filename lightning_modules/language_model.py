@@ -42,7 +42,7 @@ class LanguageModel(TextModule):
         flow: An autoregressive base alone, :func:`dflows.flows.language_model` say.
         optimization: Settings of the optimizer.
         stateful: Whether training hands the state of the backbone from window to window.
-        restart: Probability that a window of such a training begins anew nonetheless, so that the
+        restart: Probability that a window starts from an empty state nonetheless, so that the
             beginning of an event is learned too.
         overlap_stride: Characters of an overlapping window that count; half of them where it is not
             given. Fewer see more, and cost more evaluations.
@@ -114,7 +114,7 @@ class LanguageModel(TextModule):
             )
         if self.auxiliary is not None:
             raise UserError(
-                "auxiliary losses are of windows that begin anew: unset stateful or auxiliary"
+                "auxiliary losses need independent windows: unset stateful or auxiliary"
             )
 
     def _auxiliary_heads(self, settings: Auxiliary) -> AuxiliaryHeads:
@@ -175,8 +175,8 @@ class LanguageModel(TextModule):
         if self._windows is not None and len(self._windows.last) == len(y):
             last = self._windows.last.to(self.device)
             state = tuple(part.to(self.device) for part in self._windows.state)
-            anew = torch.rand(len(y), device=y.device) < self.restart
-            last = last.masked_fill(anew, -1)
+            starts = torch.rand(len(y), device=y.device) < self.restart
+            last = last.masked_fill(starts, -1)
         logits, state = self.conditioner.resume(y, last, state)
         self._windows = _Windows(y[:, -1], tuple(part.detach() for part in state))
         # Here, where all processes come by: the one that writes a checkpoint cannot ask the others.

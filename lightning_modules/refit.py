@@ -22,7 +22,7 @@ class ClosedFormRefit(nn.Module):
 
     Raises:
         UserError: If a number is out of range, the base has no closed form, or nothing is left to
-            train beside it.
+            train otherwise.
 
     Example:
         >>> from dflows import flows
@@ -47,7 +47,7 @@ class ClosedFormRefit(nn.Module):
         flow.base.requires_grad_(False)
         if not any(parameter.requires_grad for parameter in flow.parameters()):
             raise UserError(
-                f"base_refit_every is {every}, and beside the base the model has nothing to train: "
+                f"base_refit_every is {every}, and the model has nothing to train but the base: "
                 "set it to 0, or give it transforms"
             )
         self.every = every

@@ -1,4 +1,4 @@
-"""Bits of a text without breaks, beside those of windows that each begin anew."""
+"""Bits of a text without breaks, in addition to those of independent windows."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -43,8 +43,8 @@ class Overlapping:
 class TextModule(FlowModule, ABC):
     """A flow that also scores the test split as one text, from its first character on.
 
-    Where the data are a text, testing logs `test_bpc_stateful` beside `test_bpc`: bits per
-    character of the same characters where windows do not begin anew, each counted once. It is found
+    Where the data are a text, testing also logs `test_bpc_stateful`: bits per
+    character of the same characters as one text without breaks, each counted once. It is found
     by one process alone.
 
     Args:

@@ -173,7 +173,7 @@ def test_a_low_temperature_repeats_itself(checkpoint, capsys):
         (("--num_samples", 0), "num_samples is 0: give at least 1"),
         (("--length", 0), "length is 0: give at least 1"),
         (("--temperature", 0), "temperature is 0.0: give a positive number"),
-        (("--device", "nonsense"), "device nonsense cannot be had"),
+        (("--device", "nonsense"), "device nonsense is not available"),
     ],
 )
 def test_what_cannot_be_had_is_refused_on_one_line(checkpoint, arguments, message, capsys):

@@ -221,9 +221,9 @@ class StatefulBackbone(SteppedBackbone):
             query: Query (D, width) or (B, D, width).
             levels: Levels (D,), those of the natural ordering.
             before: Content (B, width) of the dimension before the first; :attr:`start` for windows
-                that begin anew.
+                where a text starts.
             state: The state after that dimension, tensors (…, B, features); zeros, the state of
-                windows that begin anew, where not given.
+                windows where a text starts, by default.
 
         Returns:
             Features (B, D, width), and the state after the last dimension.

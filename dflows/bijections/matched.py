@@ -87,7 +87,7 @@ class MatchedAffine(SoftmaxBijection):
     t alone, never on the batch or the order of summation: :math:`p_k / \max p` in steps of
     :math:`2^{-26}`, and :math:`\log t` in :math:`2^{27 - L}` steps of its range, with
     :math:`L = \lceil \log_2 K \rceil`. Maps whose expected log-probabilities differ by more than
-    :math:`2^{L - 26}` of the range of :math:`\log t` are told apart (:math:`10^{-6}` of it at
+    :math:`2^{L - 26}` of the range of :math:`\log t` are distinguished (:math:`10^{-6}` of it at
     K = 50); of maps that tie the first is taken, by location and then by scale.
 
     The local objective learns p by cross-entropy, and t from the x that come out. The gradient rule

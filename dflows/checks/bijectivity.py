@@ -91,7 +91,7 @@ def check_bijective(
     to some 180 dimensions in a natural order, of one with them up to some 4,000. It is a test and
     no proof: a map that fails on rare values may pass.
 
-    Two logits within round-off of each other may be told apart differently by evaluations of
+    Two logits within round-off of each other may be ordered differently by evaluations of
     different shapes, and the two ways are evaluated in different shapes. An event that does not
     come back is therefore tried again in float64, where there are no such ties: if it does not come
     back there, the map is no bijection. Of those that do, one in 10,000 values is allowed, or one
@@ -220,9 +220,9 @@ class _RoundTrips:
         surely = self._exactly(transform, value[events], tied)
         if surely.any():
             example, dimension = surely.nonzero()[0].tolist()
-            told = "transform(inv(y)) is not y" if inverted else "inv(transform(x)) is not x"
+            failure = "transform(inv(y)) is not y" if inverted else "inv(transform(x)) is not x"
             raise CertificateError(
-                f"{_name(self.transform)} is no bijection: {told} for {int(missed.sum())} of "
+                f"{_name(self.transform)} is no bijection: {failure} for {int(missed.sum())} of "
                 f"{missed.numel()} values, first at dimension {dimension} of example "
                 f"{int(events[example])}"
             )

@@ -251,14 +251,14 @@ def _check_steps(probes: _Round) -> None:
 
 
 def _check_resumed(probes: _Round) -> None:
-    """Shows that windows that begin anew are those of `forward`, and others see nothing ahead."""
+    """Shows that `resume` agrees with `forward` where texts start, and elsewhere is causal."""
     with torch.inference_mode(False):
         exact = copy.deepcopy(probes.conditioner).double()
     y, _ = probes.rows(STEPPED_ROWS)
     where = _first_change(exact(y), exact.resume(y, y.new_full((len(y),), -1))[0])
     if where is not None:
         raise CertificateError(
-            f"{probes.name} computes other logits when windows begin anew than in one evaluation, "
+            f"{probes.name} computes other logits from an empty state than in one evaluation, "
             f"first at dimension {where[1]}: `resume` must give what `forward` does"
         )
 

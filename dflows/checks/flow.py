@@ -21,7 +21,7 @@ __all__ = ["check_flow", "check_shorter"]
 CONTEXTS = 8
 """Contexts that are used."""
 SHORT = (1, 2, 3)
-"""Dimensions of events whose states are enumerated, beside those of all."""
+"""Dimensions of events whose states are enumerated, in addition to full ones."""
 MOST_STATES = 1 << 17
 MOST_BASE_STATES = 1 << 20
 """States of the base alone, where those are too many for the flow."""
@@ -40,7 +40,7 @@ def check_shorter(
     Args:
         flow: The flow.
         context: Encoded contexts, (B, C) or (B, S, C), of which the first is used.
-        batch: Data, indices (B, d), whose beginnings are scored; random values by default.
+        batch: Data, indices (B, d), whose prefixes are scored; random values by default.
 
     Raises:
         CertificateError: If one fails.
@@ -125,7 +125,7 @@ def check_flow(
         flow: The flow.
         context: A batch of contexts as the flow is called with, of which some are used; needed by
             a conditional flow.
-        batch: Data, indices (B, d), on whose rows certificates are shown beside random values.
+        batch: Data, indices (B, d), whose rows are checked in addition to random values.
         trained: Whether to certify the weights as they are too, before a figure is recorded, not
             shaken ones alone.
         batch_size: Examples that evaluation scores together; as many as `batch` has by default.

@@ -105,7 +105,7 @@ class _Checkpoint(ModelCheckpoint):
         if kept and state_dict["dirpath"] != self.dirpath:
             found = self._find(Path(kept))
             if found is None:
-                rank_zero_warn(f"the checkpoint {kept} is gone: the best is looked for anew")
+                rank_zero_warn(f"the checkpoint {kept} is gone: the search starts again")
                 return
             # It is read from there until it is brought into the folder of the run.
             score = state_dict["best_model_score"]
@@ -120,9 +120,9 @@ class _Checkpoint(ModelCheckpoint):
         super().load_state_dict(state_dict)
 
     def _find(self, kept: Path) -> Path | None:
-        """Returns where a checkpoint of the run lies now: beside the one gone on from, if moved."""
-        beside = None if self.resumed_from is None else self.resumed_from / kept.name
-        return next((path for path in (beside, kept) if path and path.is_file()), None)
+        """Returns the current path of a checkpoint: next to the resumed one, if moved."""
+        moved = None if self.resumed_from is None else self.resumed_from / kept.name
+        return next((path for path in (moved, kept) if path and path.is_file()), None)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Brings the best so far into the folder of the run."""
@@ -204,7 +204,7 @@ class LastCheckpoint(_Checkpoint):
 
 
 class SaveRun(SaveConfigCallback):
-    """Creates what puts config.yaml and tokenizer.json beside the checkpoints, and into them.
+    """Creates what saves config.yaml and tokenizer.json with the checkpoints, and in them.
 
     Nothing is written before all checks have passed and training begins.
     """

@@ -39,7 +39,7 @@ class WholeCheckpoints(TorchCheckpointIO):
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
-        """Writes beside the place and moves there."""
+        """Writes a temporary file and moves it into place."""
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         # One name: what a killed run leaves is written over, and large files do not pile up.
@@ -128,7 +128,7 @@ def load_model(checkpoint: Checkpoint, allowed: Sequence[str] = ()) -> BaseModul
 
     Args:
         checkpoint: What :func:`read_checkpoint` returned.
-        allowed: Packages, beside dflows' own, whose classes may be imported.
+        allowed: Packages, other than dflows' own, whose classes may be imported.
 
     Returns:
         The model in evaluation mode, on the CPU.
@@ -152,7 +152,7 @@ def add_checkpoint_arguments(parser: ArgumentParser) -> None:
         type=str,
         nargs="*",
         default=[],
-        help="Packages, beside dflows' own, whose classes a checkpoint may name.",
+        help="Packages, other than dflows' own, whose classes a checkpoint may name.",
     )
 
 

@@ -210,7 +210,7 @@ class FlowCLI(LightningCLI):
                 sys.argv = [program, *given]
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Adds what dflows has beside Lightning's keys."""
+        """Adds the keys that dflows has in addition to Lightning's."""
         parser.add_argument(
             "--ckpt_path",
             type=str | None,

@@ -49,7 +49,7 @@ def _joined(error: BaseException) -> str:
 
 
 def _keys_of(class_path: str, group: str) -> str:
-    """Returns what keys there are in a group of a class, or nothing where it cannot be had."""
+    """Returns the keys in a group of a class, or an empty string if they are unknown."""
     module, _, name = class_path.rpartition(".")
     try:
         owner = getattr(import_module(module), name)

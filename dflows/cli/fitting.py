@@ -57,7 +57,7 @@ def fit(arguments: Sequence[str]) -> None:
             )
         weights = trainer.strategy.load_checkpoint(best.best_model_path, weights_only=True)
         module.load_state_dict(weights["state_dict"])
-    # The weights that are tested are validated anew: they need not be those of the last validation.
+    # The tested weights are validated again: they need not be those of the last validation.
     splits = []
     for split, run in (("valid", trainer.validate), ("test", trainer.test)):
         if any(

@@ -14,7 +14,7 @@ _WARNINGS = (
     ".*does not have many workers.*",
     # A process that had no batch computes metrics together with those that had.
     ".*was called before the ``update`` method.*",
-    # An LSTM whose weights are dropped anew at every call packs them at every call.
+    # An LSTM whose weights are dropped at every call packs them at every call.
     ".*RNN module weights are not part of single contiguous chunk.*",
     # Lightning's use of torch is Lightning's to change.
     ".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*",

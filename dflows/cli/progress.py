@@ -16,7 +16,7 @@ __all__ = ["ProgressBar", "ProgressLines", "in_words"]
 
 
 class ProgressBar(RichProgressBar):
-    """Creates a bar over all steps, with the bits per character beside it.
+    """Creates a bar over all steps, with the bits per character.
 
     Where the entropy of the data is known, it shows nats per example, and the entropy as the floor.
 

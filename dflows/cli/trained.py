@@ -204,7 +204,7 @@ class TrainedModel:
     ) -> Tensor:
         """Computes the log-likelihoods of texts.
 
-        A text longer than the model's window is scored in windows that each begin anew, as
+        A text longer than the model's window is scored in independent windows, as
         `python -m dflows.evaluate` does.
 
         Args:

@@ -484,8 +484,8 @@ def test_features_of_every_layer_need_one_pass(backbone):
 
 
 class TestExpert:
-    def told(self, name, ordering=NATURAL, order=3):
-        """A random conditioner that is told of n-grams, which count for more or less."""
+    def on_ngrams(self, name, ordering=NATURAL, order=3):
+        """A random conditioner on n-grams, which count for more or less."""
         expert = NGramExpert(CLASSES, order)
         expert.ngrams.count([markov(200, CLASSES)])
         return make(name, ordering, CLASSES, expert=expert)
@@ -493,7 +493,7 @@ class TestExpert:
     @pytest.mark.parametrize("ordering", ORDERINGS.values(), ids=ORDERINGS)
     @pytest.mark.parametrize("name", ["transformer", "convolution", "table", "masked"])
     def test_logits_depend_on_lower_levels_only(self, name, ordering):
-        conditioner, levels = self.told(name, ordering), ordering.levels(LENGTH)
+        conditioner, levels = self.on_ngrams(name, ordering), ordering.levels(LENGTH)
         y = states(CLASSES, LENGTH)[::3]
         logits = conditioner(y)
         for source in range(LENGTH):
@@ -501,7 +501,7 @@ class TestExpert:
             changed[:, source] = (changed[:, source] + 1) % CLASSES
             seen = (conditioner(changed) - logits).abs().amax((0, 2)) > 1e-6
             assert not (seen & (levels <= levels[source])).any()
-            # The right neighbour is told of it by the n-grams, whatever the network makes of it.
+            # The right neighbour knows of it by the n-grams, whatever the network makes of it.
             if source + 1 < LENGTH and levels[source] < levels[source + 1]:
                 assert seen[source + 1]
 
@@ -510,7 +510,7 @@ class TestExpert:
     def test_logits_of_levels_are_those_of_all(self, name, ordering):
         if name == "lstm" and ordering is not NATURAL:
             pytest.skip("an LSTM reads in one direction")
-        conditioner, y = self.told(name, ordering), values()
+        conditioner, y = self.on_ngrams(name, ordering), values()
         logits = conditioner(y)
         layout = conditioner.layout(LENGTH, y.device)
         for level, dimensions in enumerate(layout.members):
@@ -549,7 +549,7 @@ class TestExpert:
                 make("transformer", num_logits=outputs, expert=NGramExpert(classes, 2))
 
     def test_a_transform_of_ranks_may_have_one(self):
-        conditioner, y = self.told("transformer"), values()
+        conditioner, y = self.on_ngrams("transformer"), values()
         transform = ConditionalTransform(RankPermutation(CLASSES), conditioner)
         with torch.no_grad():
             assert torch.equal(transform(transform.inv(y)), y)
@@ -574,7 +574,7 @@ class TestPrecision:
         torch.testing.assert_close(logits[:, at], expected[:, at])
 
     def test_so_are_those_of_an_expert(self):
-        conditioner = TestExpert().told("transformer").bfloat16()
+        conditioner = TestExpert().on_ngrams("transformer").bfloat16()
         assert conditioner(values()).dtype == torch.float32
 
 

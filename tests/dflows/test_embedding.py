@@ -1,4 +1,4 @@
-"""What a backbone is told of every dimension."""
+"""The input of a backbone."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""From noise to samples: what each part is handed, and which options cannot be had."""
+"""From noise to samples: what each part is handed, and which options are refused."""
 
 import pytest
 import torch

@@ -232,7 +232,7 @@ def test_an_example_is_told_right_in_whole_or_not():
     metric.update(y[1], y[1])
     assert metric.compute() == 0.75
     assert metric.num_examples == 4
-    with pytest.raises(ValueError, match=r"told of .* expected equal"):
+    with pytest.raises(ValueError, match=r"shapes .* expected equal"):
         metric.update(y[:2], y)
 
 

@@ -73,7 +73,7 @@ class LeakingLSTM(LSTM):
 
 
 class LeakingWindows(LSTM):
-    """Is right in all but windows that go on, or begin anew."""
+    """Is right in all but windows that continue, or start a text."""
 
     def __init__(self, begins):
         super().__init__(WIDTH)
@@ -257,7 +257,7 @@ class TestCausal:
             check_autoregressive(OtherSteps(WIDTH), length=6)
 
     @pytest.mark.parametrize(
-        ("begins", "message"), [(True, "other logits when windows begin"), (False, "go on, leaks")]
+        ("begins", "message"), [(True, "other logits from an empty state"), (False, "go on, leaks")]
     )
     def test_windows_that_go_on_keep_to_it_too(self, begins, message):
         with pytest.raises(CertificateError, match=message):
