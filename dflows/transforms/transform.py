@@ -33,7 +33,7 @@ class DiscreteTransform(nn.Module, ABC):
 
     @property
     def ordering(self) -> Ordering | None:
-        """Which dimensions condition which; None where the transform is not conditional on them."""
+        """The ordering of a :class:`~dflows.transforms.ConditionalTransform`; None elsewhere."""
         return None
 
     @property
