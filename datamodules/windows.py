@@ -100,7 +100,7 @@ class ShuffledWindows(TrainingStream):
 
 
 class ConsecutiveWindows(TrainingStream):
-    """Creates windows of an array in memory that go on where others ended.
+    """Creates consecutive windows of an array in memory.
 
     The array is read as a ring, from places at equal distances at once: row n + `streams` begins
     where row n ends, for ever. Behind the end stands the beginning, so that every place is read as

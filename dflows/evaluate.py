@@ -79,7 +79,7 @@ def _config_of(checkpoint: Checkpoint, folder: Path) -> Path:
 
 
 def _put_back_vocabulary(data: dict[str, Any], checkpoint: Checkpoint, folder: Path) -> None:
-    """Replaces the file that the checkpoint's vocabulary was handed over in by its own setting."""
+    """Replaces the temporary file of the checkpoint's vocabulary by its own setting."""
     arguments = data.get("init_args", {})
     if arguments.get("vocabulary") == str(folder / "tokenizer.json"):
         arguments["vocabulary"] = checkpoint.config["data"]["init_args"]["vocabulary"]
@@ -92,7 +92,7 @@ def evaluate(arguments: Sequence[str]) -> None:
         arguments: Its arguments; `sys.argv` must hold them too where several processes evaluate.
 
     Raises:
-        UserError: If it cannot be done as it was asked for.
+        UserError: If the arguments cannot be honoured.
     """
     begin, code = time.perf_counter(), revision()
     quiet()

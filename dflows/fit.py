@@ -4,7 +4,7 @@
 
 Every key of a configuration is an argument as well (``--data.length 128``), and several
 configurations are laid one over the other. ``--print_config`` shows the result, ``--help`` all
-keys. The run goes on from a checkpoint with ``--ckpt_path``.
+keys. ``--ckpt_path`` resumes a run from a checkpoint.
 """
 
 import sys

@@ -150,7 +150,7 @@ def instantiate(base: type[M], model: Mapping[str, Any]) -> M:
     """
     parser = ModelParser(exit_on_error=False)
     parser.add_subclass_arguments(base, "model", required=True)
-    # Parsing changes what it is given.
+    # Parsing changes its argument.
     parsed = parser.parse_object({"model": copy.deepcopy(dict(model))})
     module: M = parser.instantiate_classes(parsed).model
     return module
@@ -244,7 +244,7 @@ def rebuild(
         shown = ", ".join(f"{name}={name}" for name in missing)
         raise UserError(
             f"{path} does not say how its {cls.__name__} was made, since that was made in Python: "
-            f"hand over what it takes, {cls.__name__}.load_from_checkpoint(path, {shown}), or make "
+            f"pass its arguments, {cls.__name__}.load_from_checkpoint(path, {shown}), or make "
             "the module and call load_state_dict(torch.load(path, weights_only=True)"
             "['state_dict'])"
         )

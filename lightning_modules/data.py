@@ -119,7 +119,7 @@ class DataFacts:
 
     @property
     def stateful(self) -> bool:
-        """Whether rows are known to go on where those of the batch before ended."""
+        """Whether rows are known to continue those of the batch before."""
         return bool(self._told("stateful", False))
 
     @property

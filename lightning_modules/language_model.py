@@ -35,8 +35,8 @@ class LanguageModel(TextModule):
     by windows of length D that overlap, of which the last `overlap_stride` characters count.
 
     With `stateful` such a backbone is also trained so, by truncated back-propagation through time:
-    windows go on where those of the step before ended, and the data must be stateful too. Every
-    window is still an event of its own to whoever scores it, and begins from a state of zero.
+    windows continue where those of the step before ended, and the data must be stateful too. Every
+    window is still scored as an independent event, from a state of zero.
 
     Args:
         flow: An autoregressive base alone, :func:`dflows.flows.language_model` say.
@@ -95,7 +95,7 @@ class LanguageModel(TextModule):
         return cast("AutoregressiveBase", self.flow.base).conditioner
 
     def _check_stateful(self) -> None:
-        """Refuses settings of what goes on from window to window that do not fit."""
+        """Refuses stateful settings that do not fit."""
         length = self.flow.length
         if not 1 <= self.overlap_stride <= length:
             raise UserError(
@@ -109,7 +109,7 @@ class LanguageModel(TextModule):
         if not self.conditioner.stateful:
             raise UserError(
                 f"stateful is set, and a {type(self.conditioner.backbone).__name__} over "
-                f"{self.conditioner.ordering!r} has no state that goes on: choose an LSTM over "
+                f"{self.conditioner.ordering!r} carries no state: choose an LSTM over "
                 "Natural without a context, or unset stateful"
             )
         if self.auxiliary is not None:
@@ -139,7 +139,7 @@ class LanguageModel(TextModule):
         self._windows = self._gathered = None
         if self.stateful and not self.data.stateful:
             raise UserError(
-                "stateful is set, and the windows of the data do not go on in one another: set "
+                "stateful is set, and the windows of the data do not continue each other: set "
                 "stateful of a TextDataModule, or unset that of the model"
             )
         super().prepare()
@@ -170,7 +170,7 @@ class LanguageModel(TextModule):
         return AutoregressiveBase.score(logits, y).sum(dim=-1) + added - added.detach()
 
     def _stateful_logits(self, y: Tensor) -> Tensor:
-        """Computes the logits (B, D, K) of training windows that go on, and keeps the state."""
+        """Computes the logits (B, D, K) of consecutive training windows, and keeps the state."""
         last, state = y.new_full((len(y),), -1), None
         if self._windows is not None and len(self._windows.last) == len(y):
             last = self._windows.last.to(self.device)

@@ -17,7 +17,7 @@ __all__ = ["DEFAULT_OPTIMIZATION", "Optimization", "Schedule", "keep_settings"]
 class Optimization:
     """Creates the settings of AdamW and of its learning-rate schedule.
 
-    A run that goes on from a checkpoint has these settings, and not those of the checkpoint.
+    A resumed run uses these settings, not those of the checkpoint.
 
     Args:
         learning_rate: Learning rate after the warm-up.
@@ -29,7 +29,7 @@ class Optimization:
         warmup_steps: Optimizer steps over which the learning rate rises from 0.
         schedule: What it does then: ``constant``, or a fall to 0 along a ``cosine`` or a ``linear``
             line. It reaches 0 with `trainer.max_steps`, or with `trainer.max_time` if that comes
-            first; by time, a resumed run goes on where it was but does not repeat the
+            first; by time, a resumed run continues where it was but does not repeat the
             uninterrupted one bit by bit.
         cycles: Equal parts of the training; in each the learning rate runs through its whole
             schedule, warm-up included, as layerwise training needs it.

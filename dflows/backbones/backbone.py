@@ -1,4 +1,4 @@
-"""What a backbone can do: the network that turns conditioning dimensions into features."""
+"""The interfaces of backbones: networks that turn conditioning dimensions into features."""
 
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, TypeAlias
@@ -10,7 +10,7 @@ from dflows.arguments import check_positive
 __all__ = ["Backbone", "State", "StatefulBackbone", "SteppedBackbone"]
 
 State: TypeAlias = tuple[Tensor, ...]
-"""What a stateful backbone has made of all that it has read: tensors (…, B, features)."""
+"""The state of a stateful backbone: tensors (…, B, features)."""
 
 
 class Backbone(nn.Module, ABC):
@@ -19,8 +19,8 @@ class Backbone(nn.Module, ABC):
     It embeds no values and has no head; the conditioner brings both. There are two kinds:
 
     - *Level-causal* (``level_causal`` is true), called as ``backbone(content, query, levels)``.
-      The content (B, D, width) is what the values are; the query (D, width) is what may be known
-      of a dimension beforehand, its level for example; the levels (D,) are integers. Where a
+      The content (B, D, width) embeds the values; the query (D, width) embeds what is known of a
+      dimension beforehand, such as its level; the levels (D,) are integers. Where a
       context is aligned with the dimensions, each example has its own query, (B, D, width). The
       output at dimension d depends only on the content of dimensions of a level strictly below
       ``levels[d]``, hence never on its own, and on any row of the query. Dimensions of level 0 see
@@ -29,9 +29,8 @@ class Backbone(nn.Module, ABC):
       beforehand what they must not see. A module that is not derived from this class joins them
       by :class:`~dflows.backbones.Masked`.
 
-    A context that is not aligned is handed to a level-causal backbone as further dimensions *in
-    front*, of level -1: they are visible to all others, their query is zero, and the output there
-    means nothing.
+    A level-causal backbone receives a context that is not aligned as further dimensions *in front*,
+    of level -1: they are visible to all others, their query is zero, and their output is ignored.
 
     D may differ from call to call: the last window of a text is shorter. A backbone that has
     parameters for every position takes up to ``length`` dimensions, context included.
@@ -43,7 +42,7 @@ class Backbone(nn.Module, ABC):
     Attributes:
         embeds: Whether the caller embeds the content, as everywhere but in
             :class:`~dflows.backbones.Table`, which takes the values themselves.
-        knows_positions: Whether it tells the positions apart by itself. To the features of a
+        knows_positions: Whether it distinguishes positions by itself. To the features of a
             backbone that does not, the conditioner adds a learned embedding of positions.
 
     Raises:
@@ -63,7 +62,7 @@ class Backbone(nn.Module, ABC):
 
     @property
     def display_name(self) -> str:
-        """What messages call it."""
+        """Its name in messages."""
         return type(self).__name__
 
     @property
@@ -99,7 +98,7 @@ class Backbone(nn.Module, ABC):
     ) -> Tensor:
         """Computes the features of some dimensions, which generation asks for level by level.
 
-        Override it where the work for the other dimensions can be left out.
+        Override it where work for other dimensions can be saved.
 
         Args:
             dimensions: Indices (n,) of the dimensions, counting those of a context.
@@ -162,7 +161,7 @@ class SteppedBackbone(Backbone):
             batch_size: B.
 
         Returns:
-            The cache: hand it to :meth:`advance` and do not look into it.
+            The cache, an opaque argument of :meth:`advance`.
 
         Raises:
             UserError: If the backbone cannot follow these levels.
@@ -188,14 +187,14 @@ class SteppedBackbone(Backbone):
 
 
 class StatefulBackbone(SteppedBackbone):
-    """A stepped backbone that can go on in one window where it ended in another.
+    """A stepped backbone that can continue in one window where it ended in another.
 
-    It reads the dimensions one after the other, and all that it knows of those it has read is a
-    state of fixed size. A language model trains on a text window by window and hands the state on
-    (truncated back-propagation through time).
+    It reads the dimensions in order, and remembers them in a state of fixed size. A language model
+    trains on a text window by window and passes the state on (truncated back-propagation through
+    time).
 
     Attributes:
-        start: What stands for the content before the first dimension, a parameter (width,).
+        start: The content before the first dimension, a parameter (width,).
     """
 
     start: nn.Parameter
@@ -214,7 +213,7 @@ class StatefulBackbone(SteppedBackbone):
         before: Tensor,
         state: State | None = None,
     ) -> tuple[Tensor, State]:
-        """Computes the features of windows that go on where others ended.
+        """Computes the features of windows that continue where others ended.
 
         Args:
             content: Content (B, D, width).

@@ -129,7 +129,7 @@ class LSTM(StatefulBackbone):
         order, context = self._order(levels)
         if order is not None or context or not self.stateful:
             raise UserError(
-                "an LSTM goes on with its state from left to right: choose the ordering Natural, "
+                "an LSTM carries its state from left to right: choose the ordering Natural, "
                 "bidirectional=False, and no context"
             )
         rows = torch.cat([before.unsqueeze(1), content[:, :-1]], dim=1)

@@ -116,10 +116,9 @@ def check_causal(
 ) -> None:
     """Shows that a network's output at a dimension depends on lower levels and nothing else.
 
-    A network that keeps to the ordering by itself is shown to at every level: by steps that are
-    handed no more than lower levels where it has them, and else by changing, for one level after
-    the other, all values of this and of higher levels. It is shown so with and without
-    ``torch.inference_mode``, on random values and on data, and on shorter events.
+    A level-causal network is checked at every level: by its steps, which receive only lower levels,
+    or else by changing all values of this and of higher levels, one level at a time. It is checked
+    with and without ``torch.inference_mode``, on random values and on data, and on shorter events.
 
     Args:
         conditioner: The network with its ordering.

@@ -41,7 +41,7 @@ class RunFolder(Callback):
     Args:
         name: Name of the run.
         resumed: The folder of the run that this one continues, if it is one.
-        checkpoint: The checkpoint that it goes on from.
+        checkpoint: The checkpoint that it resumes from.
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class _Checkpoint(ModelCheckpoint):
         self.best_k_models = {str(here): score for score in self.best_k_models.values()}
 
     def _ModelCheckpoint__warn_if_dir_not_empty(self, dirpath: str) -> None:  # noqa: N802
-        """Keeps quiet: a resumed run goes on in its folder."""
+        """Keeps quiet: a resumed run stays in its folder."""
 
 
 class BestCheckpoint(_Checkpoint):
@@ -166,7 +166,7 @@ class BestCheckpoint(_Checkpoint):
 
 
 class LastCheckpoint(_Checkpoint):
-    """Creates the checkpoint to go on from: after every validation, at the end and on failure.
+    """Creates the checkpoint to resume from: after every validation, at the end and on failure.
 
     Args:
         every_n_train_steps: Steps from one to the next, in place of validations.
@@ -229,7 +229,7 @@ class SaveRun(SaveConfigCallback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Makes the checkpoint say what it is."""
+        """Adds a description of the model to the checkpoint."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         config = plain_config(self.parser, self.config, pl_module, data)
         checkpoint[KEY] = describe_run(config, data.vocabulary.to_json(), data.length)
@@ -273,7 +273,7 @@ def _write_linked(made: dict[str, Any], maker: Any, linked: dict[str, int]) -> N
 class Stopwatch(Callback):
     """Creates a clock of training without its validations, and of evaluation.
 
-    A resumed run goes on counting, as its steps do.
+    A resumed run continues the count, as its steps do.
     """
 
     def __init__(self) -> None:

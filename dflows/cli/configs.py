@@ -215,7 +215,7 @@ class FlowCLI(LightningCLI):
             "--ckpt_path",
             type=str | None,
             default=None,
-            help="Checkpoint to go on from, exactly; or the folder of a run, for its last.ckpt.",
+            help="Checkpoint to resume from, exactly; or the folder of a run, for its last.ckpt.",
         )
         parser.add_argument(
             "--name",
@@ -250,7 +250,7 @@ class FlowCLI(LightningCLI):
             check_seed("seed_everything", self.config.seed_everything)
 
     def before_instantiate_classes(self) -> None:
-        """Settles where the run is kept: in a folder of its own, or in that which it goes on in."""
+        """Sets the folder of the run: a new one, or that of the resumed run."""
         config = self.config
         if config.name is None:
             config.name = self._default_name()
@@ -289,7 +289,7 @@ class FlowCLI(LightningCLI):
             )
 
     def _check_seed(self, resumed: Checkpoint) -> None:
-        """Refuses another seed, which could not be applied: the draws of a run go on."""
+        """Refuses another seed, which could not be applied: random states are resumed."""
         seed, before = self.config.seed_everything, resumed.config.get("seed_everything")
         if before is not None and seed != before:
             raise UserError(
@@ -306,7 +306,7 @@ class FlowCLI(LightningCLI):
 
         Raises:
             UserError: If the model was given what it takes from the data, and other than theirs; or
-                the checkpoint that is gone on from is of another vocabulary or model.
+                the resumed checkpoint is of another vocabulary or model.
         """
         asked = {
             f"{place}.{key}": self.config.get(f"{place}.{key}")

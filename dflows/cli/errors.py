@@ -63,7 +63,7 @@ def _keys_of(class_path: str, group: str) -> str:
 
 
 def one_line(error: BaseException) -> str:
-    """Returns what an error says to whoever can mend it, on one line.
+    """Returns the message of an error, for its user, on one line.
 
     jsonargparse raises a chain of errors, one for every level of a configuration that it came
     through: their keys are the place, and the last of them is what is wrong.
@@ -132,7 +132,9 @@ def run_command(main: Callable[[], None]) -> int:
 def _exit_code(stop: SystemExit) -> int:
     # Lightning leaves by SystemExit when it is interrupted.
     if any(isinstance(cause, KeyboardInterrupt) for cause in chain_of(stop)):
-        return _fail("interrupted: --ckpt_path with the last.ckpt of the run goes on", INTERRUPTED)
+        return _fail(
+            "interrupted: --ckpt_path with the last.ckpt of the run resumes it", INTERRUPTED
+        )
     return stop.code if isinstance(stop.code, int) else int(bool(stop.code))
 
 

@@ -1,10 +1,10 @@
 r"""The weight :math:`c = \partial\text{loss}/\partial\log p` of every example, for rules that ask.
 
-Back-propagation hands a rule the gradient of the loss. To recover the gradient of an example's own
-log-likelihood, the rule has to divide by c, which holds all that means, accumulation, loss scaling
-and averaging over ranks made of it. So a zero for every example travels along: each rule hands it
-on, and at the end it is added to the log-likelihoods. Its value never changes, but its gradient is
-c, and it reaches every rule before the rule's own gradient is computed.
+Back-propagation gives a rule the gradient of the loss. To recover the gradient of an example's
+log-likelihood, the rule must divide by c, which combines means, accumulation, loss scaling and
+averaging over ranks. So a zero for every example passes from rule to rule, and is finally added to
+the log-likelihoods: its value never changes, but its gradient is c, and reaches every rule before
+the rule computes its own gradient.
 """
 
 from collections.abc import Iterator
@@ -19,13 +19,13 @@ __all__ = ["ExampleWeights", "current_weights", "example_weights"]
 
 
 class ExampleWeights:
-    """What one evaluation hands from rule to rule; made by :func:`example_weights`."""
+    """What one evaluation passes from rule to rule; created by :func:`example_weights`."""
 
     def __init__(self) -> None:
         self._zeros: Tensor | None = None
 
     def zeros(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Returns the zeros (N,) that the last rule handed on, or new ones.
+        """Returns the zeros (N,) of the last rule, or new ones.
 
         Args:
             like: A tensor of the type and device that new ones have.
@@ -50,7 +50,7 @@ class ExampleWeights:
         return zeros.to(like).reshape(shape)
 
     def hand_on(self, zeros: Tensor) -> None:
-        """Notes the zeros that a rule handed on."""
+        """Stores the zeros of a rule."""
         self._zeros = zeros
 
     def __call__(self, log_prob: Tensor) -> Tensor:

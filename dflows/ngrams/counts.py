@@ -66,7 +66,7 @@ def count_ngrams(
 
     Args:
         chunks: Tensors or arrays of classes: of shape (d,), consecutive pieces of one text, however
-            it is cut; or (N, d), events that do not go on in one another.
+            it is cut; or (N, d), independent events.
         num_classes: K.
         packing: How n-grams are held, and of which orders they are.
         device: Where to count.

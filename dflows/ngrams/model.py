@@ -95,7 +95,7 @@ class NGrams(Counted):
 
         Args:
             chunks: Tensors or arrays of classes: of shape (d,), consecutive pieces of one text,
-                however it is cut; or (N, d), events that do not go on in one another.
+                however it is cut; or (N, d), independent events.
 
         Raises:
             UserError: If there is nothing to count, or a value is no class.

@@ -237,7 +237,7 @@ def test_a_network_conditioned_on_n_grams_needs_a_text(tmp_path):
 
 def test_windows_of_any_data_do_not_go_on(tmp_path):
     module = LanguageModel(flows.language_model(K, D, RECURRENT), stateful=True)
-    with pytest.raises(UserError, match="the windows of the data do not go on in one another"):
+    with pytest.raises(UserError, match="the windows of the data do not continue each other"):
         usual(tmp_path).fit(module, KINDS["rows"](), KINDS["rows"]())
 
 

@@ -316,8 +316,8 @@ class TestAuxiliary:
         (ATTENTIVE, {"overlap_stride": 7}, "overlap_stride is 7"),
         (RECURRENT, {"restart": 1.5}, "restart is 1.5"),
         (ATTENTIVE, {"stateful": True}, "stateful is set, and a Transformer over .* has no state"),
-        (RECURRENT, {"stateful": True, "ordering": Reversed()}, "has no state that goes on"),
-        (RECURRENT, {"stateful": True, "ngram_order": 2}, "has no state that goes on"),
+        (RECURRENT, {"stateful": True, "ordering": Reversed()}, "carries no state"),
+        (RECURRENT, {"stateful": True, "ngram_order": 2}, "carries no state"),
         (
             RECURRENT,
             {"stateful": True, "auxiliary": Auxiliary(layers=False)},
