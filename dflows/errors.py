@@ -4,7 +4,7 @@ __all__ = ["LengthError", "NonFiniteError", "UserError"]
 
 
 class UserError(ValueError):
-    """A mistake in what the user asked for; commands show its message as one line."""
+    """A mistake of the user; commands show its message as one line."""
 
 
 class LengthError(UserError):

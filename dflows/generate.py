@@ -36,7 +36,7 @@ def generate(arguments: Sequence[str]) -> None:
         arguments: Its arguments.
 
     Raises:
-        UserError: If it cannot be done as it was asked for.
+        UserError: If the arguments cannot be honoured.
     """
     quiet()
     parser = Parser(prog="python -m dflows.generate")

@@ -32,7 +32,7 @@ def fit(arguments: Sequence[str]) -> None:
             processes train.
 
     Raises:
-        UserError: If the run cannot be made as it was asked for.
+        UserError: If the settings cannot be honoured.
     """
     begin, code = time.perf_counter(), revision()
     quiet()
