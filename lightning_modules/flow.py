@@ -27,6 +27,7 @@ from lightning_modules.refit import ClosedFormRefit
 __all__ = ["FlowModule"]
 
 FIXED_POINTS = 4
+FINE = 128
 
 
 def default_objective(flow: DiscreteFlow) -> Objective:
@@ -222,6 +223,12 @@ class FlowModule(BaseModule):
     def prepare(self) -> None:
         # An objective of stages needs the progress, and says so.
         self.objective.frozen(self.flow, 0.0 if self.has_end else None)
+        if (epochs := self.coarse_epochs) is not None and self._skips_stages(epochs):
+            raise UserError(
+                f"{type(self.objective).__name__} trains in stages, and {epochs} epochs of no "
+                "known length would leave some out: set trainer.max_steps, max_time or "
+                "limit_train_batches, or more epochs"
+            )
         if not self.initialised:
             counts = self.data.class_counts(self.flow.num_classes)
             if counts is not None:
@@ -229,6 +236,19 @@ class FlowModule(BaseModule):
             self.initialised.fill_(True)
         self._certified = False
         rank_zero_info(self.describe())
+
+    def _skips_stages(self, epochs: int) -> bool:
+        """Says whether some parameters would not have their stage if it changed with epochs."""
+        objective, flow = self.objective, self.flow
+
+        def stages(count: int) -> set[tuple[bool, frozenset[int]]]:
+            parts = [number / count for number in range(count)]
+            return {
+                (objective.end_to_end(part), frozenset(map(id, objective.frozen(flow, part))))
+                for part in parts
+            }
+
+        return epochs < objective.num_stages(flow) or not stages(FINE) <= stages(epochs)
 
     def on_fit_start(self) -> None:
         """Certifies the flow where it is trained: on its device, and in its precision."""
@@ -289,7 +309,8 @@ class FlowModule(BaseModule):
     def on_validation_start(self) -> None:
         """Counts a base on what the transforms have come to leave."""
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
-            self.counting.again(self.data)
+            with self.located("the counts of the base"):
+                self.counting.again(self.data)
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Notes the step, of accumulated batches only the last makes one, and how much is done."""
@@ -311,7 +332,8 @@ class FlowModule(BaseModule):
         if refit is None or step == self._step_before or step % refit.every:
             return
         if step > self.optimization.hold_base_steps:
-            x = unseen_residual(self.flow, self.indices_of(batch), self.context_of(batch))
+            with self.located("the refit of the base"):
+                x = unseen_residual(self.flow, self.indices_of(batch), self.context_of(batch))
             counts = self.trainer.strategy.reduce(refit.count(self.flow, x), reduce_op="sum")
             refit.update(self.flow, counts)
 

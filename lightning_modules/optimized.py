@@ -78,6 +78,11 @@ class OptimizedModule(pl.LightningModule):
                 f"optimization.schedule is {settings.schedule} and the training has no end: "
                 "set trainer.max_steps or trainer.max_time"
             )
+        if settings.schedule != "constant" and self.coarse_epochs == 1:
+            raise UserError(
+                f"optimization.schedule is {settings.schedule}, and the one epoch that trains has "
+                "no known length: set trainer.max_steps, max_time or limit_train_batches"
+            )
         self._roles = roles
         schedule = Schedule(
             optimizer, lambda step: self.optimization.factor(step, self.progress(step))
@@ -131,6 +136,13 @@ class OptimizedModule(pl.LightningModule):
         if not math.isinf(self._total_steps()) or self._timer() is not None:
             return True
         return (self.trainer.max_epochs or -1) > 0
+
+    @property
+    def coarse_epochs(self) -> int | None:
+        """The number of epochs, where it alone tells the progress: none has a known length."""
+        epochs = self.trainer.max_epochs or -1
+        known = not math.isinf(self._total_steps()) or self._timer() is not None
+        return None if known or epochs < 1 else epochs
 
     def progress(self, step: int) -> float:
         """Returns the part of the training that is done after so many steps, or by time, 0 to 1.

@@ -8,7 +8,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from datamodules import AdditionDataModule, FullRankDataModule
 from dflows import flows
@@ -18,7 +18,7 @@ from dflows.bijections import ModularAffine, ModularShift, RankPermutation
 from dflows.checks import CertificateError
 from dflows.embedding import Context
 from dflows.encoders import SequenceEncoder
-from dflows.errors import UserError
+from dflows.errors import NonFiniteError, UserError
 from dflows.flows import AutoregressiveFactory
 from dflows.gradients import GumbelStraightThrough, PosteriorRule, ReinMax
 from dflows.objectives import (
@@ -191,6 +191,15 @@ class TestBase:
         run = trainer(tmp_path, steps=3, limit_val_batches=0, accumulate_grad_batches=2)
         run.fit(module, datamodule=data)
         assert module.base_refit.counts.sum() == 16 * D * refits
+
+    def test_what_diverged_is_located_there_too(self, data, tmp_path):
+        class Diverge(pl.Callback):
+            def on_train_batch_end(self, run, module, *arguments):
+                next(module.flow.transforms.parameters()).data.fill_(torch.nan)
+
+        run = trainer(tmp_path, limit_val_batches=0, callbacks=[Diverge()])
+        with pytest.raises(NonFiniteError, match="in the refit of the base, at step 1"):
+            run.fit(make(base_refit_every=1), datamodule=data)
 
     def test_held_it_is_not_refitted(self, data, tmp_path):
         module = make(
@@ -384,6 +393,35 @@ class TestStages:
         run.fit(module, DataLoader(rows, batch_size=8), DataLoader(rows))
         moved = [[not same(*pair) for pair in zip(*two, strict=True)] for two in pairwise(history)]
         assert moved == [[True, False]] * 4 + [[False, True]] * 4
+
+    @pytest.mark.parametrize(
+        ("objective", "schedule", "epochs"),
+        [
+            (Layerwise, "constant", 2),
+            (LocalExpectationGradient, "constant", 4),
+            (lambda: OneAfterAnother(Local(), EndToEnd()), "constant", 2),
+            (lambda: OneAfterAnother(Local(), EndToEnd(), at=0.9), "constant", 10),
+            (Local, "cosine", 2),
+        ],
+    )
+    def test_epochs_of_no_known_length_must_do_for_all_of_them(
+        self, objective, schedule, epochs, tmp_path
+    ):
+        class Stream(IterableDataset):
+            def __iter__(self):
+                return iter(torch.randint(K, (8, D)))
+
+        def fit(epochs, **options):
+            optimization = Optimization(schedule=schedule)
+            module = make(BOTH, objective=objective(), optimization=optimization)
+            options = {"steps": -1, "val_check_interval": None, "limit_val_batches": 0, **options}
+            run = trainer(tmp_path, max_epochs=epochs, **options)
+            run.fit(module, *(DataLoader(Stream(), batch_size=4) for _ in range(2)))
+
+        fit(epochs)
+        fit(epochs - 1, limit_train_batches=2)
+        with pytest.raises(UserError, match="known length.*limit_train_batches"):
+            fit(epochs - 1)
 
     @pytest.mark.parametrize(
         "objective",
