@@ -31,6 +31,7 @@ from dflows.representations import (
     full_precision,
     repeat_context,
     to_one_hot,
+    without_tf32,
 )
 from dflows.transforms import ConditionalTransform, DiscreteTransform
 
@@ -165,8 +166,7 @@ class DiscreteFlow(nn.Module):
         if context is None or self.context_encoder is None:
             return context
         with self.exactly(context.device):
-            encoded: Tensor = self.context_encoder(context)
-        return encoded
+            return cast("Tensor", self.context_encoder(context))
 
     def forward(self, context: Tensor | None = None) -> "FlowDistribution":
         """Returns the distribution of y, given a context (B, …) or none."""
@@ -182,14 +182,15 @@ class DiscreteFlow(nn.Module):
 
     @contextmanager
     def exactly(self, device: torch.device) -> Iterator[None]:
-        """Evaluates without gradients in full precision, whatever autocast says.
+        """Evaluates without gradients in full precision, whatever autocast and TF32 say.
 
-        Features in half precision differ between one evaluation of all levels and one a level, so
-        that transforms would choose different maps in the two directions.
+        Features of fewer bits differ between one evaluation of all levels and one a level, so that
+        transforms would choose different maps in the two directions.
         """
-        exact = len(self.transforms) > 0 and not torch.is_grad_enabled()
-        enabled = torch.is_autocast_enabled(device.type) and not exact
-        with torch.autocast(device.type, enabled=enabled):
+        if torch.is_grad_enabled() or not len(self.transforms):
+            yield
+            return
+        with torch.autocast(device.type, enabled=False), without_tf32():
             yield
 
     def log_prob(self, y: Tensor, context: Tensor | None = None) -> Tensor:
