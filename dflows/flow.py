@@ -163,10 +163,10 @@ class DiscreteFlow(nn.Module):
                 "a context was given to a flow that takes none: give its conditioners a "
                 "Context, or give no context"
             )
-        if context is None or self.context_encoder is None:
-            return context
-        with self.exactly(context.device):
-            return cast("Tensor", self.context_encoder(context))
+        if context is not None and self.context_encoder is not None:
+            with self.exactly(context.device):
+                context = cast("Tensor", self.context_encoder(context))
+        return context
 
     def forward(self, context: Tensor | None = None) -> "FlowDistribution":
         """Returns the distribution of y, given a context (B, …) or none."""
@@ -189,9 +189,9 @@ class DiscreteFlow(nn.Module):
         """
         if torch.is_grad_enabled() or not len(self.transforms):
             yield
-            return
-        with torch.autocast(device.type, enabled=False), without_tf32():
-            yield
+        else:
+            with torch.autocast(device.type, enabled=False), without_tf32():
+                yield
 
     def log_prob(self, y: Tensor, context: Tensor | None = None) -> Tensor:
         """Computes the exact log-probability, in nats.
@@ -383,8 +383,7 @@ class DiscreteFlow(nn.Module):
 
     def _greedy(self, context: Tensor | None, length: int) -> Tensor:
         number = 1 if context is None else context.shape[0]
-        part = next(chain(self.parameters(), self.buffers()), torch.empty(0))
-        with self.exactly(part.device):
+        with self.exactly(next(chain(self.parameters(), self.buffers()), torch.empty(0)).device):
             value = self.base.greedy(number, length, context)
             for transform in self.transforms:
                 value = transform(value, context)
