@@ -90,7 +90,7 @@ def environment(**more):
     return {**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
 
 
-def run_apart(command, *arguments, cwd, timeout=120, **more):
+def run_apart(command, *arguments, cwd, timeout=600, **more):
     """Runs a command in a process of its own, from another folder."""
     return subprocess.run(
         command_line(command, *arguments),

@@ -18,7 +18,7 @@ def run(name, folder, *options):
         capture_output=True,
         text=True,
         check=False,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return {record.name: record for record in read_records(folder)}

@@ -214,7 +214,7 @@ def test_an_interrupted_run_saves_where_it_is_and_says_so(tmp_path, number, code
     last = tmp_path / "runs" / "small" / "version_0" / "last.ckpt"
     wait_for(last, process, log)
     process.send_signal(number)
-    assert process.wait(timeout=60) == code, log.read_text()
+    assert process.wait(timeout=600) == code, log.read_text()
     printed = log.read_text()
     assert f"error: {said}" in printed
     assert "Traceback" not in printed

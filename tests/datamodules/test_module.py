@@ -383,7 +383,7 @@ def test_two_processes_have_the_epochs_of_one(options, steps, tmp_path):
             capture_output=True,
             text=True,
             cwd=ROOT,
-            timeout=300,
+            timeout=600,
             check=False,
         )
         assert done.returncode == 0, done.stderr

@@ -278,7 +278,7 @@ def test_two_processes_train_as_one(tmp_path):
             capture_output=True,
             text=True,
             check=False,
-            timeout=200,
+            timeout=600,
         )
         assert done.returncode == 0, done.stdout + done.stderr
         found.append(torch.load(tmp_path / f"{devices}.pt", weights_only=True))
