@@ -420,7 +420,7 @@ class TestStages:
 
         fit(epochs)
         fit(epochs - 1, limit_train_batches=2)
-        with pytest.raises(UserError, match="known length.*limit_train_batches"):
+        with pytest.raises(UserError, match=r"known length.*limit_train_batches"):
             fit(epochs - 1)
 
     @pytest.mark.parametrize(
