@@ -30,6 +30,7 @@ from dflows.representations import (
     full_precision,
     repeat_context,
     to_one_hot,
+    without_tf32,
 )
 from dflows.transforms import ConditionalTransform, DiscreteTransform
 
@@ -161,11 +162,10 @@ class DiscreteFlow(nn.Module):
                 "a context was given to a flow that takes none: give its conditioners a "
                 "Context, or give no context"
             )
-        if context is None or self.context_encoder is None:
-            return context
-        with self.exactly(context.device):
-            encoded: Tensor = self.context_encoder(context)
-        return encoded
+        if context is not None and self.context_encoder is not None:
+            with self.exactly(context.device):
+                context = cast("Tensor", self.context_encoder(context))
+        return context
 
     def forward(self, context: Tensor | None = None) -> "FlowDistribution":
         """Returns the distribution of y, given a context (B, …) or none."""
@@ -181,15 +181,16 @@ class DiscreteFlow(nn.Module):
 
     @contextmanager
     def exactly(self, device: torch.device) -> Iterator[None]:
-        """Evaluates without gradients in full precision, whatever autocast says.
+        """Evaluates without gradients in full precision, whatever autocast and TF32 say.
 
-        In half precision the features from one evaluation of all levels differ from those from one
+        In fewer bits the features from one evaluation of all levels differ from those from one
         evaluation a level, and transforms would choose different maps in the two directions.
         """
-        exact = len(self.transforms) > 0 and not torch.is_grad_enabled()
-        enabled = torch.is_autocast_enabled(device.type) and not exact
-        with torch.autocast(device.type, enabled=enabled):
+        if torch.is_grad_enabled() or not len(self.transforms):
             yield
+        else:
+            with torch.autocast(device.type, enabled=False), without_tf32():
+                yield
 
     def log_prob(self, y: Tensor, context: Tensor | None = None) -> Tensor:
         """Computes the exact log-probability, in nats.
@@ -379,8 +380,7 @@ class DiscreteFlow(nn.Module):
 
     def _greedy(self, context: Tensor | None, length: int) -> Tensor:
         number = 1 if context is None else context.shape[0]
-        part = next(chain(self.parameters(), self.buffers()), torch.empty(0))
-        with self.exactly(part.device):
+        with self.exactly(next(chain(self.parameters(), self.buffers()), torch.empty(0)).device):
             value = self.base.greedy(number, length, context)
             for transform in self.transforms:
                 value = transform(value, context)

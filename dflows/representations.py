@@ -6,7 +6,9 @@ either and returns the kind that it was given.
 """
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +29,7 @@ __all__ = [
     "to_indices",
     "to_one_hot",
     "without_autocast",
+    "without_tf32",
 ]
 
 
@@ -147,6 +150,34 @@ def without_autocast(device_type: str) -> AbstractContextManager[object]:
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Multiplies float32 in float32: cuDNN takes TF32 by default, and others where it is set."""
+    if torch.compiler.is_compiling():
+        yield
+        return
+    cuda, cudnn, mkldnn = torch.backends.cuda, torch.backends.cudnn, torch.backends.mkldnn
+    kinds: list[Any] = [cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn]  # type: ignore[attr-defined]
+    before = [kind.fp32_precision for kind in kinds]
+    try:  # what older functions set and ask for, which must agree
+        older = torch.get_float32_matmul_precision(), cudnn.allow_tf32
+    except RuntimeError:  # someone has set both
+        older = None
+    try:
+        _multiply("highest", False, kinds, ["ieee"] * len(kinds))
+        yield
+    finally:
+        matrices, allowed = older or ("highest", False)
+        _multiply(matrices, allowed, kinds, before)
+
+
+def _multiply(matrices: str, allowed: bool, kinds: list[Any], precisions: list[str]) -> None:
+    torch.set_float32_matmul_precision(matrices)
+    torch.backends.cudnn.allow_tf32 = allowed
+    for kind, precision in zip(kinds, precisions, strict=True):
+        kind.fp32_precision = precision
 
 
 def is_at_hand(values: Tensor) -> bool:

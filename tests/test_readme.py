@@ -33,7 +33,7 @@ def test_the_library_examples_run(tmp_path, monkeypatch):
     assert names["flow"].sample((4,)).shape == (4, 8)
     assert all(parameter.grad is not None for parameter in names["flow"].parameters())
     exec(training, names)
-    assert names["trainer"].global_step == 4
+    assert names["trainer"].global_step == 3
     with pytest.raises(UserError, match="no checkpoint runs/quickstart"):
         exec(loading, names)
 

@@ -12,6 +12,7 @@ from torch.distributions import Distribution
 from dflows import DiscreteFlow, PermutationTransform
 from dflows.backbones import LSTM, DilatedConvolution, Table, Transformer
 from dflows.bases import AutoregressiveBase, FactorizedBase, NGramBase
+from dflows.bijections import RankPermutation
 from dflows.conditioner import Conditioner, Context
 from dflows.errors import UserError
 from dflows.flows import AutoregressiveFactory
@@ -157,6 +158,21 @@ class TestLogProb:
                 torch.testing.assert_close(flow.log_prob(every).exp().sum(), ONE)
         assert loss.dtype == torch.float32
         assert all(p.grad is None or p.grad.isfinite().all() for p in flow.parameters())
+
+    def test_without_gradients_a_stack_is_evaluated_without_tf32(self):
+        seen = []
+
+        class Noting(RankPermutation):
+            def inverse(self, y, logits):
+                seen.append(torch.backends.cudnn.rnn.fp32_precision)
+                return super().inverse(y, logits)
+
+        flow = DiscreteFlow(FactorizedBase(3, 4), [make_transform(3, 4, Parity(), Noting(3))])
+        y = torch.zeros(1, 4, dtype=torch.long)
+        with torch.no_grad():
+            flow.log_prob(y)
+        flow.log_prob(y)
+        assert seen[0] == "ieee" != seen[1]
 
     def test_without_gradients_autocast_changes_nothing(self):
         encoder = nn.Sequential(nn.Linear(5, 32), nn.Tanh(), nn.Linear(32, 3))

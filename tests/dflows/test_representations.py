@@ -10,6 +10,7 @@ from dflows.representations import (
     is_one_hot,
     to_indices,
     to_one_hot,
+    without_tf32,
 )
 
 
@@ -127,3 +128,25 @@ def test_what_cannot_be_looked_at_is_not_refused():
         lambda t: check_logits(t, "A part") + 0, backend="eager", fullgraph=True
     )
     assert compiled(torch.full((3, 4), torch.nan)).isnan().all()
+
+
+@pytest.mark.parametrize("matrices", ["highest", "medium"])
+@pytest.mark.parametrize("allowed", [True, False])
+@pytest.mark.parametrize("precision", [None, "tf32", "ieee"])
+def test_float32_is_multiplied_as_such_and_settings_come_back(matrices, allowed, precision):
+    backends, before = torch.backends, torch.get_float32_matmul_precision()
+    kinds = backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn, backends.mkldnn.matmul
+    try:
+        torch.set_float32_matmul_precision(matrices)
+        backends.cudnn.allow_tf32 = allowed
+        if precision is not None:  # of the newer functions, which older ones do not agree with
+            backends.cudnn.rnn.fp32_precision = precision
+        given = [kind.fp32_precision for kind in kinds]
+        with without_tf32():
+            assert {kind.fp32_precision for kind in kinds} == {"ieee"}
+            assert torch.get_float32_matmul_precision() == "highest"
+            assert not backends.cudnn.allow_tf32
+        assert [kind.fp32_precision for kind in kinds] == given
+    finally:
+        backends.cudnn.allow_tf32 = True
+        torch.set_float32_matmul_precision(before)
