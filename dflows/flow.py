@@ -195,9 +195,8 @@ class DiscreteFlow(nn.Module):
     def log_prob(self, y: Tensor, context: Tensor | None = None) -> Tensor:
         """Computes the exact log-probability, in nats.
 
-        Its gradient is that of the bijections' rules. A stochastic rule samples maps in training
-        mode with gradients, as dropout does: the value is then the log-probability under these
-        maps.
+        Its gradient is that of the bijections' rules. In training mode with gradients a stochastic
+        rule samples maps, as dropout does: the value is the log-probability under these maps.
 
         Args:
             y: Indices (…, d); d < D is a shorter event.
@@ -283,9 +282,8 @@ class DiscreteFlow(nn.Module):
                 dimensions at once, until nothing changes. The samples are the same, and
                 :attr:`evaluations` counts the evaluations.
             prompt: Prefix of the samples, indices (n,), or one a sample in the shape of the
-                samples; the rest is sampled from its exact distribution given the prompt. The
-                prefix must not depend on later dimensions, as over the natural ordering or blocks
-                from left to right.
+                samples; the rest is sampled from its exact distribution given the prompt. It must
+                not depend on later dimensions: take Natural, or Blocks from left to right.
 
         Returns:
             Indices ``(*S, d)``, or ``(*S, B, d)`` with a context.

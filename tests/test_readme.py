@@ -24,6 +24,7 @@ def command_lines():
     return [(words[2].partition(".")[2], words[3:]) for words in commands]
 
 
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
 def test_the_library_examples_run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     flow, training, loading = (part for part in blocks("python") if "nn.Module" not in part)

@@ -315,7 +315,7 @@ class TestAuxiliary:
         (ATTENTIVE, {"overlap_stride": 0}, "overlap_stride is 0: give a number from 1 to 6"),
         (ATTENTIVE, {"overlap_stride": 7}, "overlap_stride is 7"),
         (RECURRENT, {"restart": 1.5}, "restart is 1.5"),
-        (ATTENTIVE, {"stateful": True}, "stateful is set, and a Transformer over .* has no state"),
+        (ATTENTIVE, {"stateful": True}, "a Transformer over .* carries no state"),
         (RECURRENT, {"stateful": True, "ordering": Reversed()}, "carries no state"),
         (RECURRENT, {"stateful": True, "ngram_order": 2}, "carries no state"),
         (
