@@ -196,7 +196,7 @@ class BaseModule(OptimizedModule, ABC):
 
         Args:
             checkpoint_path: The file.
-            map_location: Where the module goes, by default the CPU.
+            map_location: Where the module goes, as `torch.load` takes it; by default the CPU.
             allow: Packages, other than dflows' own, whose classes a checkpoint may name.
             strict: Whether all weights must be there, and no others.
             arguments: Arguments of the constructor.
@@ -211,11 +211,13 @@ class BaseModule(OptimizedModule, ABC):
         Example:
             >>> module = FlowModule.load_from_checkpoint("best.ckpt", flow=flow)  # doctest: +SKIP
         """
-        content = read_content(checkpoint_path)
+        arguments.pop("weights_only", None)  # no other objects are ever read
+        content = read_content(checkpoint_path, map_location or "cpu")
         module = rebuild(cls, content, checkpoint_path, allow, arguments)
         load_weights(module, content["state_dict"], checkpoint_path, strict=strict)
         module.on_load_checkpoint(content)
-        return module if map_location is None else module.to(map_location)
+        weight = next(iter(content["state_dict"].values()), None)
+        return module if weight is None else module.to(weight.device)
 
     @staticmethod
     def indices_of(batch: Batch) -> Tensor:
@@ -236,6 +238,8 @@ class BaseModule(OptimizedModule, ABC):
         if stage == "fit":
             if self.trainer.max_steps == 0:
                 raise UserError("trainer.max_steps is 0: give at least 1, or -1 for no such end")
+            if self.trainer.max_epochs == 0:
+                raise UserError("trainer.max_epochs is 0: give at least 1, or -1 for no such end")
             self._seed = torch.initial_seed()
             with torch.random.fork_rng(devices=[]):
                 self.prepare()

@@ -50,18 +50,19 @@ class ModelParser(ArgumentParser):
         return added
 
 
-def read_content(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads the file of a checkpoint without running anything that is in it, onto the CPU.
+def read_content(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, Any]:
+    """Reads the file of a checkpoint without running anything that is in it.
 
     Args:
         path: The file.
+        map_location: Where its tensors go, as `torch.load` takes it.
 
     Raises:
         UserError: If it is missing, damaged, or no checkpoint of a Lightning module.
     """
     path = Path(path).expanduser()
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        content = torch.load(path, map_location=map_location, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"no checkpoint {path}: give the path of a file, like best.ckpt") from None
     except PermissionError as error:

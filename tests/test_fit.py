@@ -183,6 +183,18 @@ def test_both_likelihoods_are_those_of_the_best_checkpoint(tmp_path, capsys):
     assert f"{metrics['valid_bpc']:.4f}" in capsys.readouterr().out.split("best.ckpt")[-1]
 
 
+def test_the_end_of_the_epochs_is_validated_and_kept(tmp_path):
+    options = {"max_steps": -1, "limit_train_batches": 3, "log_every_n_steps": 1}
+    config = small_config(tmp_path, write_text(tmp_path), val_check_interval=1000, **options)
+    arguments = ("--config", config, "--trainer.max_epochs")
+    run = tmp_path / "runs" / "small" / "version_0"
+    for epochs, more in ((2, ()), (2, ("--ckpt_path", run)), (4, ("--ckpt_path", run))):
+        assert run_here("fit", *arguments, epochs, *more) == 0
+        for name in ("best.ckpt", "last.ckpt"):
+            assert torch.load(run / name, weights_only=True)["global_step"] == 3 * epochs
+        assert read_record(run / "small-1.json").metrics["steps"] == 3 * epochs
+
+
 @pytest.mark.parametrize("split", ["val", "test"])
 def test_a_split_that_is_not_read_has_no_figures(split, tmp_path):
     config = small_config(tmp_path, write_text(tmp_path))

@@ -1,6 +1,7 @@
 """Callbacks of every run: its folder, checkpoints, the clock."""
 
 import inspect
+import math
 import shutil
 import time
 from pathlib import Path
@@ -282,6 +283,7 @@ class Stopwatch(Callback):
         self.train_examples = 0
         self.test_seconds = 0.0
         self._since: float | None = None
+        self._interval: int | float | None = None
 
     def report(self, steps: int, read: int | None = None, tested: int | None = None) -> Report:
         """Reports the speed of training and of evaluation.
@@ -330,6 +332,15 @@ class Stopwatch(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts."""
         self._since = time.perf_counter()
+        epoch = trainer.fit_loop.epoch_loop
+        if epoch.restarting and epoch.batch_progress.is_last_batch:
+            # Lightning goes on in an epoch that is over, unless it sees that it was validated.
+            self._interval, trainer.val_check_batch = trainer.val_check_batch, math.inf
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Validates as often as was asked for, where a resumed run begins with the next epoch."""
+        if self._interval is not None:
+            self._interval, trainer.val_check_batch = None, self._interval
 
     def on_train_batch_end(
         self,
@@ -339,11 +350,13 @@ class Stopwatch(Callback):
         batch: Any,
         batch_idx: int,
     ) -> None:
-        """Counts, and asks for the last validation when the last step is done."""
+        """Counts, and asks for the last validation when the last step or epoch is done."""
         indices = BaseModule.indices_of(batch)
         self.train_characters += indices.numel() * trainer.world_size
         self.train_examples += len(indices) * trainer.world_size
-        if 0 < trainer.max_steps <= trainer.global_step:
+        last_epoch = 0 < (trainer.max_epochs or -1) <= trainer.current_epoch + 1
+        ends = last_epoch and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
+        if ends or 0 < trainer.max_steps <= trainer.global_step:
             trainer.should_stop = True
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

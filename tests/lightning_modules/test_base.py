@@ -442,6 +442,14 @@ class TestLoad:
         assert torch.equal(found.logits, module.logits)
         assert found.training
 
+    @pytest.mark.parametrize(
+        "place", ["cpu", torch.device("cpu"), {"cuda:0": "cpu"}, lambda storage, _: storage]
+    )
+    def test_takes_what_lightnings_own_takes(self, place, tmp_path):
+        path = self.saved(Unigram(), tmp_path)
+        found = Unigram.load_from_checkpoint(path, map_location=place, weights_only=True)
+        assert found.device.type == "cpu"
+
     def test_a_module_that_kept_its_arguments(self, tmp_path):
         path = self.saved(Saved(0.5), tmp_path)
         found = Saved.load_from_checkpoint(path, factor=2.0)

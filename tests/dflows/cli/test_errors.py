@@ -201,6 +201,7 @@ class TestKeys:
             ),
             (("--trainer.max_steps", -1), "Layerwise trains in stages"),
             (("--trainer.max_steps", 0), "trainer.max_steps is 0: give at least 1"),
+            (("--trainer.max_epochs", 0), "trainer.max_epochs is 0: give at least 1"),
             (("--trainer.enable_checkpointing", "false"), "trainer.enable_checkpointing is false"),
             (("--seed_everything", "false"), "seed_everything is false"),
         ],
