@@ -276,12 +276,12 @@ class BaseModule(OptimizedModule, ABC):
         if loss.requires_grad:
             super().backward(loss, *args, **kwargs)
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Adds a batch to the validation metrics."""
         with self.located("validation"):
             self._update("valid", batch, self.log_prob(batch))
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Adds a batch to the test metrics."""
         with self.located("test"):
             self._update("test", batch, self.log_prob(batch))

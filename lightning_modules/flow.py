@@ -337,7 +337,7 @@ class FlowModule(BaseModule):
             counts = self.trainer.strategy.reduce(refit.count(self.flow, x), reduce_op="sum")
             refit.update(self.flow, counts)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Adds a batch to the test metrics, those of every transform included."""
         with self.located("test"):
             self._test(batch)

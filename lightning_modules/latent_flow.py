@@ -190,7 +190,7 @@ class LatentFlowModule(BaseModule):
     def _restart(self) -> None:
         self._generator = Generator(self.device).manual_seed(self.trainer.global_rank)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Adds a batch to the metrics of both bounds, which share their samples."""
         y = self.indices_of(batch)
         with self.located("test"):

@@ -73,9 +73,9 @@ class TextModule(FlowModule, ABC):
         text = self.data.is_text and self.trainer.world_size == 1
         self._score = self.text_score() if text else None
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
+    def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Adds a batch to the test metrics, and to those of the text without breaks."""
-        super().test_step(batch, batch_idx)
+        super().test_step(batch, batch_idx, dataloader_idx)
         if self._score is not None:
             text = self.indices_of(batch).flatten()
             self.stateful_bits.update(self._score(text), len(text))

@@ -165,6 +165,17 @@ def test_an_ordinary_datamodule_trains(name, tmp_path):
     assert "test_bpc_stateful" not in result
 
 
+@pytest.mark.parametrize("name", ["flow", "language-model", "latent"])
+def test_several_loaders_are_scored_as_one_split(name, tmp_path):
+    module, parts = MODULES[name](), rows().split(N // 2)
+    loaders = [DataLoader(TensorDataset(part), batch_size=24) for part in parts]
+    run = usual(tmp_path, max_epochs=1)
+    run.fit(module, KINDS["rows"](), loaders)
+    assert module.scores["valid"].characters == rows().numel()
+    run.test(module, loaders, verbose=False)
+    assert module.scores["test"].characters == rows().numel()
+
+
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "once"])
 def test_the_base_begins_at_what_is_found_in_the_data(kind, tmp_path):
     module = FlowModule(flows.stack(K, D, [], CONVOLUTION))
