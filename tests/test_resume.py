@@ -29,15 +29,18 @@ MORE = (
 
 def start(folder, config, *arguments):
     line = command_line("fit", "--config", config, *MORE, *arguments)
+    # A shell has its background jobs ignore Ctrl-C, which what they start would inherit.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with (folder / "log.txt").open("w") as log:
         process = subprocess.Popen(
             line, cwd=folder, env=environment(), stdout=log, stderr=subprocess.STDOUT
         )
+    signal.signal(signal.SIGINT, before)
     return process, folder / "log.txt"
 
 
 def wait_for(path, process, log):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not path.is_file():
         assert process.poll() is None, log.read_text()
         assert time.monotonic() < deadline, log.read_text()

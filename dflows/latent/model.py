@@ -66,8 +66,7 @@ class LatentFlow(nn.Module):
         | Importance Weighted Autoencoders (Burda et al., 2016), arXiv:1509.00519
 
     Example:
-        >>> from dflows.arguments import check_temperature
-    from dflows.backbones import LSTM
+        >>> from dflows.backbones import LSTM
         >>> from dflows.latent import AutoregressivePrior
         >>> _ = torch.manual_seed(0)
         >>> network = lambda: LSTM(width=8, bidirectional=True)

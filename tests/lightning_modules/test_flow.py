@@ -229,7 +229,10 @@ class TestBase:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"orderings": [], "base_refit_every": 1}, "nothing to train: set it to 0"),
+            (
+                {"orderings": [], "base_refit_every": 1},
+                "nothing to train but the base: set",
+            ),
             (
                 {
                     "base": AutoregressiveFactory(LSTM(width=8)),
