@@ -6,6 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
+from dflows.categorical import select_log_prob
 from dflows.errors import UserError
 from dflows.gradients import GradientRule, SoftmaxStraightThrough, gumbel_like
 from dflows.representations import check_largest, check_logits, is_one_hot
@@ -195,6 +196,6 @@ class SoftmaxBijection(Bijection):
             log_prob = (part / temperature).log_softmax(dim=-1).expand(num_samples, *part.shape)
             choice = (log_prob.detach() + gumbel_like(log_prob)).argmax(dim=-1)
             choices.append(choice)
-            log_probs.append(log_prob.gather(-1, choice.unsqueeze(-1)).squeeze(-1))
+            log_probs.append(select_log_prob(log_prob, choice))
         x = self.map_by(y.expand(num_samples, *y.shape), tuple(choices), inverse=True)
         return x, torch.stack(log_probs).sum(dim=0)

@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from dflows import modular
 from dflows.bijections.bijection import INITIAL_MARGIN, SoftmaxBijection
+from dflows.categorical import select_log_prob
 from dflows.errors import NonFiniteError
 from dflows.gradients import GradientRule
 from dflows.representations import (
@@ -191,6 +192,6 @@ class MatchedAffine(SoftmaxBijection):
         self, y: Tensor, logits: Tensor, target: Tensor | None = None
     ) -> Tensor:
         logits = self._checked(logits)
-        likelihood = logits.log_softmax(dim=-1).gather(-1, y.unsqueeze(-1)).squeeze(-1)
+        likelihood = select_log_prob(logits.log_softmax(dim=-1), y)
         x = self.inverse(y, logits.detach())
         return likelihood + full_precision(self.target).log_softmax(dim=-1)[x]

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from dflows.arguments import check_temperature
 from dflows.bijections.bijection import INITIAL_MARGIN, Bijection
+from dflows.categorical import select_log_prob
 from dflows.gradients import gumbel_like
 from dflows.representations import is_one_hot, to_indices, to_one_hot
 
@@ -107,4 +108,4 @@ class RankPermutation(Bijection):
         self, y: Tensor, logits: Tensor, target: Tensor | None = None
     ) -> Tensor:
         logits = self._checked(logits)
-        return logits.log_softmax(dim=-1).gather(-1, y.unsqueeze(-1)).squeeze(-1)
+        return select_log_prob(logits.log_softmax(dim=-1), y)

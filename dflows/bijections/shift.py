@@ -5,6 +5,7 @@ from torch import Tensor
 
 from dflows import modular
 from dflows.bijections.bijection import INITIAL_MARGIN, SoftmaxBijection
+from dflows.categorical import select_log_prob
 from dflows.gradients import GradientRule
 from dflows.representations import full_precision, is_one_hot, to_one_hot
 
@@ -62,4 +63,4 @@ class ModularShift(SoftmaxBijection):
     ) -> Tensor:
         # Cross-entropy: the most probable class is moved to class 0, where the base is peaked.
         logits = self._checked(logits)
-        return logits.log_softmax(dim=-1).gather(-1, y.unsqueeze(-1)).squeeze(-1)
+        return select_log_prob(logits.log_softmax(dim=-1), y)
