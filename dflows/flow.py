@@ -27,7 +27,6 @@ from dflows.orderings import Ordering, untransformed
 from dflows.representations import (
     check_indices,
     flatten_batch,
-    full_precision,
     repeat_context,
     to_one_hot,
     without_tf32,
@@ -221,9 +220,9 @@ class DiscreteFlow(nn.Module):
         """Returns indices as one-hot vectors where a transform learns from their gradient."""
         if not (torch.is_grad_enabled() and self.transforms_learn):
             return y
-        parameters = (part for part in self.parameters() if part.is_floating_point())
-        example = next(parameters, torch.empty(0))
-        return to_one_hot(y, self.num_classes, full_precision(example[:0]).dtype)
+        dtypes = (part.dtype for part in self.parameters() if part.is_floating_point())
+        dtype = torch.promote_types(next(dtypes, torch.float), torch.float)
+        return to_one_hot(y, self.num_classes, dtype)
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> Tensor:
         """Maps data → base.

@@ -15,7 +15,7 @@ from dflows.bases import AutoregressiveBase, FactorizedBase, NGramBase
 from dflows.bijections import RankPermutation
 from dflows.conditioner import Conditioner, Context
 from dflows.errors import UserError
-from dflows.flows import AutoregressiveFactory
+from dflows.flows import AutoregressiveFactory, bipartite
 from dflows.objectives import EndToEnd
 from dflows.orderings import BehindContext, Blocks, Natural, Parity, Reversed, Strided
 from dflows.transforms import Composition
@@ -647,3 +647,19 @@ class TestObject:
             flow.log_prob(y)
             flow.sample((2,))
         flow.log_prob(y).sum().backward()
+
+
+def test_the_first_parameter_may_be_a_scalar():
+    class Tempered(AutoregressiveBase):
+        def __init__(self):
+            super().__init__(Conditioner(3, 4, Natural(), LSTM(width=4)))
+            self.temperature = nn.Parameter(torch.tensor(1.0))
+
+        def log_prob(self, x, context=None):
+            logits = self.conditioner(x, context) / self.temperature
+            return self.score(logits, x)
+
+    flow = DiscreteFlow(Tempered(), bipartite(3, 4).transforms)
+    assert not next(flow.parameters()).ndim
+    flow.log_prob(states(3, 4)).mean().backward()
+    assert flow.transforms[0].conditioner.head.bias.grad.abs().sum() > 0
