@@ -131,18 +131,19 @@ class OptimizedModule(pl.LightningModule):
         return next(timers, None)
 
     @property
+    def _end_is_known(self) -> bool:
+        return not math.isinf(self._total_steps()) or self._timer() is not None
+
+    @property
     def has_end(self) -> bool:
         """Whether the training ends by steps, by epochs or by time."""
-        if not math.isinf(self._total_steps()) or self._timer() is not None:
-            return True
-        return (self.trainer.max_epochs or -1) > 0
+        return self._end_is_known or self.coarse_epochs is not None
 
     @property
     def coarse_epochs(self) -> int | None:
         """The number of epochs, where it alone tells the progress: none has a known length."""
         epochs = self.trainer.max_epochs or -1
-        known = not math.isinf(self._total_steps()) or self._timer() is not None
-        return None if known or epochs < 1 else epochs
+        return None if self._end_is_known or epochs < 1 else epochs
 
     def progress(self, step: int) -> float:
         """Returns the part of the training that is done after so many steps, or by time, 0 to 1.
