@@ -203,6 +203,21 @@ class DataFacts:
         batches = self._first_batches(1)
         return batches[0] if batches else None
 
+    def refuse_context(self, who: str) -> None:
+        """Refuses data that are conditioned on something. All processes must ask at once.
+
+        Args:
+            who: The module that takes no context, with its article.
+
+        Raises:
+            UserError: If they are.
+        """
+        if (self.first_batch() or (None, None))[1] is not None:
+            raise UserError(
+                f"{who} takes no context, and the data are conditioned on one: choose a "
+                "LanguageModel or a FlowModule whose flow has a Context"
+            )
+
     def _first_batches(self, values: int) -> list[tuple[Tensor, Tensor | None]] | None:
         """Returns the first batches of up to so many values: at least one, at most an epoch."""
         found: list[tuple[Tensor, Tensor | None]] | str | None = None

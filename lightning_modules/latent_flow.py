@@ -137,11 +137,7 @@ class LatentFlowModule(BaseModule):
         )
 
     def prepare(self) -> None:
-        if (self.data.first_batch() or (None, None))[1] is not None:
-            raise UserError(
-                "a LatentFlowModule takes no context, and the data are conditioned on one: choose "
-                "a LanguageModel or a FlowModule with context_features"
-            )
+        self.data.refuse_context("a LatentFlowModule")
         rank_zero_info(self.describe())
         self.certify(trained=False)
 

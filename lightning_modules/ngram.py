@@ -52,11 +52,7 @@ class NGramModule(TextModule):
         self._seen = order - 1
 
     def prepare(self) -> None:
-        if (self.data.first_batch() or (None, None))[1] is not None:
-            raise UserError(
-                "an NGramModule takes no context, and the data are conditioned on one: choose a "
-                "LanguageModel or a FlowModule with context_features"
-            )
+        self.data.refuse_context("an NGramModule")
         if self.trainer.world_size > 1:
             raise UserError(
                 f"{self.trainer.world_size} processes would count the same, and an NGramModule has "
