@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from dflows.arguments import check_positive
 from dflows.errors import UserError
-from dflows.representations import without_autocast
+from dflows.representations import lstm_autocast
 
 __all__ = ["SequenceEncoder"]
 
@@ -98,8 +98,7 @@ class SequenceEncoder(nn.Module):
                     f"0..{self.num_classes - 1}: give the encoder num_classes, or other data"
                 )
         embedded = F.embedding(context.flatten(0, 1), self.embedding.weight)
-        # Processors without bfloat16 instructions have no LSTM for autocast to call.
-        with without_autocast("cpu"):
+        with lstm_autocast():
             read = self.lstm(embedded.to(self.embedding.weight.dtype))[0]
         read = torch.cat([embedded, read], dim=-1).unflatten(0, (-1, self.sequences))
         features: Tensor = self.linear(read.transpose(1, 2).flatten(2))

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dflows.errors import NonFiniteError, UserError
+from dflows.precision import has_bfloat16
 
 __all__ = [
     "batch_shape",
@@ -25,6 +26,7 @@ __all__ = [
     "full_precision",
     "is_at_hand",
     "is_one_hot",
+    "lstm_autocast",
     "repeat_context",
     "to_indices",
     "to_one_hot",
@@ -150,6 +152,17 @@ def without_autocast(device_type: str) -> AbstractContextManager[object]:
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()
+
+
+def lstm_autocast() -> AbstractContextManager[object]:
+    """Returns the context that an LSTM is called in: autocast as it is, where there is one for it.
+
+    On a CPU without fast bfloat16 PyTorch's LSTM fails under autocast or is slower than in float32,
+    and one in float16 cannot be trained: there, autocast is off.
+    """
+    if torch.get_autocast_dtype("cpu") == torch.bfloat16 and has_bfloat16("cpu"):
+        return nullcontext()
+    return without_autocast("cpu")
 
 
 @contextmanager

@@ -63,10 +63,13 @@ def test_a_flow_is_conditioned_on_what_it_encodes(aligned):
     assert flow.sample((2,), context).shape == (2, 6, 4)
 
 
-def test_autocast():
-    encoder, context = make().eval(), torch.randint(K, (3, 2, S))
-    with torch.autocast("cpu", torch.bfloat16):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast(dtype):
+    encoder, context = make(), torch.randint(K, (3, 2, S))
+    with torch.autocast("cpu", dtype):
         features = encoder(context)
+    features.float().sum().backward()
+    assert all(parameter.grad.any() for parameter in encoder.parameters())
     torch.testing.assert_close(features.float(), encoder(context), rtol=0.1, atol=0.1)
 
 

@@ -1,6 +1,7 @@
 import pytest
 import torch
 
+from dflows import representations
 from dflows.errors import NonFiniteError, UserError
 from dflows.representations import (
     batch_shape,
@@ -8,6 +9,7 @@ from dflows.representations import (
     flatten_batch,
     full_precision,
     is_one_hot,
+    lstm_autocast,
     to_indices,
     to_one_hot,
     without_tf32,
@@ -128,6 +130,18 @@ def test_what_cannot_be_looked_at_is_not_refused():
         lambda t: check_logits(t, "A part") + 0, backend="eager", fullgraph=True
     )
     assert compiled(torch.full((3, 4), torch.nan)).isnan().all()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("fast", [True, False])
+def test_an_lstm_has_autocast_where_the_processor_has_one_for_it(monkeypatch, enabled, dtype, fast):
+    monkeypatch.setattr(representations, "has_bfloat16", {"cpu": fast}.get)
+    with torch.autocast("cpu", dtype, enabled=enabled):
+        with lstm_autocast():
+            kept = torch.is_autocast_enabled("cpu")
+        assert torch.is_autocast_enabled("cpu") == enabled
+    assert kept == (enabled and fast and dtype == torch.bfloat16)
 
 
 @pytest.mark.parametrize("matrices", ["highest", "medium"])
