@@ -24,11 +24,12 @@ from torch.nn import functional as F
 
 from dflows.acceleration import accelerated
 from dflows.backbones import Backbone, State, StatefulBackbone, SteppedBackbone, as_backbone
-from dflows.embedding import Context, Embedding, Layout, behind
+from dflows.embedding import Context, Embedding, Layout, Layouts, behind
 from dflows.errors import UserError
 from dflows.experts import Expert
 from dflows.orderings import Ordering
 from dflows.representations import full_precision, is_one_hot, to_indices, without_autocast
+from dflows.views import view
 
 __all__ = ["Conditioner", "Context", "evaluated_by"]
 
@@ -120,7 +121,7 @@ class Conditioner(nn.Module):
         levels = ordering.levels(length)
         self.num_levels = int(levels.max()) + 1
         self.embedding = Embedding(num_classes, length, self.num_levels, self.backbone, context)
-        self._layouts: dict[tuple[int, torch.device, int], Layout] = {}
+        self._layouts = Layouts()
         width = self.backbone.width
         self.head = nn.Linear(width, num_logits)
         self.expert = expert
@@ -173,10 +174,28 @@ class Conditioner(nn.Module):
 
     def layout(self, length: int, device: torch.device, tokens: int = 0) -> Layout:
         """Returns the layout of `length` dimensions behind so many context tokens."""
-        key = (length, device, tokens)
-        if key not in self._layouts:
-            self._layouts[key] = Layout.of(self.ordering.levels(length), device, tokens)
-        return self._layouts[key]
+        return self._layouts.find(self.ordering, length, device, tokens)
+
+    def with_levels(self, count: int) -> "Conditioner":
+        """Returns this network over an ordering of another number of levels; all is shared.
+
+        Raises:
+            UserError: If the ordering cannot have so many, or the network has an embedding for each
+                level.
+        """
+        if count == self.num_levels:
+            return self
+        if not self.backbone.knows_levels:
+            raise UserError(
+                f"a {self.embedding.name} has an embedding for each of {self.num_levels} levels, "
+                f"and {count} were asked for: choose a backbone that knows levels by itself, an "
+                "LSTM say"
+            )
+        if not 1 <= count <= self.length:
+            raise UserError(
+                f"{count} levels were asked for: give 1 to {self.length}, the dimensions"
+            )
+        return view(self, ordering=self.ordering.with_levels(count), num_levels=count)
 
     def supports_prefix(self, number: int, length: int) -> bool:
         """Returns whether the first `number` of `length` dimensions depend on no later ones."""

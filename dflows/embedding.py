@@ -1,7 +1,7 @@
 """The input of a backbone: embeddings of values, levels, positions and the context."""
 
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -9,9 +9,10 @@ from torch.nn import functional as F
 
 from dflows.backbones import Backbone
 from dflows.errors import UserError
+from dflows.orderings import Ordering
 from dflows.representations import is_one_hot
 
-__all__ = ["Context", "Embedding", "Layout"]
+__all__ = ["Context", "Embedding", "Layout", "Layouts"]
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,25 @@ class Layout(NamedTuple):
             )
 
 
+class Layouts:
+    """Creates a cache of layouts, which copies of its owner do not take along."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Ordering, int, torch.device, int], Layout] = {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Layouts":
+        return Layouts()
+
+    def find(
+        self, ordering: Ordering, length: int, device: torch.device, tokens: int = 0
+    ) -> Layout:
+        """Returns the layout of `length` dimensions behind so many context tokens."""
+        key = (ordering, length, device, tokens)
+        if key not in self._known:
+            self._known[key] = Layout.of(ordering.levels(length), device, tokens)
+        return self._known[key]
+
+
 class Embedding(nn.Module):
     """Creates the embeddings of values, levels, positions and context that a backbone reads.
 
@@ -106,9 +126,13 @@ class Embedding(nn.Module):
                     "context: choose another backbone"
                 )
             self.register_module("context", None)
+            self.register_parameter("query", None)
             return
         self.values = nn.Parameter(torch.randn(num_classes, width))
-        self.query = nn.Parameter(torch.randn(num_levels, width) * 0.1)
+        if backbone.knows_levels:
+            self.register_parameter("query", None)
+        else:
+            self.query = nn.Parameter(torch.randn(num_levels, width) * 0.1)
         if backbone.knows_positions:
             self.register_parameter("positions", None)
         else:
@@ -177,7 +201,9 @@ class Embedding(nn.Module):
         return behind(tokens, content), 0 if tokens is None else tokens.shape[1]
 
     def _known(self, levels: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        query = self.query[levels]
+        query = self.values.new_zeros(len(levels), self.width)
+        if self.query is not None:
+            query = self.query[levels]
         if self.positions is not None:
             query = query + self.positions[: len(levels)]
         self.check_context(context)

@@ -47,6 +47,9 @@ def _parser() -> Parser:
         "-c", "--config", action=ActionConfigFile, help="Configuration of the data."
     )
     add_checkpoint_arguments(parser)
+    parser.add_argument(
+        "--passes", type=int | None, default=None, help="Passes to generate; the model's own."
+    )
     parser.add_argument("--split", type=Literal["test", "valid"], default="test")
     parser.add_argument("--name", type=str | None, default=None, help="Name of the record.")
     parser.add_argument(
@@ -112,6 +115,8 @@ def evaluate(arguments: Sequence[str]) -> None:
         _put_back_vocabulary(data_config, checkpoint, Path(folder))
         made = parser.instantiate_classes(config)
         data, split = made.data, config.split
+        if config.passes is not None:
+            module.set_passes(config.passes)
         if data.vocabulary != checkpoint.vocabulary:
             raise UserError(
                 f"the data have another vocabulary of {data.num_classes} classes than the "

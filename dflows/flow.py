@@ -32,6 +32,7 @@ from dflows.representations import (
     without_tf32,
 )
 from dflows.transforms import ConditionalTransform, DiscreteTransform
+from dflows.views import view
 
 __all__ = ["DiscreteFlow", "FlowDistribution"]
 
@@ -131,13 +132,23 @@ class DiscreteFlow(nn.Module):
         """Sequential network evaluations for one batch of samples."""
         return self.base.passes + sum(transform.passes for transform in self.transforms)
 
+    def with_passes(self, passes: int) -> "DiscreteFlow":
+        """Returns this flow with another number of passes; both share all parameters.
+
+        Raises:
+            UserError: If it has transforms, or its base cannot have so many.
+        """
+        if len(self.transforms):
+            raise UserError(
+                f"{passes} passes were asked for, and a base is fitted to the levels of its "
+                "transforms: train a flow without transforms, dflows.flows.language_model say"
+            )
+        own = Acceleration(self._acceleration.compile, self._acceleration.cuda_graph)
+        return view(self, base=self.base.with_passes(passes), _acceleration=own)
+
     @property
     def untransformed(self) -> int:
-        """Number of dimensions that no transform ever changes.
-
-        It is exact for stacks of conditional transforms, and an upper bound where permutations
-        stand between them.
-        """
+        """Number of dimensions that no transform ever changes, at most."""
         return len(untransformed(self._orderings, self.length))
 
     @property
@@ -340,14 +351,6 @@ class DiscreteFlow(nn.Module):
             cuda_graph: Whether to capture all levels as one CUDA graph and replay it. It needs a
                 CUDA device, and excludes the fixed point, which depends on values.
 
-        Example:
-            >>> from dflows import FactorizedBase
-            >>> flow = DiscreteFlow(FactorizedBase(3, 4))
-            >>> flow.accelerate(cuda_graph=True)
-            >>> flow.sample((2,))
-            Traceback (most recent call last):
-            ...
-            dflows.errors.UserError: cuda_graph is set, and the model is on cpu: a CUDA graph ...
         """
         self._acceleration = Acceleration(compile=compile, cuda_graph=cuda_graph)
 

@@ -45,6 +45,9 @@ def generate(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--length", type=int | None, default=None, help="Characters of a sample; a window's."
     )
+    parser.add_argument(
+        "--passes", type=int | None, default=None, help="Passes to generate; the model's own."
+    )
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--method", type=Method, default="levels")
@@ -76,6 +79,8 @@ def generate(arguments: Sequence[str]) -> None:
         module.to(_device(config.device))
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {config.device} is not available: {error}") from None
+    if config.passes is not None:
+        module.set_passes(config.passes)
     module.accelerate(compile=config.compile, cuda_graph=config.cuda_graph)
     prompt = None
     if config.prompt is not None:

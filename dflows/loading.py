@@ -17,6 +17,7 @@ def load(
     *,
     allow: Sequence[str] = (),
     device: "torch.device | str" = "cpu",
+    passes: int | None = None,
 ) -> "TrainedModel":
     """Loads a checkpoint of `python -m dflows.fit`, with its vocabulary, to sample and to score.
 
@@ -26,13 +27,16 @@ def load(
         path: The file, or the folder of a run, for its `best.ckpt`.
         allow: Packages, other than dflows' own, whose classes the checkpoint may name.
         device: Where the model computes.
+        passes: Sequential evaluations to generate, where the model was trained for several; its own
+            by default.
 
     Returns:
         The model: `.sample(4)` generates texts, `.log_prob(texts)` and `.bits_per_character(texts)`
         score them; `.module`, `.flow` and `.vocabulary` are its parts.
 
     Raises:
-        UserError: If the file is no checkpoint of dflows, or names classes of other packages.
+        UserError: If the file is no checkpoint of dflows, names classes of other packages, or cannot
+            have so many passes.
 
     Example:
         >>> model = load("runs/quickstart/version_0")  # doctest: +SKIP
@@ -42,4 +46,4 @@ def load(
     # The core stays light to import: Lightning and the datamodules are only needed here.
     from dflows.cli import trained
 
-    return trained.load(path, allow=allow, device=device)
+    return trained.load(path, allow=allow, device=device, passes=passes)

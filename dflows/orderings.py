@@ -50,6 +50,16 @@ class Ordering(ABC):
             UserError: If the ordering is not defined for the length.
         """
 
+    def with_levels(self, count: int) -> "Ordering":
+        """Returns the ordering of the same kind that has so many levels.
+
+        Raises:
+            UserError: If there is none.
+        """
+        raise UserError(
+            f"{self!r} cannot have another number of levels: train over Strided, which can"
+        )
+
     def __repr__(self) -> str:
         arguments = ", ".join(f"{key}={value}" for key, value in vars(self).items())
         return f"{type(self).__name__}({arguments})"
@@ -196,11 +206,11 @@ class Blocks(Ordering):
 
 
 class Strided(Ordering):
-    """Creates an ordering of the dimensions as rows, generated column by column.
+    """Creates an ordering of the dimensions as rows, generated column by column: lanes.
 
-    Every dimension sees its left neighbours in the row. The dimensions of one level lie `columns`
-    apart and are hence nearly independent in text. The number of passes does not grow with the
-    length.
+    Every dimension sees its left neighbours in the row, its lane, and what is known of the next
+    one. The dimensions of one level lie `columns` apart and are hence nearly independent in text.
+    The number of passes does not grow with the length.
 
     Args:
         columns: Number of columns, which are the levels.
@@ -219,6 +229,9 @@ class Strided(Ordering):
 
     def levels(self, length: int) -> Tensor:
         return torch.arange(length) % self.columns
+
+    def with_levels(self, count: int) -> "Strided":
+        return Strided(count)
 
 
 class Checkerboard(Ordering):
@@ -307,6 +320,9 @@ class BehindContext(Ordering):
 
     def levels(self, length: int) -> Tensor:
         return self.ordering.levels(length) + 1
+
+    def with_levels(self, count: int) -> "BehindContext":
+        return BehindContext(self.ordering.with_levels(count - 1))
 
 
 def alike(orderings: Sequence[Ordering], length: int) -> Tensor:

@@ -66,6 +66,7 @@ METRICS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "level_bpc": ("numbers", "bits per dimension of each level of the one ordering, on test"),
         "untransformed": ("count", "dimensions that no transform changes"),
         "passes": ("count", "sequential network evaluations of one batch of samples"),
+        "passes_bpc": ("mapping", "test_bpc of the same network, by number of passes"),
         "samples": ("texts", "generated windows, drawn with the seed of the run"),
         "fixed_point_iterations": (
             "number",
@@ -109,7 +110,8 @@ METRICS: Mapping[str, tuple[str, str]] = MappingProxyType(
 """The metrics that a record may hold: the kind of each value, and what it means.
 
 A number is finite; a count a whole number of at least 0; numbers are a list, one an entry of the
-model; counts are a mapping of names to counts; texts are a list of text.
+model; counts are a mapping of names to counts, and a mapping is one to numbers; texts are a list of
+text.
 """
 
 _KINDS = {
@@ -118,6 +120,7 @@ _KINDS = {
     "count": "a whole number of at least 0",
     "texts": "a list of text",
     "counts": "a mapping of names to whole numbers of at least 0",
+    "mapping": "a mapping of names to finite numbers",
 }
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _LIKELIHOODS = ("exact", "bound")
@@ -186,6 +189,8 @@ def _of_kind(value: object, kind: str) -> bool:
             return isinstance(value, list) and all(map(_is_number, value))
         case "texts":
             return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
+        case "mapping":
+            return isinstance(value, dict) and all(map(_is_number, value.values()))
         case _:
             return isinstance(value, dict) and all(map(_is_count, value.values()))
 

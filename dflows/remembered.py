@@ -1,7 +1,7 @@
 """A cache of results computed from levels."""
 
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,6 +31,9 @@ class Remembered(Generic[T]):
     def __init__(self, function: Callable[[Tensor], T]) -> None:
         self.function = function
         self._entries: list[tuple[Tensor, int, T]] = []
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Remembered[T]":
+        return Remembered(self.function)  # a copy works its results out anew
 
     def __call__(self, levels: Tensor) -> T:
         for known, version, value in self._entries:

@@ -102,6 +102,17 @@ class BaseModule(OptimizedModule, ABC):
         """Sequential network evaluations that drawing a batch takes, where they are known."""
         return None
 
+    def set_passes(self, passes: int) -> None:
+        """Sets the number of passes, where there are several to choose from.
+
+        Raises:
+            UserError: If the model cannot have so many.
+        """
+        raise UserError(
+            f"{passes} passes were asked for, and a {type(self).__name__} has none to choose from: "
+            "leave it away"
+        )
+
     @property
     def conditional(self) -> bool:
         """Whether the model takes a context."""

@@ -22,6 +22,7 @@ from dflows.reporting import Report
 from dflows.transforms import DiscreteTransform
 from lightning_modules.base import DEFAULT_OPTIMIZATION, BaseModule, Batch, Optimization, compute
 from lightning_modules.counting import Counting, unseen_residual
+from lightning_modules.passes import PassesCurve
 from lightning_modules.refit import ClosedFormRefit
 
 __all__ = ["FlowModule"]
@@ -118,9 +119,8 @@ class FlowModule(BaseModule):
         self.residual_entropy = ResidualEntropy(
             len(flow.transforms), flow.num_classes, alike(orderings, flow.length)
         )
-        self._ordering = _shared_levels(flow)
-        levels = None if self._ordering is None else self._ordering.levels(flow.length)
-        self.level_bits = None if levels is None else LevelBits(levels)
+        self._measure_levels()
+        self.curve = PassesCurve(objective.choices) if objective.choices else None
         self.exact_match = ExactMatch()
         self.accuracy: float | None = None
         self.residual_bpc: list[float] = []
@@ -167,6 +167,15 @@ class FlowModule(BaseModule):
     def passes(self) -> int:
         return self.flow.passes
 
+    def set_passes(self, passes: int) -> None:
+        self.flow = self.flow.with_passes(passes)
+        self._measure_levels()
+
+    def _measure_levels(self) -> None:
+        self._ordering = _shared_levels(self.flow)
+        levels = None if self._ordering is None else self._ordering.levels(self.flow.length)
+        self.level_bits = None if levels is None else LevelBits(levels).to(self.device)
+
     @property
     def conditional(self) -> bool:
         """Whether some part of the flow takes a context."""
@@ -197,6 +206,8 @@ class FlowModule(BaseModule):
             report.metrics["level_bpc"] = self.level_bpc
             bits = ", ".join(f"{bits:.2f}" for bits in self.level_bpc)
             report.row("bits of each level", bits, "test, in the order of generation")
+        if self.curve is not None:
+            report += self.curve.report()
         of = f"{flow.length} characters at once" if flow.passes else "no network"
         return report.row("passes to generate", str(flow.passes), of)
 
@@ -284,7 +295,9 @@ class FlowModule(BaseModule):
             y, context = self.indices_of(batch), self.context_of(batch)
         precision = None if self._trainer is None else self.trainer.precision_plugin
         with nullcontext() if precision is None else precision.forward_context():
-            check_flow(self.flow, context, batch=y, trained=trained)
+            for passes in self.objective.choices or [self.passes]:
+                flow = self.flow if passes == self.passes else self.flow.with_passes(passes)
+                check_flow(flow, context, batch=y, trained=trained)
 
     def describe(self) -> str:
         """Returns what the model is, in a line."""
@@ -353,6 +366,8 @@ class FlowModule(BaseModule):
             log_prob = self.flow.base.log_prob(x, self.flow.encode_context(context))
         if residuals:
             self.residual_entropy.update(residuals)
+        if self.curve is not None:
+            self.curve.update(self.flow, y, context)
         if self._ordering is not None and self.level_bits is not None:
             self.level_bits.update(log_prob, self._ordering.levels(log_prob.shape[1]))
         self._update("test", batch, log_prob.sum(dim=-1))
@@ -366,6 +381,8 @@ class FlowModule(BaseModule):
         if self.level_bits is not None:
             self.level_bpc = compute(self.level_bits).tolist()
             self.level_bits.reset()
+        if self.curve is not None:
+            self.curve.compute()
         if self.conditional:
             accuracy = compute(self.exact_match)
             self.accuracy = float(accuracy)

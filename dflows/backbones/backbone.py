@@ -44,6 +44,9 @@ class Backbone(nn.Module, ABC):
             :class:`~dflows.backbones.Table`, which takes the values themselves.
         knows_positions: Whether it distinguishes positions by itself. To the features of a
             backbone that does not, the conditioner adds a learned embedding of positions.
+        knows_levels: Whether it distinguishes levels by itself, so that it serves orderings of any
+            number of levels. For a backbone that does not, the query has a learned embedding of
+            levels.
 
     Raises:
         UserError: If the width is below 1.
@@ -51,6 +54,7 @@ class Backbone(nn.Module, ABC):
 
     embeds: ClassVar[bool] = True
     knows_positions: ClassVar[bool] = True
+    knows_levels: bool = False
     width: int
     level_causal: bool
 

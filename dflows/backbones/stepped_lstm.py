@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dflows.representations import without_autocast
+from dflows.representations import lstm_autocast
 
 __all__ = ["SteppedLSTM"]
 
@@ -29,8 +29,8 @@ class SteppedLSTM:
     def step(self, row: Tensor) -> Tensor:
         """Reads a row (B, features) and returns the hidden state (B, hidden) of the last layer."""
         lstm = self.lstm
-        # In the precision of a whole pass, which autocast leaves alone on a CPU.
-        with without_autocast("cpu"):
+        # In the precision of a whole pass.
+        with lstm_autocast():
             x = row.to(self.hidden[0].dtype)
             for layer, weights in enumerate(self.weights):
                 state = self.hidden[layer], self.cells[layer]

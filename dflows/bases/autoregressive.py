@@ -10,6 +10,7 @@ from dflows.decoding import decide_levels, solve_fixed_point
 from dflows.errors import UserError
 from dflows.orderings import Ordering
 from dflows.representations import check_logits, is_one_hot
+from dflows.views import view
 
 __all__ = ["AutoregressiveBase"]
 
@@ -68,6 +69,9 @@ class AutoregressiveBase(Base):
     @property
     def passes(self) -> int:
         return self.conditioner.num_levels
+
+    def with_passes(self, passes: int) -> "AutoregressiveBase":
+        return view(self, conditioner=self.conditioner.with_levels(passes))
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         return self.score(self.conditioner(x, context), x)

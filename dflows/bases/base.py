@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from torch import Generator, Tensor, nn
 
+from dflows.errors import UserError
 from dflows.orderings import Ordering
 
 __all__ = ["Base", "ClosedFormBase"]
@@ -52,6 +53,17 @@ class Base(nn.Module, ABC):
     @abstractmethod
     def passes(self) -> int:
         """Sequential network evaluations for a batch of samples."""
+
+    def with_passes(self, passes: int) -> "Base":
+        """Returns this base with another number of passes; both share all parameters.
+
+        Raises:
+            UserError: If it cannot have so many.
+        """
+        raise UserError(
+            f"a {type(self).__name__} cannot have another number of passes: train an "
+            "AutoregressiveBase over Strided"
+        )
 
     @abstractmethod
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:

@@ -76,7 +76,7 @@ def stir(module: _ModuleT) -> _ModuleT:
     for part in module.modules():
         if isinstance(part, Conditioner):
             part.head.weight.add_(torch.randn_like(part.head.weight), alpha=part.width**-0.5)
-            if part.embedding.embeds:
+            if part.embedding.query is not None:
                 part.embedding.query.add_(torch.randn_like(part.embedding.query))
     return module
 

@@ -273,8 +273,11 @@ def load(
     *,
     allow: Sequence[str] = (),
     device: torch.device | str = "cpu",
+    passes: int | None = None,
 ) -> TrainedModel:
     """Loads what :func:`dflows.load` documents."""
     checkpoint = read_checkpoint(path)
     module = load_model(checkpoint, allow).to(device)
+    if passes is not None:
+        module.set_passes(passes)
     return TrainedModel(module, checkpoint.vocabulary, checkpoint.length)

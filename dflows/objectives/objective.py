@@ -20,6 +20,14 @@ class Objective(nn.Module, ABC):
     (:func:`dflows.experts.leave_one_out`): the value is then no log-probability.
     """
 
+    @property
+    def choices(self) -> Sequence[int]:
+        """The numbers of passes that it trains a flow for, where there are several to choose from.
+
+        Each once, rising.
+        """
+        return []
+
     def prepare(self, flow: DiscreteFlow) -> None:
         """Checks that the objective can train a flow, and creates its parameters.
 
