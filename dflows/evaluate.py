@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import pytorch_lightning as pl
 import yaml
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 from pytorch_lightning.callbacks import Callback
@@ -34,6 +33,7 @@ from dflows.cli.noise import quiet
 from dflows.cli.progress import ProgressBar, ProgressLines
 from dflows.cli.recording import make_record
 from dflows.cli.summary import end_processes, judge, print_report, stdout_console
+from dflows.cli.trainer import Trainer
 from dflows.errors import UserError
 from dflows.provenance import revision
 from dflows.records import check_folder, check_name, write_record
@@ -55,7 +55,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--record", type=str | None, default=None, help="Folder that gets a record of the figures."
     )
-    parser.add_lightning_class_args(pl.Trainer, "trainer")
+    parser.add_lightning_class_args(Trainer, "trainer")
     parser.set_defaults(
         {
             "trainer.logger": False,
@@ -134,9 +134,7 @@ def evaluate(arguments: Sequence[str]) -> None:
         if made.trainer.enable_progress_bar is not False:
             own = any(isinstance(callback, AnyProgressBar) for callback in callbacks)
             shown = [ProgressLines()] if own else [ProgressBar(), ProgressLines()]
-        trainer = pl.Trainer(
-            **made.trainer, callbacks=[Certificates(), *callbacks, *shown, stopwatch]
-        )
+        trainer = Trainer(**made.trainer, callbacks=[Certificates(), *callbacks, *shown, stopwatch])
         run = trainer.test if split == "test" else trainer.validate
         run(module, datamodule=data, verbose=False)
         end_processes()

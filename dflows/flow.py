@@ -8,8 +8,7 @@ A flow knows nothing of training. `-flow.log_prob(y).mean()` has the gradient of
 rules (:mod:`dflows.gradients`); other objectives are in :mod:`dflows.objectives`.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from itertools import chain
 from typing import cast
@@ -26,10 +25,10 @@ from dflows.gradients import example_weights
 from dflows.orderings import Ordering, untransformed
 from dflows.representations import (
     check_indices,
+    exactly,
     flatten_batch,
     repeat_context,
     to_one_hot,
-    without_tf32,
 )
 from dflows.transforms import ConditionalTransform, DiscreteTransform
 from dflows.views import view
@@ -173,7 +172,7 @@ class DiscreteFlow(nn.Module):
                 "Context, or give no context"
             )
         if context is not None and self.context_encoder is not None:
-            with self.exactly(context.device):
+            with exactly(context.device):
                 context = cast("Tensor", self.context_encoder(context))
         return context
 
@@ -188,19 +187,6 @@ class DiscreteFlow(nn.Module):
             UserError: If they are no indices of the flow's classes, or have too many dimensions.
         """
         return check_indices(y, self.num_classes, self.length, wait=wait)
-
-    @contextmanager
-    def exactly(self, device: torch.device) -> Iterator[None]:
-        """Evaluates without gradients in full precision, whatever autocast and TF32 say.
-
-        In fewer bits the features from one evaluation of all levels differ from those from one
-        evaluation a level, and transforms would choose different maps in the two directions.
-        """
-        if torch.is_grad_enabled() or not len(self.transforms):
-            yield
-        else:
-            with torch.autocast(device.type, enabled=False), without_tf32():
-                yield
 
     def log_prob(self, y: Tensor, context: Tensor | None = None) -> Tensor:
         """Computes the exact log-probability, in nats.
@@ -222,7 +208,7 @@ class DiscreteFlow(nn.Module):
 
     def _log_prob(self, y: Tensor, context: Tensor | None) -> Tensor:
         y, context, shape = flatten_batch(y, context)
-        with self.exactly(y.device), example_weights() as weights:
+        with exactly(y.device), example_weights() as weights:
             x = self.inverse(self.differentiable(y), context)
             log_prob = self.base.log_prob(x, context).sum(dim=-1)
         return weights(log_prob).reshape(shape)
@@ -262,7 +248,7 @@ class DiscreteFlow(nn.Module):
         """
         flat, context, shape = flatten_batch(self.check_indices(y), self.encode_context(context))
         values = []
-        with self.exactly(y.device):
+        with exactly(y.device):
             for transform in reversed(self.transforms):
                 flat = transform.inverse(flat, context)
                 values.append(flat.reshape(shape + flat.shape[1:]))
@@ -331,7 +317,7 @@ class DiscreteFlow(nn.Module):
             parts: list[Base | DiscreteTransform] = [self.base, *self.transforms]
             prompt = expand_prompt(prompt.to(noise.device), shape, length, parts)
             prompt = self.check_indices(prompt, wait=True)
-        with self.exactly(noise.device):
+        with exactly(noise.device):
             value, self.evaluations = self._acceleration(
                 partial(generate, self.base, self.transforms),
                 self,
@@ -382,7 +368,7 @@ class DiscreteFlow(nn.Module):
 
     def _greedy(self, context: Tensor | None, length: int) -> Tensor:
         number = 1 if context is None else context.shape[0]
-        with self.exactly(next(chain(self.parameters(), self.buffers()), torch.empty(0)).device):
+        with exactly(next(chain(self.parameters(), self.buffers()), torch.empty(0)).device):
             value = self.base.greedy(number, length, context)
             for transform in self.transforms:
                 value = transform(value, context)

@@ -22,6 +22,7 @@ __all__ = [
     "check_indices",
     "check_largest",
     "check_logits",
+    "exactly",
     "flatten_batch",
     "full_precision",
     "is_at_hand",
@@ -163,6 +164,21 @@ def lstm_autocast() -> AbstractContextManager[object]:
     if torch.get_autocast_dtype("cpu") == torch.bfloat16 and has_bfloat16("cpu"):
         return nullcontext()
     return without_autocast("cpu")
+
+
+@contextmanager
+def exactly(device: torch.device) -> Iterator[None]:
+    """Evaluates without gradients in full precision, whatever autocast and TF32 say.
+
+    In fewer bits the features from one evaluation of all levels differ from those from one
+    evaluation a level: transforms would choose different maps in the two directions, and what is
+    scored would not be what is sampled. With gradients precision is as the caller has it.
+    """
+    if torch.is_grad_enabled():
+        yield
+    else:
+        with without_autocast(device.type), without_tf32():
+            yield
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from dflows.metrics import ExactMatch, LevelBits, ResidualEntropy
 from dflows.objectives import EndToEnd, Layerwise, Local, Objective
 from dflows.orderings import Ordering, alike
 from dflows.reporting import Report
+from dflows.representations import exactly
 from dflows.transforms import DiscreteTransform
 from lightning_modules.base import DEFAULT_OPTIMIZATION, BaseModule, Batch, Optimization, compute
 from lightning_modules.counting import Counting, unseen_residual
@@ -262,7 +263,7 @@ class FlowModule(BaseModule):
         return epochs < objective.num_stages(flow) or not stages(FINE) <= stages(epochs)
 
     def on_fit_start(self) -> None:
-        """Certifies the flow where it is trained: on its device, and in its precision."""
+        """Certifies the flow where it is trained, on its device."""
         super().on_fit_start()
         if (batch := self._first_batch()) is not None:
             self._certify_untrained(batch)
@@ -279,7 +280,7 @@ class FlowModule(BaseModule):
     def certify(self, batch: Batch | None = None, *, trained: bool = True) -> None:
         """Shows that the flow is what its likelihood presumes: :func:`dflows.checks.check_flow`.
 
-        It does so in the precision of the trainer.
+        It does so as the trainer evaluates: in full precision, or in that of its weights.
 
         Args:
             batch: Examples; the first of the training data where they are not given.
@@ -362,7 +363,7 @@ class FlowModule(BaseModule):
         # The last of the residuals is x, whose likelihood under the base is that of y.
         residuals = self.flow.residuals(y, context)
         x = residuals[-1] if residuals else y
-        with self.flow.exactly(y.device):
+        with exactly(y.device):
             log_prob = self.flow.base.log_prob(x, self.flow.encode_context(context))
         if residuals:
             self.residual_entropy.update(residuals)

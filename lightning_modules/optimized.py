@@ -9,7 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Timer
-from pytorch_lightning.plugins import Precision
+from pytorch_lightning.plugins import MixedPrecision, Precision
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -69,8 +69,9 @@ class OptimizedModule(pl.LightningModule):
                 {"params": groups[role], **settings_of}
                 for role, settings_of in zip(roles, self._settings(roles), strict=True)
             ],
-            # One kernel for all parameters; under mixed precision Lightning cannot clip for it.
-            fused=not ("mixed" in self.trainer.precision and self.trainer.gradient_clip_val),
+            # One kernel for all parameters; where Lightning clips it cannot under mixed precision.
+            fused=self._clips(self.trainer.gradient_clip_algorithm)
+            or not ("mixed" in self.trainer.precision and self.trainer.gradient_clip_val),
         )
         keep_settings(optimizer, lambda: self._settings(roles))
         if settings.schedule != "constant" and not self.has_end:
@@ -187,15 +188,13 @@ class OptimizedModule(pl.LightningModule):
         Raises:
             NonFiniteError: If they are not.
         """
-        plugin = self.trainer.precision_plugin
         parameters = [
             parameter
             for group in optimizer.param_groups
             for parameter in group["params"]
             if parameter.grad is not None
         ]
-        plain = type(plugin) is Precision and gradient_clip_algorithm in (None, "norm")
-        if plain and gradient_clip_val:
+        if gradient_clip_val and self._clips(gradient_clip_algorithm):
             # As Lightning does it, but the norm that this takes is looked at.
             finite = nn.utils.clip_grad_norm_(parameters, gradient_clip_val).isfinite()
         else:
@@ -204,9 +203,17 @@ class OptimizedModule(pl.LightningModule):
                 optimizer, gradient_clip_val, gradient_clip_algorithm
             )
         # A loss that is scaled up for float16 overflows at first, and its scaler skips the step.
-        scaled = getattr(plugin, "scaler", None) is not None
-        if parameters and not scaled and not self._in_range_test():
+        if parameters and not self._scaled and not self._in_range_test():
             self._watch.note("a gradient", finite, self.trainer.global_step)
+
+    @property
+    def _scaled(self) -> bool:
+        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
+
+    def _clips(self, algorithm: str | None) -> bool:
+        """Whether gradients are as they are, whole, and clipped by their norm."""
+        whole = type(self.trainer.precision_plugin) in (Precision, MixedPrecision)
+        return whole and not self._scaled and algorithm in (None, "norm")
 
     def located(self, part: str) -> AbstractContextManager[None]:
         """Returns a context that adds the part of a run and the step to non-finite errors."""

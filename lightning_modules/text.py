@@ -10,6 +10,7 @@ from torch import Tensor
 from dflows.flow import DiscreteFlow
 from dflows.metrics import BitsPerCharacter
 from dflows.reporting import Report
+from dflows.representations import exactly
 from lightning_modules.base import DEFAULT_OPTIMIZATION, Batch, Optimization, compute
 from lightning_modules.flow import FlowModule
 
@@ -78,7 +79,8 @@ class TextModule(FlowModule, ABC):
         super().test_step(batch, batch_idx, dataloader_idx)
         if self._score is not None:
             text = self.indices_of(batch).flatten()
-            self.stateful_bits.update(self._score(text), len(text))
+            with exactly(text.device):
+                self.stateful_bits.update(self._score(text), len(text))
 
     def on_test_epoch_end(self) -> None:
         """Logs the test metrics."""

@@ -14,6 +14,7 @@ from dflows.checks.probing import CertificateError, device_of, probed, values_of
 from dflows.conditioner import Conditioner
 from dflows.errors import LengthError, NonFiniteError
 from dflows.flow import DiscreteFlow
+from dflows.representations import exactly
 from dflows.transforms import Composition, DiscreteTransform
 
 __all__ = ["check_flow", "check_shorter"]
@@ -116,8 +117,8 @@ def check_flow(
     the stack, on some values (:func:`check_bijective` says which); shorter events; and
     normalization of events of one to three dimensions, and of all, where it can be enumerated.
 
-    They hold for the precision in which they are called: autocast is as the caller has it. What the
-    flow itself computes in full precision under autocast they see in full precision.
+    They hold for what a flow computes without gradients: in full precision, whatever autocast says,
+    or in the half precision that its weights have.
 
     Neither the flow is changed, nor its mode, nor the random state.
 
@@ -138,7 +139,7 @@ def check_flow(
         batch = flow.check_indices(batch)
     if batch_size is None:
         batch_size = 2 if batch is None else len(batch)
-    with torch.inference_mode(False), torch.no_grad(), flow.exactly(device_of(flow)):
+    with torch.inference_mode(False), torch.no_grad(), exactly(device_of(flow)):
         batch = None if batch is None else batch.clone()
         encoded = _encode(flow, context)
         for part, first_level in _conditioners([flow.base, *flow.transforms]).items():

@@ -9,6 +9,7 @@ from torch import Tensor
 from dflows.checks.probing import CertificateError, context_rows, device_of, probed, variants
 from dflows.errors import LengthError
 from dflows.flow import DiscreteFlow
+from dflows.representations import exactly
 
 __all__ = ["check_above_entropy", "check_normalized"]
 
@@ -58,7 +59,7 @@ def check_normalized(
                 return probe._log_prob(y, context)
 
             def of_base(x: Tensor, context: Tensor | None, probe: DiscreteFlow = probe) -> Tensor:
-                with probe.exactly(x.device):
+                with exactly(x.device):
                     return probe.base.log_prob(x, context).sum(dim=-1)
 
             def sum_of(log_prob: Callable[[Tensor, Tensor | None], Tensor]) -> float | None:

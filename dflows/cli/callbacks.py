@@ -384,8 +384,8 @@ class Stopwatch(Callback):
 class Certificates(Callback):
     """Creates what certifies trained weights before figures of them are found.
 
-    It does so in the precision of the run, with a batch that will be scored: once after a fit, and
-    before an evaluation alone. Nothing is recorded of weights that keep no promise.
+    It does so as they are evaluated, with a batch that will be scored: once after a fit, and before
+    an evaluation alone. Nothing is recorded of weights that keep no promise.
     """
 
     def __init__(self) -> None:

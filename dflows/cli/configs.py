@@ -32,6 +32,7 @@ from dflows.cli.checkpoints import Checkpoint, WholeCheckpoints, read_checkpoint
 from dflows.cli.progress import ProgressBar, ProgressLines
 from dflows.cli.recording import below_here
 from dflows.cli.summary import EXACT_STATES
+from dflows.cli.trainer import Trainer
 from dflows.errors import UserError
 from dflows.records import check_folder, check_name
 from lightning_modules import BaseModule
@@ -195,6 +196,7 @@ class FlowCLI(LightningCLI):
                     BaseModule,
                     StreamDataModule,
                     save_config_callback=SaveRun,
+                    trainer_class=Trainer,
                     trainer_defaults=DEFAULTS,
                     seed_everything_default=0,
                     parser_class=Parser,

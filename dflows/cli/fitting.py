@@ -18,7 +18,7 @@ from dflows.cli.summary import (
     trainer_device,
 )
 from dflows.errors import UserError
-from dflows.provenance import revision
+from dflows.provenance import describe_device, revision
 from dflows.records import write_record
 
 __all__ = ["fit"]
@@ -71,6 +71,8 @@ def fit(arguments: Sequence[str]) -> None:
         console = stdout_console()
         exact_states = cli.config.exact_states
         report = judge(module, data, splits, cli.stopwatch, steps=steps, exact_states=exact_states)
+        device = describe_device(trainer_device(trainer), trainer.world_size)
+        report.row("precision of training", trainer.precision, device)
         report += module.report_generation(data.length)
         samples = generate_samples(module, data, cli.config.seed_everything or 0)
         report += data.report_samples(samples)

@@ -11,7 +11,7 @@ from dflows.backbones import Backbone, as_backbone
 from dflows.categorical import inverse_cdf
 from dflows.errors import UserError
 from dflows.latent.prior import FlowPrior, normal_log_prob
-from dflows.representations import check_logits, full_precision
+from dflows.representations import check_logits, exactly, full_precision
 
 __all__ = ["LatentFlow", "Terms"]
 
@@ -124,6 +124,10 @@ class LatentFlow(nn.Module):
         if num_samples < 1:
             raise UserError(f"num_samples is {num_samples}: give at least 1")
         self._check_length(y.shape[-1])
+        with exactly(y.device):
+            return self._terms(y, num_samples, generator)
+
+    def _terms(self, y: Tensor, num_samples: int, generator: Generator | None) -> Terms:
         batch, length = y.shape
         found = self.posterior(self.inference(self.embedding(y))).to(self.head.weight.dtype)
         loc, log_scale = found.chunk(2, dim=-1)
@@ -181,9 +185,9 @@ class LatentFlow(nn.Module):
         uniform = torch.rand(
             shape[:2], dtype=torch.float, device=weight.device, generator=generator
         )
-        with torch.autocast(noise.device.type, enabled=False):
+        with exactly(noise.device):
             z = self.prior.transform(noise * math.sqrt(temperature))
-        return inverse_cdf(uniform, logits=self.logits(z), temperature=temperature)
+            return inverse_cdf(uniform, logits=self.logits(z), temperature=temperature)
 
     def _check_length(self, length: int) -> None:
         if not 1 <= length <= self.length:

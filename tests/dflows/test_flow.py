@@ -159,25 +159,30 @@ class TestLogProb:
         assert loss.dtype == torch.float32
         assert all(p.grad is None or p.grad.isfinite().all() for p in flow.parameters())
 
-    def test_without_gradients_a_stack_is_evaluated_without_tf32(self):
+    @pytest.mark.parametrize("orderings", [[], [Parity()]])
+    def test_without_gradients_a_flow_is_evaluated_without_tf32(self, orderings):
         seen = []
 
-        class Noting(RankPermutation):
-            def inverse(self, y, logits):
+        class Noting(FactorizedBase):
+            def log_prob(self, x, context=None):
                 seen.append(torch.backends.cudnn.rnn.fp32_precision)
-                return super().inverse(y, logits)
+                return super().log_prob(x, context)
 
-        flow = DiscreteFlow(FactorizedBase(3, 4), [make_transform(3, 4, Parity(), Noting(3))])
+        transforms = [make_transform(3, 4, ordering, RankPermutation(3)) for ordering in orderings]
+        flow = DiscreteFlow(Noting(3, 4), transforms)
         y = torch.zeros(1, 4, dtype=torch.long)
         with torch.no_grad():
             flow.log_prob(y)
         flow.log_prob(y)
         assert seen[0] == "ieee" != seen[1]
 
-    def test_without_gradients_autocast_changes_nothing(self):
+    @pytest.mark.parametrize("alone", [False, True])
+    def test_without_gradients_autocast_changes_nothing(self, alone):
         encoder = nn.Sequential(nn.Linear(5, 32), nn.Tanh(), nn.Linear(32, 3))
         base = AutoregressiveFactory(DilatedConvolution(8), context=Context(3))
         flow = make_flow(5, 6, base=base(5, 6), context=Context(3), encoder=encoder)
+        if alone:
+            flow = DiscreteFlow(flow.base, context_encoder=encoder)
         context = torch.randn(20, 5)
         with torch.no_grad():
             found = []

@@ -1,9 +1,10 @@
-"""Which devices have fast bfloat16: with both answers of every library call."""
+"""Which devices have fast bfloat16, and a trainer with them: by both answers of all calls."""
 
 import pytest
 import torch
 
-from dflows.precision import has_bfloat16
+from dflows import precision
+from dflows.precision import has_bfloat16, trainer_precision
 
 
 def fake(monkeypatch, **capabilities):
@@ -37,3 +38,26 @@ def test_a_gpu_has_it_where_it_is_not_emulated(monkeypatch, expected):
         torch.cuda, "is_bf16_supported", lambda including_emulation: expected or including_emulation
     )
     assert has_bfloat16("cuda") is expected
+
+
+@pytest.mark.parametrize("fast", [{"cpu"}, {"cuda"}, set()])
+@pytest.mark.parametrize(
+    ("accelerator", "found", "device_type"),
+    [
+        ("cpu", "cuda", "cpu"),
+        ("cuda", None, "cuda"),
+        ("auto", None, "cpu"),
+        ("auto", "cuda", "cuda"),
+        ("auto", "mps", "mps"),
+        ("gpu", "cuda", "cuda"),
+        (object(), "cuda", None),
+    ],
+)
+def test_a_trainer_has_the_precision_of_its_device(
+    monkeypatch, fast, accelerator, found, device_type
+):
+    monkeypatch.setattr(precision, "has_bfloat16", fast.__contains__)
+    device = None if found is None else torch.device(found)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: device)
+    expected = "bf16-mixed" if device_type in fast else "32-true"
+    assert trainer_precision(accelerator) == expected

@@ -163,12 +163,17 @@ class TestOptimizer:
         held = [torch.equal(logits, before) for logits in watch.base]
         assert held == [True, True, True, False, False, False]
 
-    @pytest.mark.parametrize("clip", [None, 1.0])
+    @pytest.mark.parametrize(("clip", "by"), [(None, None), (1e-3, None), (1e-3, "value")])
     @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true", "64-true"])
-    def test_it_works_in_every_precision(self, tmp_path, precision, clip):
-        run, watch = fit(Unigram(), tmp_path, precision=precision, gradient_clip_val=clip)
+    def test_it_works_in_every_precision(self, tmp_path, precision, clip, by):
+        options = {"gradient_clip_val": clip, "gradient_clip_algorithm": by}
+        module = Unigram()
+        run, watch = fit(module, tmp_path, precision=precision, **options)
         (optimizer,) = run.optimizers
-        assert optimizer.defaults["fused"] == (clip is None or "mixed" not in precision)
+        assert optimizer.defaults["fused"] == (by is None or "mixed" not in precision)
+        gradients = nn.utils.parameters_to_vector([p.grad for p in module.parameters()])
+        size = gradients.norm(torch.inf if by == "value" else 2)
+        assert (size <= 1.01e-3) == (clip is not None)
         assert not torch.equal(watch.base[0], watch.base[-1])
 
 

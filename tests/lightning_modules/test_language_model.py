@@ -157,6 +157,37 @@ class TestScoredBothWays:
         assert "test_bpc_stateful" not in result
 
 
+class TestMixedPrecision:
+    @pytest.mark.parametrize("backbone", [RECURRENT, ATTENTIVE])
+    def test_figures_are_those_of_full_precision(self, text, tmp_path, backbone):
+        data = text()
+        found = []
+        for precision in ("32-true", "bf16-mixed"):
+            run = trainer(tmp_path, precision=precision)
+            module = model(data, backbone)
+            scores = run.validate, run.test
+            found += [score(module, datamodule=data, verbose=False) for score in scores]
+        assert found[:2] == found[2:]
+        assert found[1][0].keys() >= {"test_bpc", "test_bpc_stateful"}
+
+    @pytest.mark.parametrize(
+        ("backbone", "stateful"), [(RECURRENT, False), (RECURRENT, True), (ATTENTIVE, False)]
+    )
+    def test_the_loss_is_in_full_precision_and_close(self, text, tmp_path, backbone, stateful):
+        data = text()
+        losses = {}
+
+        class Watch(pl.Callback):
+            def on_before_backward(self, trainer, pl_module, loss):
+                assert loss.dtype == torch.float32
+                losses.setdefault(trainer.precision, []).append(loss.item())
+
+        for precision in ("32-true", "bf16-mixed"):
+            run = trainer(tmp_path, precision=precision, callbacks=[Watch()])
+            run.fit(model(data, backbone, stateful=stateful), datamodule=data)
+        assert losses["32-true"] == pytest.approx(losses["bf16-mixed"], rel=0.02)
+
+
 class TestStateful:
     def test_windows_go_on_from_a_state_without_a_gradient(self, text):
         data = text()

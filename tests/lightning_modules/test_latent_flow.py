@@ -97,6 +97,17 @@ def test_it_is_tested_by_two_bounds_that_do_not_change(kind, text, tmp_path):
     assert run.validate(module, datamodule=text, verbose=False) == [again]
 
 
+@pytest.mark.parametrize("kind", PRIORS)
+def test_its_bounds_are_those_of_full_precision(kind, text, tmp_path):
+    torch.manual_seed(0)
+    module = made(text.num_classes, kind=kind)
+    found = [
+        trainer(tmp_path, precision=precision).test(module, datamodule=text, verbose=False)
+        for precision in ("32-true", "bf16-mixed")
+    ]
+    assert found[0] == found[1]
+
+
 def test_one_draw_makes_the_bounds_one(text, tmp_path):
     module = made(text.num_classes, importance_samples=1)
     (found,) = trainer(tmp_path).test(module, datamodule=text, verbose=False)

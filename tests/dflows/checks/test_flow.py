@@ -14,6 +14,7 @@ from dflows.conditioner import Conditioner, Context
 from dflows.experts import Expert
 from dflows.flows import autoregressive, bipartite, language_model, stack
 from dflows.orderings import Natural, Parity, Strided
+from dflows.representations import exactly
 from dflows.transforms import Composition
 from tests.dflows.small import WIDTH, make_flow, make_transform, shaken
 
@@ -64,7 +65,7 @@ class TestPrecision:
             flow.base.from_noise = lambda *_, **__: (x, 0)
             for method in ("levels", "fixed_point"):
                 assert torch.equal(flow.sample((32,), length=length, method=method), y)
-            with torch.no_grad(), flow.exactly(y.device):
+            with torch.no_grad(), exactly(y.device):
                 assert torch.equal(Composition(flow.transforms)(x), y)
 
     @pytest.mark.parametrize("network", NETWORKS)
