@@ -68,6 +68,19 @@ def _affine(layer: nn.Linear, features: Tensor) -> Tensor:
     return F.linear(features.to(weight.dtype), weight, full_precision(layer.bias))
 
 
+def _check_num_levels(conditioner: "Conditioner", count: int) -> None:
+    if not conditioner.backbone.knows_levels:
+        raise UserError(
+            f"a {conditioner.embedding.name} has an embedding for each of "
+            f"{conditioner.num_levels} levels, and {count} were asked for: choose a backbone that "
+            "knows levels by itself, an LSTM say"
+        )
+    if not 1 <= count <= conditioner.length:
+        raise UserError(
+            f"{count} levels were asked for: give 1 to {conditioner.length}, the dimensions"
+        )
+
+
 class Conditioner(nn.Module):
     """Creates a network from values (N, d) to logits (N, d, num_logits) that respects an ordering.
 
@@ -185,16 +198,7 @@ class Conditioner(nn.Module):
         """
         if count == self.num_levels:
             return self
-        if not self.backbone.knows_levels:
-            raise UserError(
-                f"a {self.embedding.name} has an embedding for each of {self.num_levels} levels, "
-                f"and {count} were asked for: choose a backbone that knows levels by itself, an "
-                "LSTM say"
-            )
-        if not 1 <= count <= self.length:
-            raise UserError(
-                f"{count} levels were asked for: give 1 to {self.length}, the dimensions"
-            )
+        _check_num_levels(self, count)
         return view(self, ordering=self.ordering.with_levels(count), num_levels=count)
 
     def supports_prefix(self, number: int, length: int) -> bool:

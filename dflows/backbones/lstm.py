@@ -196,9 +196,7 @@ class LSTM(StatefulBackbone):
         self, hidden: Tensor, looked: Tensor | None = None, near: Tensor | None = None
     ) -> Tensor:
         """Computes features from hidden units (B, D, hidden), and from what dimensions see."""
-        # Where rows are not contiguous PyTorch adds the bias apart, with one rounding more than in
-        # the steps of generation: in bfloat16 a third of the features would differ.
-        hidden = self.dropout(hidden if self.training else hidden.contiguous())
+        hidden = self.dropout(hidden)
         features: Tensor = self.linear(hidden)
         if self.readout is not None:
             features = features + self.readout(hidden)

@@ -428,10 +428,6 @@ class TestResume:
     def test_windows_that_go_on_are_one_sequence(self):
         conditioner, y = make(LSTM(WIDTH, layers=2)), values(3)
         assert conditioner.stateful
-        with torch.no_grad():
-            # The query tells positions of a window apart, and these are to stand for one sequence.
-            query = conditioner.embedding.query
-            query.copy_(query[:1].expand(LENGTH, -1))
         whole = conditioner(y)
         last, state = torch.full((3,), -1), None
         for part in (slice(0, 2), slice(2, 3), slice(3, 5)):
@@ -595,3 +591,32 @@ class TestShortcut:
         with evaluated_by(shortcut):
             other(y, torch.randn(6, 2), first_level=1)
         assert len(asked) == 2
+
+
+class TestWithLevels:
+    def test_all_parameters_are_shared(self):
+        conditioner = make(LSTM(WIDTH, ahead=2), Strided(columns=2))
+        other = conditioner.with_levels(3)
+        assert (conditioner.num_levels, other.num_levels) == (2, 3)
+        assert other.ordering == Strided(columns=3)
+        assert [*map(id, other.parameters())] == [*map(id, conditioner.parameters())]
+        fresh = make(LSTM(WIDTH, ahead=2), Strided(columns=3))
+        fresh.load_state_dict(conditioner.state_dict())
+        y = values(3)
+        torch.testing.assert_close(other(y), fresh(y))
+        assert not torch.allclose(other(y), conditioner(y))
+        assert conditioner.with_levels(2) is conditioner
+
+    @pytest.mark.parametrize(
+        ("backbone", "ordering", "count", "message"),
+        [
+            (LevelConvolution(WIDTH), Strided(2), 3, "an embedding for each of 2 levels, and 3"),
+            (LSTM(WIDTH), Natural(), 2, "Natural.. cannot have another number of levels: train"),
+            (LSTM(WIDTH), Strided(2), 0, "0 levels were asked for: give 1 to"),
+            (LSTM(WIDTH), Strided(2), LENGTH + 1, f"give 1 to {LENGTH}, the dimensions"),
+        ],
+        ids=str,
+    )
+    def test_what_cannot_be_is_refused(self, backbone, ordering, count, message):
+        with pytest.raises(UserError, match=message):
+            make(backbone, ordering).with_levels(count)
