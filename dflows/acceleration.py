@@ -74,7 +74,7 @@ class Acceleration:
             it.
     """
 
-    def __init__(self, compile: bool = False, cuda_graph: bool = False) -> None:  # noqa: A002
+    def __init__(self, *, compile: bool = False, cuda_graph: bool = False) -> None:  # noqa: A002
         self.compile = compile
         self.cuda_graph = cuda_graph
         self._graphs: dict[object, _Graph] = {}

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dflows.acceleration import accelerated
+from dflows.arguments import check_positive
 from dflows.backbones import Backbone, State, StatefulBackbone, SteppedBackbone, as_backbone
 from dflows.embedding import Context, Embedding, Layout, Layouts, behind
 from dflows.errors import UserError
@@ -68,16 +69,20 @@ def _affine(layer: nn.Linear, features: Tensor) -> Tensor:
     return F.linear(features.to(weight.dtype), weight, full_precision(layer.bias))
 
 
-def _check_num_levels(conditioner: "Conditioner", count: int) -> None:
-    if not conditioner.backbone.knows_levels:
+def _check_size(conditioner: "Conditioner", length: int, num_levels: int) -> None:
+    check_positive(length=length)
+    if num_levels > length:
+        raise UserError(f"{num_levels} levels were asked for: give 1 to {length}, the dimensions")
+    embedding, had = conditioner.embedding, conditioner.num_levels
+    if num_levels != had and not conditioner.backbone.knows_levels:
         raise UserError(
-            f"a {conditioner.embedding.name} has an embedding for each of "
-            f"{conditioner.num_levels} levels, and {count} were asked for: choose a backbone that "
-            "knows levels by itself, an LSTM say"
+            f"a {embedding.name} has an embedding for each of {had} levels, and {num_levels} were "
+            "asked for: choose a backbone that knows levels by itself, an LSTM say"
         )
-    if not 1 <= count <= conditioner.length:
+    if length != conditioner.length and embedding.positions is not None:
         raise UserError(
-            f"{count} levels were asked for: give 1 to {conditioner.length}, the dimensions"
+            f"a {embedding.name} has an embedding for each of {conditioner.length} dimensions, and "
+            f"{length} were asked for: choose a backbone that knows positions by itself"
         )
 
 
@@ -189,17 +194,20 @@ class Conditioner(nn.Module):
         """Returns the layout of `length` dimensions behind so many context tokens."""
         return self._layouts.find(self.ordering, length, device, tokens)
 
-    def with_levels(self, count: int) -> "Conditioner":
-        """Returns this network over an ordering of another number of levels; all is shared.
+    def resized(self, length: int | None = None, num_levels: int | None = None) -> "Conditioner":
+        """Returns this network over another length or number of levels; all is shared.
 
         Raises:
-            UserError: If the ordering cannot have so many, or the network has an embedding for each
-                level.
+            UserError: If the ordering cannot have so many levels, or the network has parameters for
+                each level or dimension.
         """
-        if count == self.num_levels:
-            return self
-        _check_num_levels(self, count)
-        return view(self, ordering=self.ordering.with_levels(count), num_levels=count)
+        length = self.length if length is None else length
+        ordering = self.ordering
+        if num_levels not in (None, self.num_levels):
+            ordering = ordering.with_levels(num_levels)
+        count = int(ordering.levels(length).max()) + 1 if length > 0 else 0
+        _check_size(self, length, count if num_levels is None else num_levels)
+        return view(self, ordering=ordering, length=length, num_levels=count)
 
     def supports_prefix(self, number: int, length: int) -> bool:
         """Returns whether the first `number` of `length` dimensions depend on no later ones."""

@@ -127,6 +127,7 @@ class Embedding(nn.Module):
                 )
             self.register_module("context", None)
             self.register_parameter("query", None)
+            self.register_parameter("positions", None)
             return
         self.values = nn.Parameter(torch.randn(num_classes, width))
         if backbone.knows_levels:

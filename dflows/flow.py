@@ -9,6 +9,7 @@ rules (:mod:`dflows.gradients`); other objectives are in :mod:`dflows.objectives
 """
 
 from collections.abc import Sequence
+from copy import copy
 from functools import partial
 from itertools import chain
 from typing import cast
@@ -66,18 +67,11 @@ class DiscreteFlow(nn.Module):
         >>> from dflows.bijections import RankPermutation
         >>> from dflows.conditioner import Conditioner
         >>> from dflows.orderings import Parity
-        >>> flow = DiscreteFlow(
-        ...     FactorizedBase(num_classes=3, length=4),
-        ...     [
-        ...         ConditionalTransform(
-        ...             RankPermutation(3),
-        ...             Conditioner(3, 4, ordering, DilatedConvolution(width=8)),
-        ...         )
-        ...         for ordering in [Parity(), Parity(first=1)]
-        ...     ],
-        ... )
+        >>> conditioner = Conditioner(3, 4, Parity(), DilatedConvolution(width=8))
+        >>> transform = ConditionalTransform(RankPermutation(3), conditioner)
+        >>> flow = DiscreteFlow(FactorizedBase(num_classes=3, length=4), [transform])
         >>> flow.log_prob(torch.zeros(2, 4, dtype=torch.long)).shape, flow.passes
-        (torch.Size([2]), 2)
+        (torch.Size([2]), 1)
     """
 
     def __init__(
@@ -137,13 +131,25 @@ class DiscreteFlow(nn.Module):
         Raises:
             UserError: If it has transforms, or its base cannot have so many.
         """
+        own = self._own_acceleration(f"{passes} passes were")
+        return view(self, base=self.base.with_passes(passes), _acceleration=own)
+
+    def with_length(self, length: int) -> "DiscreteFlow":
+        """Returns this flow over events of another length; both share all parameters.
+
+        Raises:
+            UserError: If it has transforms, or its base has parameters for each dimension.
+        """
+        own = self._own_acceleration(f"{length} dimensions were")
+        return view(self, base=self.base.with_length(length), _acceleration=own)
+
+    def _own_acceleration(self, what: str) -> Acceleration:
         if len(self.transforms):
             raise UserError(
-                f"{passes} passes were asked for, and a base is fitted to the levels of its "
+                f"{what} asked for, and a base is fitted to the levels and dimensions of its "
                 "transforms: train a flow without transforms, dflows.flows.language_model say"
             )
-        own = Acceleration(self._acceleration.compile, self._acceleration.cuda_graph)
-        return view(self, base=self.base.with_passes(passes), _acceleration=own)
+        return copy(self._acceleration)  # without its graphs, which are of this size
 
     @property
     def untransformed(self) -> int:

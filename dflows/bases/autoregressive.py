@@ -71,7 +71,10 @@ class AutoregressiveBase(Base):
         return self.conditioner.num_levels
 
     def with_passes(self, passes: int) -> "AutoregressiveBase":
-        return view(self, conditioner=self.conditioner.with_levels(passes))
+        return view(self, conditioner=self.conditioner.resized(num_levels=passes))
+
+    def with_length(self, length: int) -> "AutoregressiveBase":
+        return view(self, conditioner=self.conditioner.resized(length), length=length)
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         return self.score(self.conditioner(x, context), x)

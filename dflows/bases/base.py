@@ -65,6 +65,17 @@ class Base(nn.Module, ABC):
             "AutoregressiveBase over Strided"
         )
 
+    def with_length(self, length: int) -> "Base":
+        """Returns this base over events of another length; both share all parameters.
+
+        Raises:
+            UserError: If it has parameters for each dimension.
+        """
+        raise UserError(
+            f"a {type(self).__name__} cannot have another length: train an AutoregressiveBase over "
+            "Strided"
+        )
+
     @abstractmethod
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """Computes the log-probability of every dimension given those before it, in nats.

@@ -593,10 +593,10 @@ class TestShortcut:
         assert len(asked) == 2
 
 
-class TestWithLevels:
+class TestResized:
     def test_all_parameters_are_shared(self):
         conditioner = make(LSTM(WIDTH, ahead=2), Strided(columns=2))
-        other = conditioner.with_levels(3)
+        other = conditioner.resized(num_levels=3)
         assert (conditioner.num_levels, other.num_levels) == (2, 3)
         assert other.ordering == Strided(columns=3)
         assert [*map(id, other.parameters())] == [*map(id, conditioner.parameters())]
@@ -605,18 +605,31 @@ class TestWithLevels:
         y = values(3)
         torch.testing.assert_close(other(y), fresh(y))
         assert not torch.allclose(other(y), conditioner(y))
-        assert conditioner.with_levels(2) is conditioner
+
+    def test_events_may_be_longer(self):
+        conditioner = make(LSTM(WIDTH, ahead=2), Strided(columns=2))
+        longer = conditioner.resized(LENGTH + 3)
+        assert (longer.length, longer.num_levels) == (LENGTH + 3, 2)
+        y = torch.randint(3, (2, LENGTH + 3))
+        torch.testing.assert_close(longer(y)[:, :2], conditioner(y[:, :LENGTH])[:, :2])
+        assert longer.resized(LENGTH, 3).ordering == Strided(columns=3)
 
     @pytest.mark.parametrize(
         ("backbone", "ordering", "count", "message"),
         [
             (LevelConvolution(WIDTH), Strided(2), 3, "an embedding for each of 2 levels, and 3"),
             (LSTM(WIDTH), Natural(), 2, "Natural.. cannot have another number of levels: train"),
-            (LSTM(WIDTH), Strided(2), 0, "0 levels were asked for: give 1 to"),
+            (LSTM(WIDTH), Strided(2), 0, "columns is 0: give at least 1"),
             (LSTM(WIDTH), Strided(2), LENGTH + 1, f"give 1 to {LENGTH}, the dimensions"),
         ],
         ids=str,
     )
     def test_what_cannot_be_is_refused(self, backbone, ordering, count, message):
         with pytest.raises(UserError, match=message):
-            make(backbone, ordering).with_levels(count)
+            make(backbone, ordering).resized(num_levels=count)
+
+    def test_positions_that_are_embedded_fix_the_length(self):
+        conditioner = make(Masked(nn.Linear(WIDTH, WIDTH), WIDTH), Strided(2))
+        message = f"an embedding for each of {LENGTH} dimensions, and {LENGTH + 1} were asked for"
+        with pytest.raises(UserError, match=message):
+            conditioner.resized(LENGTH + 1)
