@@ -115,8 +115,9 @@ def evaluate(arguments: Sequence[str]) -> None:
         _put_back_vocabulary(data_config, checkpoint, Path(folder))
         made = parser.instantiate_classes(config)
         data, split = made.data, config.split
-        if config.passes is not None:
-            module.set_passes(config.passes)
+        longer = data.length if data.length > checkpoint.length else None
+        if config.passes is not None or longer is not None:
+            module.resize(passes=config.passes, length=longer)
         if data.vocabulary != checkpoint.vocabulary:
             raise UserError(
                 f"the data have another vocabulary of {data.num_classes} classes than the "

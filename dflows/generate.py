@@ -7,6 +7,10 @@ shorter. A prompt is what the first of them begins with; the rest of it is drawn
 distribution given the prompt, where the model can have that:
 
     python -m dflows.generate --checkpoint runs/lstm/version_0/best.ckpt --prompt "the "
+
+A model over lanes leaves the number of passes and the window to choose:
+
+    python -m dflows.generate --checkpoint runs/lanes/version_0/best.ckpt --passes 32 --window 4096
 """
 
 import sys
@@ -48,6 +52,9 @@ def generate(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--passes", type=int | None, default=None, help="Passes to generate; the model's own."
     )
+    parser.add_argument(
+        "--window", type=int | None, default=None, help="Characters drawn together; the model's."
+    )
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--method", type=Method, default="levels")
@@ -63,7 +70,7 @@ def generate(arguments: Sequence[str]) -> None:
     )
     config = parser.parse_args(list(arguments))
     check_seed("seed", config.seed)
-    for key in ("num_samples", "length"):
+    for key in ("num_samples", "length", "passes", "window"):
         if config[key] is not None and config[key] < 1:
             raise UserError(f"{key} is {config[key]}: give at least 1")
     if config.prompt == "":
@@ -79,14 +86,14 @@ def generate(arguments: Sequence[str]) -> None:
         module.to(_device(config.device))
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {config.device} is not available: {error}") from None
-    if config.passes is not None:
-        module.set_passes(config.passes)
+    if config.passes is not None or config.window is not None:
+        module.resize(passes=config.passes, length=config.window)
     module.accelerate(compile=config.compile, cuda_graph=config.cuda_graph)
     prompt = None
     if config.prompt is not None:
         classes = checkpoint.vocabulary.encode(config.prompt, "the prompt").astype("int64")
         prompt = torch.from_numpy(classes).to(module.device)
-    window = checkpoint.length
+    window = config.window or checkpoint.length
     with _Watch(module) as watch:
         samples = draw(
             module,

@@ -102,15 +102,20 @@ class BaseModule(OptimizedModule, ABC):
         """Sequential network evaluations that drawing a batch takes, where they are known."""
         return None
 
-    def set_passes(self, passes: int) -> None:
-        """Sets the number of passes, where there are several to choose from.
+    def resize(self, *, passes: int | None = None, length: int | None = None) -> None:
+        """Sets the number of passes, or the length of an event, where the model leaves the choice.
+
+        Args:
+            passes: Sequential network evaluations that drawing a batch takes.
+            length: The largest number of dimensions, D.
 
         Raises:
-            UserError: If the model cannot have so many.
+            UserError: If the model cannot have them.
         """
+        what = f"passes is {passes}" if passes is not None else f"length is {length}"
         raise UserError(
-            f"{passes} passes were asked for, and a {type(self).__name__} has none to choose from: "
-            "leave it away"
+            f"{what}, and a {type(self).__name__} leaves no choice: leave it away, or train a flow "
+            "over lanes"
         )
 
     @property

@@ -168,8 +168,9 @@ class FlowModule(BaseModule):
     def passes(self) -> int:
         return self.flow.passes
 
-    def set_passes(self, passes: int) -> None:
-        self.flow = self.flow.with_passes(passes)
+    def resize(self, *, passes: int | None = None, length: int | None = None) -> None:
+        flow = self.flow if length is None else self.flow.with_length(length)
+        self.flow = flow if passes is None else flow.with_passes(passes)
         self._measure_levels()
 
     def _measure_levels(self) -> None:

@@ -59,8 +59,32 @@ def test_shorter_windows_and_less_text_may_be_asked_for(run, capsys):
 def test_longer_windows_are_refused(run, capsys):
     assert run_here("evaluate", "--checkpoint", run, "--data.length", 20) == 1
     assert capsys.readouterr().err == (
-        "error: an event of 20 dimensions was given, and the flow has 16: give 1 to that many\n"
+        "error: 20 dimensions were asked for, and a base is fitted to the levels and dimensions of "
+        "its transforms: train a flow without transforms, dflows.flows.language_model say\n"
     )
+
+
+def test_a_model_over_lanes_is_scored_in_any_passes_and_windows(tmp_path, capsys):
+    folder = ("--trainer.logger.init_args.save_dir", tmp_path)
+    more = ("--trainer.max_steps", 2, "--data.init_args.max_eval_characters", 200)
+    assert run_here("fit", "--config", "smoke/lanes.yaml", *folder, *more) == 0
+    run = tmp_path / "lanes" / "version_0"
+    fitted = read_record(run / "lanes-0.json").metrics
+    record = ("--record", tmp_path / "records")
+    arguments = ("--checkpoint", run, *record, "--passes", 4)
+    assert run_here("evaluate", *arguments, "--name", "few") == 0
+    few = read_record(tmp_path / "records" / "few-0.json").metrics
+    assert few["passes"] == 4
+    assert few["test_bpc"] == pytest.approx(fitted["passes_bpc"]["4"], rel=1e-6)
+    assert run_here("evaluate", *arguments, "--name", "long", "--data.length", 100) == 0
+    long = read_record(tmp_path / "records" / "long-0.json").metrics
+    assert (long["passes"], long["examples"]) == (4, {"test": 2})
+    capsys.readouterr()
+    window = ("--passes", 8, "--window", 120, "--length", 120, "--num_samples", 1)
+    assert run_here("generate", "--checkpoint", run, *window) == 0
+    assert len(capsys.readouterr().out) == 121
+    assert run_here("generate", "--checkpoint", run, "--passes", 40) == 1
+    assert "40 levels were asked for: give 1 to 32" in capsys.readouterr().err
 
 
 def test_unknown_symbols_are_named(run, tmp_path, capsys):

@@ -274,10 +274,11 @@ def load(
     allow: Sequence[str] = (),
     device: torch.device | str = "cpu",
     passes: int | None = None,
+    length: int | None = None,
 ) -> TrainedModel:
     """Loads what :func:`dflows.load` documents."""
     checkpoint = read_checkpoint(path)
     module = load_model(checkpoint, allow).to(device)
-    if passes is not None:
-        module.set_passes(passes)
-    return TrainedModel(module, checkpoint.vocabulary, checkpoint.length)
+    if passes is not None or length is not None:
+        module.resize(passes=passes, length=length)
+    return TrainedModel(module, checkpoint.vocabulary, length or checkpoint.length)
