@@ -297,9 +297,10 @@ class FlowModule(BaseModule):
             y, context = self.indices_of(batch), self.context_of(batch)
         precision = None if self._trainer is None else self.trainer.precision_plugin
         with nullcontext() if precision is None else precision.forward_context():
-            for passes in self.objective.choices or [self.passes]:
-                flow = self.flow if passes == self.passes else self.flow.with_passes(passes)
-                check_flow(flow, context, batch=y, trained=trained)
+            check_flow(self.flow, context, batch=y, trained=trained)
+            for passes in {*self.objective.choices} - {self.passes}:
+                flow = self.flow.with_passes(passes)
+                check_flow(flow, context, batch=y, trained=trained, shorter=False)
 
     def describe(self) -> str:
         """Returns what the model is, in a line."""

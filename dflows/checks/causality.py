@@ -35,7 +35,9 @@ MOST_LEVELS = 4
 """Levels of a masked network that are evaluated."""
 FEW = 8
 """Examples that shaken weights see together, at most."""
-STEPPED_ROWS = 4
+MOST_TOGETHER = 4096
+"""Values that they see together, at most, but for those of two examples."""
+STEPPED_ROWS = 2
 """Examples on which one evaluation is held against steps."""
 TOLERANCE = 1e-6
 DIVERGED = "training has most likely diverged, so lower the learning rate, or clip gradients"
@@ -113,6 +115,7 @@ def check_causal(
     batch: Tensor | None = None,
     trained: bool = False,
     batch_size: int = FEW,
+    shorter: bool = True,
 ) -> None:
     """Shows that a network's output at a dimension depends on lower levels and nothing else.
 
@@ -127,6 +130,7 @@ def check_causal(
         batch: Data, indices (B, d), on whose rows it is shown as well as on random ones.
         trained: Whether to show it of the weights as they are too, not of shaken ones alone.
         batch_size: Examples that evaluation scores together; the weights as they are see as many.
+        shorter: Whether to show it on shorter events too.
 
     Raises:
         CertificateError: If it depends on a value of its own or a higher level, on another example
@@ -139,10 +143,10 @@ def check_causal(
             _check(random, shaken)
             random = replace(random, most=MOST_PROBES)
             with torch.inference_mode():
-                few = max(min(batch_size, FEW), 2)
+                few = max(min(batch_size, FEW, MOST_TOGETHER // length), 2)
                 data = replace(random, batch=batch, batch_size=few)
                 _check(data if shaken else replace(data, batch_size=max(batch_size, 2)), shaken)
-                if length > 2:
+                if shorter and length > 2:
                     _check_shorter(replace(random, length=length - 1), shaken)
                     _check_shorter(replace(data, length=length // 2 + 1), shaken)
 

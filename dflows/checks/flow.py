@@ -109,6 +109,7 @@ def check_flow(
     batch: Tensor | None = None,
     trained: bool = False,
     batch_size: int | None = None,
+    shorter: bool = True,
 ) -> None:
     """Runs all certificates on a flow.
 
@@ -130,6 +131,7 @@ def check_flow(
         trained: Whether to certify the weights as they are too, before a figure is recorded, not
             shaken ones alone.
         batch_size: Examples that evaluation scores together; as many as `batch` has by default.
+        shorter: Whether to certify shorter events too.
 
     Raises:
         CertificateError: If one fails.
@@ -150,6 +152,7 @@ def check_flow(
                 batch=batch,
                 trained=trained,
                 batch_size=batch_size,
+                shorter=shorter,
             )
         check_maps = partial(
             check_bijective, num_classes=flow.num_classes, batch=batch, trained=trained
@@ -157,12 +160,13 @@ def check_flow(
         stack = [Composition(flow.transforms)] if len(flow.transforms) > 1 else []
         for transform in [*dict.fromkeys(flow.transforms), *stack]:
             check_maps(transform, encoded, length=flow.length)
-        check_shorter(flow, encoded, batch=batch)
-        if flow.transforms and flow.length > 2:
+        if shorter:
+            check_shorter(flow, encoded, batch=batch)
+        if shorter and flow.transforms and flow.length > 2:
             with suppress(LengthError):
                 whole = Composition(flow.transforms)
                 check_maps(whole, encoded, num_values=0, length=flow.length // 2 + 1)
-        for length in SHORT:
+        for length in SHORT if shorter else ():
             if length < flow.length:
                 many = flow.num_classes**length > MOST_STATES
                 check_normalized(
