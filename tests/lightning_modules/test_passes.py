@@ -56,11 +56,12 @@ def test_resized_it_is_scored_in_other_passes(text, tmp_path):
 
 
 class Leaking(LSTM):
-    """Sees its own content where there are two levels."""
+    """Sees its own content where whole events have two levels."""
 
     def forward(self, content, query=None, levels=None):
         features = super().forward(content, query, levels)
-        return features + content if int(levels.max()) == 1 else features
+        leaks = len(levels) > 8 and int(levels.max()) == 1
+        return features + content if leaks else features
 
 
 def test_every_number_of_passes_is_certified(text, tmp_path):
