@@ -7,6 +7,9 @@ shorter. A prompt is what the first of them begins with; the rest of it is drawn
 distribution given the prompt, where the model can have that:
 
     python -m dflows.generate --checkpoint runs/lstm/version_0/best.ckpt --prompt "the "
+
+With ``--method fixed_point``, an n-gram model of the same data may guess what the network settles,
+in fewer iterations: ``--draft runs/ngram/version_0``.
 """
 
 import sys
@@ -21,7 +24,7 @@ from dflows.cli.checkpoints import add_checkpoint_arguments, load_model, read_ch
 from dflows.cli.configs import Parser, check_seed
 from dflows.cli.errors import run_command
 from dflows.cli.noise import quiet
-from dflows.cli.trained import draw
+from dflows.cli.trained import TrainedModel, draw, load
 from dflows.errors import UserError
 from lightning_modules import BaseModule
 from lightning_modules.base import Method
@@ -50,6 +53,12 @@ def generate(arguments: Sequence[str]) -> None:
     parser.add_argument("--method", type=Method, default="levels")
     parser.add_argument(
         "--prompt", type=str | None, default=None, help="What every sample begins with."
+    )
+    parser.add_argument(
+        "--draft",
+        type=str | None,
+        default=None,
+        help="A checkpoint of n-grams that guess for the fixed point.",
     )
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, …")
     parser.add_argument(
@@ -81,6 +90,10 @@ def generate(arguments: Sequence[str]) -> None:
     if config.prompt is not None:
         classes = checkpoint.vocabulary.encode(config.prompt, "the prompt").astype("int64")
         prompt = torch.from_numpy(classes).to(module.device)
+    draft = None
+    if config.draft is not None:
+        model = TrainedModel(module, checkpoint.vocabulary, checkpoint.length)
+        draft = load(config.draft, allow=config.allow).draft_of(model)
     window = checkpoint.length
     with _Watch(module) as watch:
         samples = draw(
@@ -92,6 +105,7 @@ def generate(arguments: Sequence[str]) -> None:
             seed=config.seed,
             method=config.method,
             prompt=prompt,
+            draft=draft,
             drawn=watch.drawn,
         )
     if config.method == "fixed_point" and watch.evaluations:
