@@ -91,7 +91,7 @@ class Acceleration:
         function: Callable[..., tuple[Tensor, list[int]]],
         module: nn.Module,
         inputs: Sequence[Tensor | None],
-        **options: float,
+        **options: Any,
     ) -> tuple[Tensor, list[int]]:
         """Computes a function of tensors.
 
@@ -114,7 +114,7 @@ class Acceleration:
         function: Callable[..., tuple[Tensor, list[int]]],
         module: nn.Module,
         inputs: Sequence[Tensor | None],
-        options: dict[str, float],
+        options: dict[str, Any],
     ) -> tuple[Tensor, list[int]]:
         if not self.cuda_graph:
             return function(*inputs, **options)
@@ -147,7 +147,7 @@ class Acceleration:
 def _capture(
     function: Callable[..., tuple[Tensor, list[int]]],
     inputs: Sequence[Tensor | None],
-    options: dict[str, float],
+    options: dict[str, Any],
 ) -> _Graph:
     held = [None if tensor is None else tensor.clone() for tensor in inputs]
     aside = torch.cuda.Stream()

@@ -7,12 +7,16 @@ import torch
 from torch import Tensor
 
 from dflows.conditioner import Conditioner
+from dflows.drafting import Drafter
 
 __all__ = ["Decide", "decide_levels", "solve_fixed_point"]
 
 Decide: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """Decides the values of some dimensions: from their numbers (n,) and logits (N, n, num_logits)
 to indices (N, n) or one-hot vectors (N, n, K)."""
+
+AHEAD = 32
+"""Levels that are drafted at once: more than are settled by one evaluation, but for few."""
 
 
 def decide_levels(
@@ -55,11 +59,15 @@ def solve_fixed_point(
     *,
     prefix_length: int = 0,
     first_level: int = 0,
+    drafter: Drafter | None = None,
 ) -> tuple[Tensor, int]:
     """Decides the values of all dimensions at once, repeatedly, until nothing changes.
 
     Each iteration settles at least one more level: after at most as many iterations as levels, the
     values are those of :func:`decide_levels`, and one more confirms it.
+
+    A draft settles all levels that it guesses right before the first that it does not, and goes on
+    from there: whatever it guesses, the values are the same.
 
     Args:
         conditioner: The network and its ordering.
@@ -68,24 +76,33 @@ def solve_fixed_point(
         context: Vectors (N, C) or sequences (N, S, C).
         prefix_length: As in :func:`decide_levels`.
         first_level: The lowest level to decide.
+        drafter: Guesses the levels that come next, at first and after every iteration.
 
     Returns:
         The values (N, d) and the number of iterations.
     """
-    members = conditioner.layout(y.shape[1], y.device).members
+    layout = conditioner.layout(y.shape[1], y.device)
+    members, levels = layout.members, layout.levels
     if len(members) <= first_level:
         return y, 0
     dimensions = torch.cat(members[first_level:]).sort().values
     dimensions = dimensions[dimensions >= prefix_length]
     if not len(dimensions):
         return y, 0
+    unknown = torch.zeros_like(levels, dtype=torch.bool).index_fill(0, dimensions, True)
+    lowest = levels[dimensions].min().expand(len(y), 1)
     iterations = 0
     for _ in range(len(members) + 1):
+        if drafter is not None:
+            y = drafter(y, unknown & (levels >= lowest) & (levels < lowest + AHEAD))
         iterations += 1
         logits = conditioner(y, context, first_level=first_level)[:, dimensions]
         values = decide(dimensions, logits)
-        settled = torch.equal(values, y[:, dimensions])
+        wrong = values != y[:, dimensions]
         y = y.index_copy(1, dimensions, values)
-        if settled:
+        if not wrong.any():
             break
+        # Levels up to the lowest wrong one were decided from values that are right.
+        behind = torch.where(wrong, levels[dimensions], len(members)).amin(dim=1, keepdim=True)
+        lowest = behind + 1
     return y, iterations

@@ -18,6 +18,8 @@ from contextvars import ContextVar
 
 from torch import Tensor, nn
 
+from dflows.drafting import Drafter
+
 __all__ = ["Expert", "leave_one_out"]
 
 _left_out: ContextVar["_Scored"] = ContextVar("left_out")
@@ -68,6 +70,10 @@ class Expert(nn.Module, ABC):
         if scored is None:
             return False
         return self.training if scored.counted is None else scored.counted
+
+    def drafter(self, noise: Tensor, temperature: float = 1.0) -> Drafter | None:
+        """Returns what guesses the values that a noise gives: :meth:`dflows.bases.Base.drafter`."""
+        return None
 
     @abstractmethod
     def num_terms(self, levels: Tensor) -> int:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from copy import copy
 from functools import partial
 from itertools import chain
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Generator, Tensor, nn
@@ -21,7 +21,7 @@ from torch.distributions import Distribution, constraints
 from dflows.acceleration import Acceleration
 from dflows.bases import Base
 from dflows.errors import UserError
-from dflows.generation import Method, check_sampling, expand_prompt, generate
+from dflows.generation import Method, check_draft, check_sampling, expand_prompt, generate
 from dflows.gradients import example_weights
 from dflows.orderings import Ordering, untransformed
 from dflows.representations import (
@@ -271,6 +271,7 @@ class DiscreteFlow(nn.Module):
         generator: Generator | None = None,
         method: Method = "levels",
         prompt: Tensor | None = None,
+        draft: Base | None = None,
     ) -> Tensor:
         """Draws exact samples.
 
@@ -281,19 +282,21 @@ class DiscreteFlow(nn.Module):
             temperature: Divides the base's logits; 1 samples the flow itself.
             generator: Source of randomness.
             method: ``levels``: one evaluation a level; ``fixed_point``: iterations over all
-                dimensions at once, until nothing changes. The samples are the same, and
-                :attr:`evaluations` counts the evaluations.
+                dimensions at once, until nothing changes. The samples are the same.
             prompt: Prefix of the samples, indices (n,), or one a sample in the shape of the
                 samples; the rest is sampled from its exact distribution given the prompt. It must
                 not depend on later dimensions: take Natural, or Blocks from left to right.
+            draft: An :class:`~dflows.bases.NGramBase`: what it makes of the same noise starts the
+                iterations of the base and goes on where they have settled. They become fewer.
 
         Returns:
             Indices ``(*S, d)``, or ``(*S, B, d)`` with a context.
 
         Raises:
-            UserError: If the temperature, length, method or prompt cannot be honoured.
+            UserError: If an option cannot be honoured.
         """
         check_sampling(temperature, method, self._acceleration)
+        check_draft(draft, self.base, method)
         return self._sample(
             torch.Size(sample_shape),
             self.encode_context(context),
@@ -302,6 +305,7 @@ class DiscreteFlow(nn.Module):
             prompt,
             temperature=temperature,
             fixed_point=method == "fixed_point",
+            draft=draft,
         )
 
     def _sample(
@@ -311,9 +315,7 @@ class DiscreteFlow(nn.Module):
         length: int,
         generator: Generator | None = None,
         prompt: Tensor | None = None,
-        *,
-        temperature: float = 1.0,
-        fixed_point: bool = False,
+        **options: Any,
     ) -> Tensor:
         if context is not None:
             shape = shape + context.shape[:1]
@@ -328,8 +330,7 @@ class DiscreteFlow(nn.Module):
                 partial(generate, self.base, self.transforms),
                 self,
                 (noise, context, prompt),
-                temperature=temperature,
-                fixed_point=fixed_point,
+                **options,
             )
         return value.reshape(*shape, length)
 

@@ -11,6 +11,9 @@ distribution given the prompt, where the model can have that:
 A model over lanes leaves the number of passes and the window to choose:
 
     python -m dflows.generate --checkpoint runs/lanes/version_0/best.ckpt --passes 32 --window 4096
+
+With ``--method fixed_point``, an n-gram model of the same data may guess what the network settles,
+in fewer iterations: ``--draft runs/ngram/version_0``.
 """
 
 import sys
@@ -25,7 +28,7 @@ from dflows.cli.checkpoints import add_checkpoint_arguments, load_model, read_ch
 from dflows.cli.configs import Parser, check_seed
 from dflows.cli.errors import run_command
 from dflows.cli.noise import quiet
-from dflows.cli.trained import draw
+from dflows.cli.trained import TrainedModel, draw, load
 from dflows.errors import UserError
 from lightning_modules import BaseModule
 from lightning_modules.base import Method
@@ -61,6 +64,12 @@ def generate(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--prompt", type=str | None, default=None, help="What every sample begins with."
     )
+    parser.add_argument(
+        "--draft",
+        type=str | None,
+        default=None,
+        help="A checkpoint of n-grams that guess for the fixed point.",
+    )
     parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, …")
     parser.add_argument(
         "--compile", action="store_true", help="Compile what is run level by level."
@@ -94,6 +103,10 @@ def generate(arguments: Sequence[str]) -> None:
         classes = checkpoint.vocabulary.encode(config.prompt, "the prompt").astype("int64")
         prompt = torch.from_numpy(classes).to(module.device)
     window = config.window or checkpoint.length
+    draft = None
+    if config.draft is not None:
+        model = TrainedModel(module, checkpoint.vocabulary, window)
+        draft = load(config.draft, allow=config.allow).draft_of(model)
     with _Watch(module) as watch:
         samples = draw(
             module,
@@ -104,6 +117,7 @@ def generate(arguments: Sequence[str]) -> None:
             seed=config.seed,
             method=config.method,
             prompt=prompt,
+            draft=draft,
             drawn=watch.drawn,
         )
     if config.method == "fixed_point" and watch.evaluations:

@@ -13,7 +13,7 @@ from dflows.errors import UserError
 from dflows.transforms import DiscreteTransform
 from dflows.transforms.composition import invert_prefix
 
-__all__ = ["Method", "check_sampling", "expand_prompt", "generate"]
+__all__ = ["Method", "check_draft", "check_sampling", "expand_prompt", "generate"]
 
 Method = Literal["levels", "fixed_point"]
 
@@ -32,6 +32,40 @@ def check_sampling(temperature: float, method: str, acceleration: Acceleration) 
             "method is 'fixed_point', whose number of iterations depends on the values, and a CUDA "
             "graph is fixed: use method 'levels', or unset cuda_graph"
         )
+
+
+def check_draft(draft: Base | None, base: Base, method: str) -> None:
+    """Refuses what cannot guess the samples of a base.
+
+    Raises:
+        UserError: If it cannot, or nobody asks it.
+    """
+    if draft is None:
+        return
+    if method != "fixed_point":
+        raise UserError(
+            f"a draft was given and method is {method!r}, which guesses nothing: give method "
+            "'fixed_point', or no draft"
+        )
+    if not base.passes:
+        raise UserError(
+            f"a draft was given, and {type(base).__name__} is sampled without a network: leave "
+            "the draft away"
+        )
+    if not isinstance(draft, Base) or draft.drafter(torch.empty(1, 1)) is None:
+        raise UserError(
+            f"the draft, {type(draft).__name__}, guesses nothing without a network: give an "
+            "NGramBase"
+        )
+    for name, drafted, own in (
+        ("num_classes", draft.num_classes, base.num_classes),
+        ("length", draft.length, base.length),
+    ):
+        if drafted != own:
+            raise UserError(
+                f"the draft has {name} {drafted}, and the flow {own}: give one that was counted on "
+                "the flow's data"
+            )
 
 
 def expand_prompt(
@@ -80,8 +114,9 @@ def generate(
     context: Tensor | None,
     prompt: Tensor | None,
     *,
-    temperature: float,
-    fixed_point: bool,
+    temperature: float = 1.0,
+    fixed_point: bool = False,
+    draft: Base | None = None,
 ) -> tuple[Tensor, list[int]]:
     """Turns noise into samples.
 
@@ -93,6 +128,7 @@ def generate(
         prompt: Prefix of the samples, indices (N, n).
         temperature: Divides the base's logits.
         fixed_point: Whether to iterate over all dimensions instead of level by level.
+        draft: Guesses the base's samples, for the iterations.
 
     Returns:
         Indices (N, d), and the number of evaluations of the base and of every transform.
@@ -101,7 +137,12 @@ def generate(
     if prompt is not None:
         known[:] = invert_prefix(transforms, prompt, noise.shape[1], context)
     value, count = base.from_noise(
-        noise, context, temperature=temperature, fixed_point=fixed_point, prefix=known[0]
+        noise,
+        context,
+        temperature=temperature,
+        fixed_point=fixed_point,
+        prefix=known[0],
+        draft=draft,
     )
     evaluations = [count]
     for transform, prefix in zip(transforms, known[1:], strict=True):

@@ -54,6 +54,7 @@ class BaseModule(OptimizedModule, ABC):
         likelihood: Whether the likelihoods are ``exact``, or a ``bound`` that they do not reach.
             Tables and records say which.
         takes_prompt: Whether :meth:`sample` takes a `prompt`.
+        takes_draft: Whether it takes a `draft`.
         scores: The likelihood of each split that was evaluated last.
         characters_read: Characters that the model learned from, where they were not read as
             training batches.
@@ -61,6 +62,7 @@ class BaseModule(OptimizedModule, ABC):
 
     likelihood: ClassVar[Literal["exact", "bound"]] = "exact"
     takes_prompt: ClassVar[bool] = False
+    takes_draft: ClassVar[bool] = False
 
     def __init__(self, optimization: Optimization = DEFAULT_OPTIMIZATION) -> None:
         super().__init__(optimization)

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from dflows.bases import Base
 from dflows.checks import check_flow
 from dflows.errors import UserError
+from dflows.experts import Expert
 from dflows.flow import DiscreteFlow
 from dflows.metrics import ExactMatch, LevelBits, ResidualEntropy
 from dflows.objectives import EndToEnd, Layerwise, Local, Objective
@@ -91,6 +92,7 @@ class FlowModule(BaseModule):
     """
 
     takes_prompt = True
+    takes_draft = True
     initialised: Tensor
 
     def __init__(
@@ -149,6 +151,7 @@ class FlowModule(BaseModule):
         method: Literal["levels", "fixed_point"] = "levels",
         context: Tensor | None = None,
         prompt: Tensor | None = None,
+        draft: Base | None = None,
     ) -> Tensor:
         if context is not None and len(context) != num_samples:
             raise UserError(
@@ -162,6 +165,7 @@ class FlowModule(BaseModule):
             generator=generator,
             method=method,
             prompt=prompt,
+            draft=draft,
         )
 
     @property
@@ -225,9 +229,11 @@ class FlowModule(BaseModule):
             counts.append(self.evaluations)
         mean = sum(counts) / len(counts)
         report.metrics["fixed_point_iterations"] = mean
-        return report.row(
-            "iterations of the fixed point", f"{mean:.4g}", f"1 sequence, mean of {FIXED_POINTS}"
-        )
+        remark = f"1 sequence, mean of {FIXED_POINTS}"
+        experts = [part for part in self.flow.base.modules() if isinstance(part, Expert)]
+        if any(expert.drafter(torch.empty(1, 1)) is not None for expert in experts):
+            remark += ", drafted by the expert"
+        return report.row("iterations of the fixed point", f"{mean:.4g}", remark)
 
     def base_parameters(self) -> Iterable[nn.Parameter]:
         # Without transforms the base is the model.

@@ -3,17 +3,20 @@
 import re
 import shutil
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+import dflows
 from datamodules.vocabulary import CharacterVocabulary, IntegerVocabulary
-from dflows import Context, acceleration, flows
+from dflows import Context, NGramBase, acceleration, flows
 from dflows.backbones import LSTM
 from dflows.cli.checkpoints import describe_run, load_model, read_checkpoint
 from dflows.cli.trained import draw
+from dflows.errors import UserError
 from dflows.orderings import Parity
-from lightning_modules import FlowModule, LanguageModel
+from lightning_modules import FlowModule, LanguageModel, NGramModule
 from lightning_modules.checkpoints import KEY
 from tests.commands import ODD, run_apart, run_here, small_config, write_text
 
@@ -155,6 +158,91 @@ def test_the_iterations_of_the_fixed_point_are_told(language_model, capsys):
     assert 1 <= float(found[1]) <= 17
 
 
+def n_grams(path, alphabet=ALPHABET, length=16):
+    """Writes the checkpoint of an n-gram model."""
+    module = NGramModule(len(alphabet), length, order=3)
+    module.flow.base.count([torch.arange(200) ** 2 % len(alphabet)])
+    init_args = {"num_classes": len(alphabet), "length": length, "order": 3}
+    model = {"class_path": "lightning_modules.NGramModule", "init_args": init_args}
+    vocabulary = CharacterVocabulary(alphabet).to_json()
+    described = describe_run({"model": model, "data": {}}, vocabulary, length)
+    torch.save({"state_dict": module.state_dict(), KEY: described}, path)
+    return path
+
+
+@pytest.mark.parametrize("more", [(), ("--prompt", "badge"), ("--temperature", 0.2)])
+def test_a_draft_changes_no_sample(language_model, more, tmp_path, capsys):
+    arguments = ("--checkpoint", language_model, "--length", 40, *more)
+    first = generated(capsys, *arguments)
+    drafted = ("--method", "fixed_point", "--draft", n_grams(tmp_path / "draft.ckpt"))
+    assert run_here("generate", *arguments, *drafted) == 0
+    captured = capsys.readouterr()
+    assert captured.out == first
+    assert "iterations a batch" in captured.err
+
+
+def test_a_draft_goes_with_a_model_in_python(language_model, tmp_path):
+    model, draft = dflows.load(language_model), dflows.load(n_grams(tmp_path / "draft.ckpt"))
+    expected = model.sample(3, seed=2, length=20)
+    assert model.sample(3, seed=2, length=20, method="fixed_point", draft=draft) == expected
+
+
+def test_a_draft_is_refused_by_what_takes_none():
+    module = SimpleNamespace(device="cpu", takes_draft=False)
+    with pytest.raises(UserError, match="a draft was given, and a SimpleNamespace takes none"):
+        draw(module, 1, 4, 4, draft=NGramBase(3, 4))
+
+
+@pytest.mark.parametrize(
+    ("make", "method", "message"),
+    [
+        (
+            n_grams,
+            "levels",
+            "a draft was given and method is 'levels', which guesses nothing: give",
+        ),
+        (
+            partial(n_grams, alphabet="abcdefghi"),
+            "fixed_point",
+            "the draft has another vocabulary of 9 classes than the model with its 8: give n-grams",
+        ),
+        (
+            partial(n_grams, alphabet="hgfedcbx"),
+            "fixed_point",
+            "the draft has another vocabulary of 8 classes than the model with its 8: give n-grams",
+        ),
+        (
+            partial(n_grams, length=8),
+            "fixed_point",
+            "the draft has length 8, and the flow 16: give",
+        ),
+        (None, "fixed_point", "the draft, AutoregressiveBase, guesses nothing without a network"),
+    ],
+)
+def test_a_draft_that_does_not_fit_is_refused(
+    language_model, make, method, message, tmp_path, capsys
+):
+    draft = language_model if make is None else make(tmp_path / "draft.ckpt")
+    arguments = ("--checkpoint", language_model, "--method", method, "--draft", draft)
+    assert run_here("generate", *arguments) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {message}")
+
+
+def test_a_draft_is_a_base_alone_under_a_base_with_a_network(checkpoint, tmp_path, capsys):
+    draft = n_grams(tmp_path / "draft.ckpt")
+    asked = ("--method", "fixed_point", "--draft")
+    assert run_here("generate", "--checkpoint", draft, *asked, draft) == 1
+    assert capsys.readouterr().err == (
+        "error: a draft was given, and NGramBase is sampled without a network: leave the draft "
+        "away\n"
+    )
+    assert run_here("generate", "--checkpoint", draft, *asked, checkpoint) == 1
+    assert capsys.readouterr().err == (
+        "error: the draft is a FlowModule, and no base alone: give an NGramModule\n"
+    )
+
+
 def test_compiled_samples_are_the_same(language_model, capsys, monkeypatch):
     monkeypatch.setattr(acceleration, "BACKEND", "eager")
     arguments = ("--checkpoint", language_model, "--prompt", "a", "--length", 20)
@@ -250,6 +338,9 @@ def test_a_module_of_the_users_own_works_from_its_checkpoint(tmp_path):
     assert len(generated.stdout.rstrip("\n")) == 16
     refused = run_apart("generate", *asked, "--prompt", "ab", cwd=tmp_path)
     assert refused.stderr == "error: a prompt was given, and a Unigram takes none: leave it away\n"
+    draft = ("--method", "fixed_point", "--draft", "runs/own/version_0")
+    refused = run_apart("generate", *asked, *draft, cwd=tmp_path)
+    assert refused.stderr.startswith("error: the draft is a Unigram, and no base alone: give an")
     refused = run_apart("generate", *asked, "--compile", cwd=tmp_path)
     assert "compile is set, and a Unigram is computed in one way" in refused.stderr
     evaluated = run_apart("evaluate", *asked, cwd=tmp_path)

@@ -121,6 +121,7 @@ class AutoregressiveBase(Base):
         temperature: float = 1.0,
         fixed_point: bool = False,
         prefix: Tensor | None = None,
+        draft: Base | None = None,
     ) -> tuple[Tensor, int]:
         def decide(dimensions: Tensor, logits: Tensor) -> Tensor:
             logits = check_logits(logits, type(self).__name__)
@@ -132,7 +133,15 @@ class AutoregressiveBase(Base):
             known = prefix.shape[1]
             x[:, :known] = prefix
         if fixed_point:
-            return solve_fixed_point(self.conditioner, x, decide, context, prefix_length=known)
+            drafts = self.conditioner.expert if draft is None else draft
+            return solve_fixed_point(
+                self.conditioner,
+                x,
+                decide,
+                context,
+                prefix_length=known,
+                drafter=None if drafts is None else drafts.drafter(noise, temperature),
+            )
         x = decide_levels(self.conditioner, x, decide, context, prefix_length=known)
         return x, self.passes
 

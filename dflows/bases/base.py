@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from torch import Generator, Tensor, nn
 
+from dflows.drafting import Drafter
 from dflows.errors import UserError
 from dflows.orderings import Ordering
 
@@ -128,6 +129,7 @@ class Base(nn.Module, ABC):
         temperature: float = 1.0,
         fixed_point: bool = False,
         prefix: Tensor | None = None,
+        draft: "Base | None" = None,
     ) -> tuple[Tensor, int]:
         """Turns noise into samples.
 
@@ -139,10 +141,22 @@ class Base(nn.Module, ABC):
                 The samples are the same.
             prefix: Values of the first dimensions, indices (N, n), given which the others are
                 sampled; only where :meth:`supports_prefix` allows it.
+            draft: A base with a :meth:`drafter`, whose guesses are the start of the iterations.
 
         Returns:
             Indices (N, d), and the number of sequential evaluations.
         """
+
+    def drafter(self, noise: Tensor, temperature: float = 1.0) -> Drafter | None:
+        """Returns what guesses the samples of another base, if it does so without a network.
+
+        Where the two distributions are alike, the same noise gives the same values.
+
+        Args:
+            noise: Numbers (N, d) from 0 to below 1.
+            temperature: Divides the logits.
+        """
+        return None
 
     @abstractmethod
     def supports_prefix(self, number: int, length: int) -> bool:

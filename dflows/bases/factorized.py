@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor, nn
 
-from dflows.bases.base import ClosedFormBase
+from dflows.bases.base import Base, ClosedFormBase
 from dflows.categorical import inverse_cdf, select_log_prob
 from dflows.errors import UserError
 from dflows.orderings import Ordering, alike, untransformed
@@ -117,6 +117,7 @@ class FactorizedBase(ClosedFormBase):
         temperature: float = 1.0,
         fixed_point: bool = False,
         prefix: Tensor | None = None,
+        draft: Base | None = None,
     ) -> tuple[Tensor, int]:
         logits = check_logits(self.logits, type(self).__name__)[self.groups[: noise.shape[1]]]
         x = inverse_cdf(noise, logits=logits, temperature=temperature).contiguous()

@@ -1,14 +1,14 @@
 """The n-gram base: interpolated Kneser–Ney over the natural order of positions."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Generator, Tensor
 
 from dflows.bases.base import Base
-from dflows.categorical import inverse_cdf
-from dflows.ngrams import NGrams
+from dflows.drafting import Drafter
+from dflows.ngrams import NGrams, decide_left_to_right, drafter, draw_left_to_right
 from dflows.representations import to_indices
 
 __all__ = ["NGramBase"]
@@ -90,11 +90,17 @@ class NGramBase(Base):
         temperature: float = 1.0,
         fixed_point: bool = False,
         prefix: Tensor | None = None,
+        draft: Base | None = None,
     ) -> tuple[Tensor, int]:
-        def decide(dimension: int, probs: Tensor) -> Tensor:
-            return inverse_cdf(noise[:, dimension], probs=probs, temperature=temperature)
+        values, places = self._all(len(noise), noise.shape[1])
+        if prefix is not None:
+            known = prefix.shape[1]
+            values[:, :known] = prefix
+            places = places[:, known:]
+        return draw_left_to_right(self.ngrams, values, places, noise, temperature), 0
 
-        return self._left_to_right(len(noise), noise.shape[1], decide, prefix), 0
+    def drafter(self, noise: Tensor, temperature: float = 1.0) -> Drafter:
+        return drafter(self.ngrams, noise, temperature)
 
     def supports_prefix(self, number: int, length: int) -> bool:
         return True
@@ -104,28 +110,15 @@ class NGramBase(Base):
         return self.ngrams.order == 1
 
     def greedy(self, num_values: int, length: int, context: Tensor | None = None) -> Tensor:
-        return self._left_to_right(num_values, length, lambda _, probs: probs.argmax(dim=-1))
+        values, places = self._all(num_values, length)
+        return decide_left_to_right(
+            self.ngrams, values, places, lambda _, probs: probs.argmax(dim=-1)
+        )
 
-    def _left_to_right(
-        self,
-        num_values: int,
-        length: int,
-        decide: Callable[[int, Tensor], Tensor],
-        prefix: Tensor | None = None,
-    ) -> Tensor:
-        """Decides one dimension after the other, each by its probabilities (N, K)."""
-        values = torch.empty(num_values, length, dtype=torch.long, device=self.ngrams.keys.device)
-        history = torch.zeros_like(values[:, 0])
-        known = 0
-        if prefix is not None:
-            known = prefix.shape[1]
-            values[:, :known] = prefix
-        for dimension in range(length):
-            if dimension >= known:
-                probs = self.ngrams.next_probs(history, dimension)
-                values[:, dimension] = decide(dimension, probs)
-            history = (history << self.ngrams.bits) | values[:, dimension]
-        return values
+    def _all(self, num_values: int, length: int) -> tuple[Tensor, Tensor]:
+        """Returns values (N, d) to decide, and all their dimensions (N, d)."""
+        places = torch.arange(length, device=self.ngrams.keys.device).repeat(num_values, 1)
+        return torch.zeros_like(places), places
 
     def init_from_counts(self, counts: Tensor) -> None:
         """Does nothing: :meth:`count` finds the whole distribution."""

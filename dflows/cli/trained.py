@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from datamodules.vocabulary import Vocabulary
+from dflows.bases import Base
 from dflows.cli.checkpoints import load_model, read_checkpoint
 from dflows.errors import UserError
+from dflows.flow import DiscreteFlow
 from lightning_modules import BaseModule
 from lightning_modules.base import Method
 
@@ -30,6 +32,7 @@ def draw(
     seed: int = 0,
     method: Method = "levels",
     prompt: Tensor | None = None,
+    draft: Base | None = None,
     drawn: Callable[[int, int], None] | None = None,
 ) -> Tensor:
     """Draws samples of any length.
@@ -43,20 +46,27 @@ def draw(
         seed: Seed of all randomness.
         method: `levels`, or `fixed_point`, which gives the same samples.
         prompt: Indices (n,) that every sample begins with; at most a window.
+        draft: Guesses samples, as in :meth:`dflows.DiscreteFlow.sample`.
         drawn: Told after every batch how many windows are drawn, and how many will be.
 
     Returns:
         Indices (N, L): independent windows, one after the other.
 
     Raises:
-        UserError: If the prompt does not fit, or the model takes none.
+        UserError: If the prompt or the draft does not fit, or the model takes none.
     """
     generator = torch.Generator(module.device).manual_seed(seed)
     total, done = num_samples * -(-length // window), 0
     if prompt is not None:
         _check_prompt(module, len(prompt), length, window)
 
-    def windows(number: int, size: int, **options: Tensor) -> Tensor:
+    drafted: dict[str, Any] = {} if draft is None else {"draft": draft}
+    if draft is not None and not module.takes_draft:
+        raise UserError(
+            f"a draft was given, and a {type(module).__name__} takes none: leave it away"
+        )
+
+    def windows(number: int, size: int, **options: Any) -> Tensor:
         nonlocal done
         parts = []
         for begin in range(0, number, AT_ONCE):
@@ -66,6 +76,7 @@ def draw(
                 temperature=temperature,
                 generator=generator,
                 method=method,
+                **drafted,
                 **options,
             )
             parts.append(part)
@@ -126,6 +137,26 @@ class TrainedModel:
             raise UserError(f"a {type(self.module).__name__} has no flow: use module")
         return flow
 
+    def draft_of(self, model: "TrainedModel") -> Base:
+        """Returns the base of this model, which guesses the samples of another.
+
+        Raises:
+            UserError: If the two have other vocabularies, or this one is more than a base.
+        """
+        flow = getattr(self.module, "flow", None)
+        if not isinstance(flow, DiscreteFlow) or len(flow.transforms):
+            raise UserError(
+                f"the draft is a {type(self.module).__name__}, and no base alone: give an "
+                "NGramModule"
+            )
+        if self.vocabulary != model.vocabulary:
+            raise UserError(
+                f"the draft has another vocabulary of {self.vocabulary.num_classes} classes than "
+                f"the model with its {model.vocabulary.num_classes}: give n-grams that were "
+                "counted on the model's data"
+            )
+        return flow.base.to(model.module.device)
+
     def encode(self, text: str) -> Tensor:
         """Returns the classes (n,) of a text, on the device of the model."""
         classes = self.vocabulary.encode(text, "the text").astype("int64")
@@ -155,6 +186,7 @@ class TrainedModel:
         method: Method = "levels",
         prompt: str | None = None,
         context: Tensor | None = None,
+        draft: "TrainedModel | None" = None,
     ) -> Tensor:
         """Generates events.
 
@@ -167,17 +199,21 @@ class TrainedModel:
             method: `levels`, or `fixed_point`, which gives the same samples.
             prompt: What every sample begins with.
             context: What each is conditioned on (N, …), by a conditional model.
+            draft: An n-gram model over the same vocabulary, which guesses samples for the method
+                `fixed_point`: as in :meth:`dflows.DiscreteFlow.sample`.
 
         Returns:
             Indices (N, L).
 
         Raises:
-            UserError: If the prompt cannot be honoured, or the context does not fit the model.
+            UserError: If the prompt cannot be honoured, or the context or the draft does not fit.
         """
         self._check_context(context)
         if context is not None:
             generator = torch.Generator(self.module.device).manual_seed(seed)
             given: dict[str, Any] = {} if prompt is None else {"prompt": self.encode(prompt)}
+            if draft is not None:
+                given["draft"] = draft.draft_of(self)
             return self.module.sample(
                 num_samples,
                 length=length,
@@ -196,6 +232,7 @@ class TrainedModel:
             seed=seed,
             method=method,
             prompt=None if prompt is None else self.encode(prompt),
+            draft=None if draft is None else draft.draft_of(self),
         )
 
     @torch.no_grad()

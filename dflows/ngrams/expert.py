@@ -6,7 +6,9 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from dflows.drafting import Drafter
 from dflows.experts import Expert
+from dflows.ngrams.chain import drafter
 from dflows.ngrams.messages import MOST_CLASSES, RightContext, look_up
 from dflows.ngrams.model import NGrams
 from dflows.remembered import Remembered
@@ -51,6 +53,9 @@ class NGramExpert(Expert):
         super().__init__(num_classes)
         self.ngrams = NGrams(num_classes, order, discount)
         self._neighbours = Remembered(partial(_Neighbours.of, most=order - 1))
+
+    def drafter(self, noise: Tensor, temperature: float = 1.0) -> Drafter:
+        return drafter(self.ngrams, noise, temperature)
 
     def num_terms(self, levels: Tensor) -> int:
         both_sides = self.num_classes <= MOST_CLASSES and RightContext.of(levels).any

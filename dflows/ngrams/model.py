@@ -10,6 +10,7 @@ from dflows.counted import Counted
 from dflows.errors import UserError
 from dflows.ngrams.counts import Packing, count_ngrams
 from dflows.ngrams.kneser_ney import Table, find, smooth
+from dflows.ngrams.lookup import Lookup
 from dflows.ngrams.messages import right_context_messages
 
 __all__ = ["NGrams"]
@@ -74,6 +75,7 @@ class NGrams(Counted):
         self.register_buffer("counts", torch.empty(0, dtype=torch.long))
         self.register_buffer("sizes", torch.zeros(order, dtype=torch.long))
         self._tables: list[Table] | None = None
+        self._lookup: Lookup | None = None
         self._messages: Tensor | None = None
 
     def extra_repr(self) -> str:
@@ -104,7 +106,7 @@ class NGrams(Counted):
         keys, counts = zip(*found, strict=True)
         self.keys, self.counts = torch.cat(keys), torch.cat(counts)
         self.sizes = torch.tensor([len(part) for part in keys], device=self.keys.device)
-        self._tables = self._messages = None
+        self._tables = self._lookup = self._messages = None
 
     def _smoothed(self) -> list[Table]:
         """Returns the table of every order; none where nothing was counted."""
@@ -116,6 +118,14 @@ class NGrams(Counted):
                     keys, counts = self.keys.split(sizes), self.counts.split(sizes)
                     self._tables = smooth(keys, counts, self._packing, self.discount)
         return self._tables
+
+    def lookup(self) -> Lookup:
+        """Returns what finds the same as :meth:`next_probs` for a few histories, and faster."""
+        if self._lookup is None:
+            with torch.inference_mode(mode=False), torch.no_grad():
+                tables = self._smoothed()
+                self._lookup = Lookup.of(tables, self._packing, self.num_classes, self.keys.device)
+        return self._lookup
 
     def log_prob(self, x: Tensor) -> Tensor:
         """Computes the log-probability of every class given those before it, in nats.
@@ -161,23 +171,15 @@ class NGrams(Counted):
             device=history.device,
         )
         tables, packing = self._smoothed(), self._packing
+        seen = torch.as_tensor(seen, device=history.device).expand(len(history))
         for m, table in enumerate(tables):
-            kind: Tensor | int
-            of_ngrams: Tensor | int
-            if isinstance(seen, int):
-                # Sampling comes by here once a class: no look-ups in vain, and none by rows.
-                if m > seen:
-                    break
-                kind = of_ngrams = 0 if m == seen else -1
-            else:
-                kind = torch.where(seen == m, 0, len(table.shares) - 1)
-                of_ngrams = kind.unsqueeze(-1)
+            kind = torch.where(seen == m, 0, len(table.shares) - 1)
             context = (history & packing.mask(m)) << self.bits >> self.bits
             place = find(table.contexts, context)
             first, end = table.starts[place, None], table.starts[place + 1, None]
             # The n-grams of a context stand together; those beyond its last are those of no n-gram.
             ngrams = torch.where(first + classes < end, first + classes, len(table.keys))
-            rests, shares = table.rests[kind, place], table.shares[of_ngrams, ngrams]
+            rests, shares = table.rests[kind, place], table.shares[kind.unsqueeze(-1), ngrams]
             lost: Tensor | None = None
             if leave_out is not None:
                 ngram = find(table.keys, (context << self.bits) | leave_out)
@@ -191,10 +193,7 @@ class NGrams(Counted):
             found = (probs * rests.unsqueeze(-1)).scatter_add(1, table.last[ngrams], shares)
             if leave_out is not None and lost is not None:
                 found = found.scatter_add(1, leave_out.unsqueeze(-1), lost.unsqueeze(-1))
-            if isinstance(seen, int):
-                probs = found
-            else:
-                probs = torch.where((seen >= m).unsqueeze(-1), found, probs)
+            probs = torch.where((seen >= m).unsqueeze(-1), found, probs)
         return probs
 
     def pack(self, x: Tensor) -> Tensor:
@@ -225,6 +224,8 @@ class NGrams(Counted):
         super()._apply(*args, **options)
         if self._tables and self._tables[0].keys.device != self.keys.device:
             self._tables = None
+        if self._lookup is not None and self._lookup.contexts.device != self.keys.device:
+            self._lookup = None
         if self._messages is not None and self._messages.device != self.keys.device:
             self._messages = None
         return self
@@ -238,4 +239,4 @@ class NGrams(Counted):
             saved = own if name == "sizes" else state_dict.get(prefix + name, own)
             setattr(self, name, own.new_zeros(saved.shape))
         super()._load_from_state_dict(state_dict, prefix, *args, **options)
-        self._tables = self._messages = None
+        self._tables = self._lookup = self._messages = None

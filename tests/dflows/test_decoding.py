@@ -5,7 +5,7 @@ import torch
 
 from dflows.backbones import LSTM, MADE, DilatedConvolution, LevelConvolution, Table, Transformer
 from dflows.conditioner import Conditioner, Context
-from dflows.decoding import decide_levels, solve_fixed_point
+from dflows.decoding import AHEAD, decide_levels, solve_fixed_point
 from dflows.orderings import BehindContext, Blocks, Natural, Reversed, Strided
 from dflows.representations import to_one_hot
 from tests.dflows.small import ORDERINGS, WIDTH, shaken
@@ -69,6 +69,77 @@ def test_levels_and_the_fixed_point_are_what_levels_by_hand_are(name, ordering, 
         again, iterations = solve_fixed_point(conditioner, found, largest, first_level=first_level)
     assert torch.equal(again, found)
     assert iterations == 1
+
+
+class TestDraft:
+    @pytest.mark.parametrize(("name", "ordering"), CASES)
+    @pytest.mark.parametrize("first_level", [0, 1])
+    def test_whatever_it_guesses_the_values_are_the_same(self, name, ordering, first_level):
+        conditioner, y = make(name, ordering), values()
+        options = {"first_level": first_level}
+
+        def guess(y, due):
+            return torch.randint_like(y, CLASSES).where(due, y)
+
+        with torch.no_grad():
+            expected = decide_levels(conditioner, y, largest, **options)
+            found, iterations = solve_fixed_point(conditioner, y, largest, drafter=guess, **options)
+        assert torch.equal(found, expected)
+        assert 1 <= iterations <= conditioner.num_levels - first_level + 1
+
+    @pytest.mark.parametrize(("name", "ordering"), CASES)
+    def test_what_guesses_right_is_confirmed_once(self, name, ordering):
+        conditioner, y = make(name, ordering), values()
+        with torch.no_grad():
+            expected = decide_levels(conditioner, y, largest)
+            found, iterations = solve_fixed_point(
+                conditioner, y, largest, drafter=lambda y, due: expected.where(due, y)
+            )
+        assert torch.equal(found, expected)
+        assert iterations == 1
+
+    def test_it_goes_on_behind_what_has_settled(self):
+        conditioner, y = make("transformer", Natural()), torch.zeros(3, LENGTH, dtype=torch.long)
+        with torch.no_grad():
+            expected = decide_levels(conditioner, y, largest, prefix_length=1)
+        right = torch.tensor([[1, 1, 0, 1, 1], [1, 0, 1, 0, 1], [1, 1, 1, 1, 1]]).bool()
+        asked = []
+
+        def guess(y, due):
+            asked.append(due)
+            return expected.where(right, (expected + 1) % CLASSES).where(due, y)
+
+        with torch.no_grad():
+            found, iterations = solve_fixed_point(
+                conditioner, y, largest, drafter=guess, prefix_length=1
+            )
+        assert torch.equal(found, expected)
+        assert [due.int().tolist() for due in asked] == [
+            [[0, 1, 1, 1, 1], [0, 1, 1, 1, 1], [0, 1, 1, 1, 1]],
+            [[0, 0, 0, 1, 1], [0, 0, 1, 1, 1], [0, 0, 0, 0, 0]],
+            [[0, 0, 0, 0, 0], [0, 0, 0, 0, 1], [0, 0, 0, 0, 0]],
+        ]
+        assert iterations == 3
+
+    def test_it_guesses_so_many_levels_at_once(self):
+        length = 2 * AHEAD + 1
+        conditioner = Conditioner(CLASSES, length, Natural(), LSTM(WIDTH)).eval()
+        asked = []
+
+        def guess(y, due):
+            asked.append(int(due.sum()))
+            return y.where(~due, 1)
+
+        y = torch.zeros(1, length, dtype=torch.long)
+        with torch.no_grad():
+            _, iterations = solve_fixed_point(
+                conditioner,
+                y,
+                lambda _, logits: torch.ones_like(logits[..., 0]).long(),
+                drafter=guess,
+            )
+        assert asked[0] == AHEAD
+        assert iterations == 2
 
 
 @pytest.mark.parametrize("name", BACKBONES)

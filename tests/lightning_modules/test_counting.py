@@ -109,6 +109,17 @@ def test_training_leaves_out_what_was_counted(training, text):
     assert torch.allclose(whole, objective) is not training
 
 
+def test_the_iterations_that_an_expert_drafts_are_reported_as_such(text):
+    for order, remark in ((None, "mean of 4"), (3, "mean of 4, drafted by the expert")):
+        flow = flows.language_model(text.num_classes, D, NETWORK, ngram_order=order)
+        (row,) = [
+            row
+            for row in FlowModule(flow).report_generation(D).rows
+            if row[0] == "iterations of the fixed point"
+        ]
+        assert row[2].endswith(remark)
+
+
 def test_samples_are_those_of_the_fixed_point(text, tmp_path):
     module = language_model(text.num_classes)
     trainer(tmp_path).fit(module, datamodule=text)
