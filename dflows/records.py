@@ -89,6 +89,7 @@ METRICS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "generation_seconds_1_p95": ("number", "95th percentile of the same"),
         "generation_seconds_32": ("number", "median seconds to generate 32 sequences at once"),
         "generation_seconds_32_p95": ("number", "95th percentile of the same"),
+        "passes_seconds_1": ("mapping", "generation_seconds_1 by number of passes"),
         "generation_bytes_1": ("count", "peak device memory generating 1 sequence, bytes"),
         "generation_bytes_32": ("count", "peak device memory generating 32 sequences, bytes"),
         # Speed in benchmarks, of an opponent too, and what the device can do.

@@ -36,6 +36,7 @@ RENDERERS: Mapping[str, Callable[[Experiment], str]] = MappingProxyType(
         "addition": addition.render,
         "potts": potts.render,
         "language-modelling": language_modelling.render,
+        "language-modelling-long": language_modelling.render,
         "language-modelling-gpu": language_modelling.render,
     }
 )
@@ -46,6 +47,7 @@ DRAWERS: Mapping[str, Callable[[Experiment, Path], None]] = MappingProxyType(
         "estimators": estimators.draw,
         "mixture": mixture.draw,
         "language-modelling": language_modelling.draw,
+        "language-modelling-long": language_modelling.draw,
         "language-modelling-gpu": language_modelling.draw,
     }
 )

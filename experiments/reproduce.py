@@ -6,8 +6,9 @@
 An experiment is a grid of runs of ``python -m dflows.fit``: its plan, in ``experiments/plans/``,
 says which configurations each merges, and ``--overlay`` merges one over them all, for example the
 path of a local text. A run that has a record is not repeated, so an interrupted experiment goes on;
-add ``--again`` after changing a plan or its configurations. ``python -m experiments.report`` makes
-tables and figures of the records.
+with ``--resume`` the interrupted run itself goes on from its last checkpoint. Add ``--again`` after
+changing a plan or its configurations. ``python -m experiments.report`` makes tables and figures of
+the records.
 """
 
 import sys
@@ -40,6 +41,7 @@ EXPERIMENTS = (
     "addition",
     "potts",
     "language-modelling",
+    "language-modelling-long",
     "language-modelling-gpu",
 )
 
@@ -51,6 +53,7 @@ class Options:
     Args:
         smoke: Whether to run only the part that takes a minute.
         again: Whether to repeat runs that have a record.
+        resume: Whether a run goes on from the last checkpoint of one that was interrupted.
         only: Pattern of the names of runs, with or without their seeds.
         results: Folder of all records.
         overlay: Configuration merged over those of every run, reference and comparison; none where
@@ -59,6 +62,7 @@ class Options:
 
     smoke: bool
     again: bool
+    resume: bool
     only: str
     results: Path
     overlay: str
@@ -69,6 +73,9 @@ def _parser() -> Parser:
     parser.add_argument("name", help=f"Experiment: {', '.join(EXPERIMENTS)}.")
     parser.add_argument("--smoke", action="store_true", help="Run the part that takes a minute.")
     parser.add_argument("--again", action="store_true", help="Repeat runs that have a record.")
+    parser.add_argument(
+        "--resume", action="store_true", help="Go on from last checkpoints of interrupted runs."
+    )
     parser.add_argument(
         "--only",
         type=str,
@@ -140,6 +147,13 @@ def _overlay(options: Options) -> dict[str, Any]:
     return merge_configs([options.overlay] if options.overlay else [], [])
 
 
+def _last_checkpoint(run: Run) -> list[str]:
+    """Returns the arguments that go on from the newest last checkpoint of a run, if it has one."""
+    found = Path("runs", run.name).glob("version_*/last.ckpt")
+    newest = max(found, key=lambda file: file.stat().st_mtime, default=None)
+    return [] if newest is None else ["--ckpt_path", str(newest)]
+
+
 def _asked(run: Run, options: Options) -> bool:
     names = (run.name, f"{run.name}-{run.seed}")
     return any(fnmatchcase(name, options.only) for name in names)
@@ -172,7 +186,9 @@ def reproduce(arguments: Sequence[str]) -> None:
     if given.name not in EXPERIMENTS:
         raise UserError(f"no experiment {given.name}: give one of {', '.join(EXPERIMENTS)}")
     results = Path(given.results)
-    options = Options(given.smoke, given.again, given.only, results, given.overlay)
+    options = Options(
+        given.smoke, given.again, given.resume, given.only, results, given.overlay
+    )
     # A smoke run is no finished run, and its record must not stand for one.
     folder = options.results / (f"{given.name}-smoke" if options.smoke else given.name)
     console = stdout_console()
@@ -185,7 +201,8 @@ def reproduce(arguments: Sequence[str]) -> None:
         console.rule(f"{plan.title}: {run.name}, seed {run.seed}, {number} of {len(runs)}")
         with run.arguments() as line:
             over = ["--config", options.overlay] if options.overlay else []
-            fit([*line, *over, "--record", str(folder)])
+            last = _last_checkpoint(run) if options.resume else []
+            fit([*line, *over, *last, "--record", str(folder)])
     found += len(runs) + _gradients(plan, options, folder, console)
     if not found:
         raise UserError(f"nothing of {given.name} matches {options.only}: leave --only away")

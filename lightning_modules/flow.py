@@ -219,6 +219,8 @@ class FlowModule(BaseModule):
 
     def report_generation(self, length: int) -> Report:
         report = super().report_generation(length)
+        if self.curve is not None:
+            report += self.curve.report_seconds(self.flow)
         if not self.flow.passes:
             return report
         context = self.example_contexts(1)

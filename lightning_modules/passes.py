@@ -2,11 +2,14 @@
 
 import math
 from collections.abc import Sequence
+from functools import partial
+from statistics import median
 
+import torch
 from torch import Tensor, nn
 
 from dflows.flow import DiscreteFlow
-from dflows.metrics import BitsPerCharacter
+from dflows.metrics import BitsPerCharacter, time_calls
 from dflows.reporting import Report
 from lightning_modules.base import compute
 
@@ -37,6 +40,18 @@ class PassesCurve(nn.Module):
         for passes, metric in zip(self.choices, self.metrics, strict=True):
             self.bpc[str(passes)] = float(compute(metric))  # type: ignore[arg-type]
             metric.reset()  # type: ignore[operator]
+
+    def report_seconds(self, flow: DiscreteFlow) -> Report:
+        """Times the generation of 1 sequence in every number of passes."""
+        report = Report({"passes_seconds_1": {}})
+        device = next(flow.parameters()).device
+        for passes in self.choices:
+            sample = partial(flow.with_passes(passes).sample, (1,))
+            with torch.random.fork_rng([device] if device.type == "cuda" else []):
+                seconds = median(time_calls(sample, warmup=2, device=device)[0])
+            report.metrics["passes_seconds_1"][str(passes)] = seconds
+            report.row(f"generating 1 sequence in {passes} passes, seconds", f"{seconds:.4f}")
+        return report
 
     def report(self) -> Report:
         """Reports the bits, where they have been computed."""

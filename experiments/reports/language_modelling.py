@@ -57,7 +57,7 @@ def render(experiment: Experiment) -> str:
         if shown := _shown(experiment, task):
             experiment.first(task, "unigram_bpc")
             parts += [_task(task, shown), *_few_passes(shown), *_fastest(shown)]
-            parts += [*_levels(shown), *_samples(shown)]
+            parts += [*_curves(shown), *_levels(shown), *_samples(shown)]
     return "\n\n".join(parts)
 
 
@@ -201,6 +201,19 @@ def _fastest(shown: Sequence[Shown]) -> list[str]:
     fastest = ("fastest, 1 sequence", "speed-up", "fastest, 32 sequences", "speed-up")
     head = ("system", "test bpc", *fastest)
     return [caption, table(head, rows)]
+
+
+def _curves(shown: Sequence[Shown]) -> list[str]:
+    """Returns the bits of networks that were trained for several numbers of passes."""
+    rows = []
+    for _, row, record in shown:
+        seconds = record.metrics.get("passes_seconds_1", {})
+        for passes, found in record.metrics.get("passes_bpc", {}).items():
+            rows.append([row.label, passes, f"{found:.3f}", number(seconds.get(passes))])
+    if not rows:
+        return []
+    caption = "One network each, in every number of passes that it was trained for:"
+    return [caption, table(("system", "passes", "test bpc", "1 sequence, s"), rows)]
 
 
 def _name(row: Row, record: Record) -> str:

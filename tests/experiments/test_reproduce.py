@@ -21,6 +21,7 @@ DESCRIBED = {
     "estimators": estimators.describe_figure,
     "mixture": mixture.describe_figure,
     "language-modelling": language_modelling.describe_figure,
+    "language-modelling-long": language_modelling.describe_figure,
     "language-modelling-gpu": language_modelling.describe_figure,
 }
 

@@ -38,6 +38,9 @@ def test_testing_scores_every_number_of_passes(text, tmp_path):
         total -= module.flow.with_passes(2).log_prob(y).detach().sum().item()
         count += y.numel()
     assert curve["2"] == pytest.approx(total / count / math.log(2), rel=1e-6)
+    seconds = module.report_generation(text.length).metrics["passes_seconds_1"]
+    assert [*seconds] == ["2", "4", "8"]
+    assert all(value > 0 for value in seconds.values())
 
 
 def test_resized_it_is_scored_in_other_passes(text, tmp_path):
