@@ -9,6 +9,7 @@ from torch import Tensor
 from dflows.drafting import Drafter
 from dflows.experts import Expert
 from dflows.ngrams.chain import drafter
+from dflows.ngrams.cross_fitting import CrossFit
 from dflows.ngrams.messages import MOST_CLASSES, RightContext, look_up
 from dflows.ngrams.model import NGrams
 from dflows.remembered import Remembered
@@ -26,7 +27,9 @@ class NGramExpert(Expert):
     the log-probability given both sides, up to a constant.
 
     The n-grams are :attr:`ngrams`: call ``expert.ngrams.count(chunks)`` before training. Until then
-    all classes are equally likely.
+    all classes are equally likely. If ``expert.cross_fit.count(chunks)`` was called as well, examples
+    that were counted are scored by the n-grams of the other half of the text
+    (:class:`~dflows.ngrams.cross_fitting.CrossFit`), and not by all but their own.
 
     Args:
         num_classes: K.
@@ -52,6 +55,7 @@ class NGramExpert(Expert):
     def __init__(self, num_classes: int, order: int, discount: float | None = None) -> None:
         super().__init__(num_classes)
         self.ngrams = NGrams(num_classes, order, discount)
+        self.cross_fit = CrossFit(num_classes, order, discount)
         self._neighbours = Remembered(partial(_Neighbours.of, most=order - 1))
 
     def drafter(self, noise: Tensor, temperature: float = 1.0) -> Drafter:
@@ -65,7 +69,35 @@ class NGramExpert(Expert):
     def forward(
         self, y: Tensor, levels: Tensor, dimensions: Tensor | None = None, *, num_terms: int
     ) -> Tensor:
-        ngrams, known, leave_out = self.ngrams, self._neighbours(levels), self.leaves_one_out
+        parts = self.cross_fit.of_others(y) if self.leaves_one_out else []
+        if not parts:
+            leave_out = self.leaves_one_out
+            return self._terms(self.ngrams, y, levels, dimensions, num_terms, leave_out)
+        sampled = dimensions is not None and dimensions.dtype == torch.bool
+        shape = y.shape if dimensions is None else (len(y), len(dimensions))
+        owner = dimensions.nonzero()[:, 0] if dimensions is not None and sampled else None
+        found = y.new_empty(
+            *(shape if owner is None else owner.shape),
+            self.num_classes,
+            num_terms,
+            dtype=torch.double,
+        )
+        for rows, ngrams in parts:
+            chosen = dimensions[rows] if dimensions is not None and sampled else dimensions
+            terms = self._terms(ngrams, y[rows], levels, chosen, num_terms, leave_out=False)
+            found[rows if owner is None else torch.isin(owner, rows)] = terms
+        return found
+
+    def _terms(
+        self,
+        ngrams: NGrams,
+        y: Tensor,
+        levels: Tensor,
+        dimensions: Tensor | None,
+        num_terms: int,
+        leave_out: bool,
+    ) -> Tensor:
+        known = self._neighbours(levels)
         parts = [ngrams.pack(y), known.runs.expand_as(y), y]
         if num_terms > 1:
             second = y[:, known.second].masked_fill(~known.has_second, self.num_classes)

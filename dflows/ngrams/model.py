@@ -62,7 +62,7 @@ class NGrams(Counted):
 
     def __init__(self, num_classes: int, order: int = 6, discount: float | None = None) -> None:
         super().__init__()
-        self._packing = Packing.of(num_classes, order)
+        self.packing = Packing.of(num_classes, order)
         if discount is not None and not 0 < discount < 1:
             raise UserError(
                 f"discount is {discount}: give a number between 0 and 1, or none to have it found"
@@ -84,7 +84,7 @@ class NGrams(Counted):
     @property
     def bits(self) -> int:
         """The bits of one class in a packed history."""
-        return self._packing.bits
+        return self.packing.bits
 
     @property
     def num_counted(self) -> int:
@@ -102,29 +102,30 @@ class NGrams(Counted):
         Raises:
             UserError: If there is nothing to count, or a value is no class.
         """
-        found = count_ngrams(chunks, self.num_classes, self._packing, self.keys.device)
+        found = count_ngrams(chunks, self.num_classes, self.packing, self.keys.device)
         keys, counts = zip(*found, strict=True)
         self.keys, self.counts = torch.cat(keys), torch.cat(counts)
         self.sizes = torch.tensor([len(part) for part in keys], device=self.keys.device)
         self._tables = self._lookup = self._messages = None
 
-    def _smoothed(self) -> list[Table]:
-        """Returns the table of every order; none where nothing was counted."""
+    @property
+    def tables(self) -> list[Table]:
+        """The table of every order; none where nothing was counted."""
         if self._tables is None:
             self._tables = []
             if len(self.keys):
                 sizes = self.sizes.tolist()
                 with torch.inference_mode(mode=False), torch.no_grad():
                     keys, counts = self.keys.split(sizes), self.counts.split(sizes)
-                    self._tables = smooth(keys, counts, self._packing, self.discount)
+                    self._tables = smooth(keys, counts, self.packing, self.discount)
         return self._tables
 
     def lookup(self) -> Lookup:
         """Returns what finds the same as :meth:`next_probs` for a few histories, and faster."""
         if self._lookup is None:
             with torch.inference_mode(mode=False), torch.no_grad():
-                tables = self._smoothed()
-                self._lookup = Lookup.of(tables, self._packing, self.num_classes, self.keys.device)
+                tables = self.tables
+                self._lookup = Lookup.of(tables, self.packing, self.num_classes, self.keys.device)
         return self._lookup
 
     def log_prob(self, x: Tensor) -> Tensor:
@@ -137,7 +138,7 @@ class NGrams(Counted):
             Log-probabilities (N, d), in float64.
         """
         probs = torch.full(x.shape, 1 / self.num_classes, dtype=torch.double, device=x.device)
-        for (m, ngrams), table in zip(self._packing.ngrams(x), self._smoothed(), strict=False):
+        for (m, ngrams), table in zip(self.packing.ngrams(x), self.tables, strict=False):
             # The first of them has no n-gram of the next order.
             kind = torch.full(ngrams.shape[1:], len(table.shares) - 1, device=x.device)
             kind[0] = 0
@@ -170,7 +171,7 @@ class NGrams(Counted):
             dtype=torch.double,
             device=history.device,
         )
-        tables, packing = self._smoothed(), self._packing
+        tables, packing = self.tables, self.packing
         seen = torch.as_tensor(seen, device=history.device).expand(len(history))
         for m, table in enumerate(tables):
             kind = torch.where(seen == m, 0, len(table.shares) - 1)
@@ -205,7 +206,7 @@ class NGrams(Counted):
         Returns:
             Numbers (N, d), the class right before in the lowest bits; 0 where there is none.
         """
-        return self._packing.histories(x)
+        return self.packing.histories(x)
 
     def trigrams(self) -> Tensor:
         """Computes the probabilities (K, K, K) of every class after every two, in float64."""
