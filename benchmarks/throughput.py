@@ -2,8 +2,8 @@
 
     python benchmarks/throughput.py --record results/benchmarks
 
-Both train the quickstart's flow, from the same data module, with the same optimizer, clipping and
-schedule, in turns in one process. The hand-written loop is what one would write without a
+Both train the quickstart's flow, from the same data module, with the same optimizer, precision,
+clipping and schedule, in turns in one process. The hand-written loop is what one would write without a
 framework; dflows.fit brings its progress bar, logger, metrics and checkpoints.
 """
 
@@ -21,6 +21,7 @@ import torch
 from dflows.cli.configs import FlowCLI
 from dflows.cli.noise import quiet
 from dflows.cli.recording import without_machine
+from dflows.counted import Counted
 from dflows.provenance import describe_device
 from dflows.records import Record, write_record
 
@@ -55,6 +56,10 @@ def by_hand(config: str, steps: int) -> float:
     module, data = cli.model, cli.datamodule
     flow, settings, refit = module.flow, module.optimization, module.base_refit
     flow.base.init_from_counts(data.class_counts())
+    for part in flow.modules():
+        if isinstance(part, Counted):
+            part.count(data.training_chunks())
+    half = cli.trainer.precision == "bf16-mixed"
     optimizer = torch.optim.AdamW(
         [parameter for parameter in module.parameters() if parameter.requires_grad],
         lr=settings.learning_rate,
@@ -66,11 +71,13 @@ def by_hand(config: str, steps: int) -> float:
         optimizer, lambda step: settings.factor(step, step / steps)
     )
     batches = iter(data.train_dataloader())
+    module.train()
     begin = time.perf_counter()
     characters = 0
     for step in range(1, steps + 1):
         y = next(batches)
-        loss = -module.objective(flow, y, progress=(step - 1) / steps).mean() / y.shape[1]
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            loss = -module.objective(flow, y, progress=(step - 1) / steps).mean() / y.shape[1]
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), 1.0)

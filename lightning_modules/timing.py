@@ -5,12 +5,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from dflows.metrics import GenerationLatency
+from dflows.metrics import GenerationLatency, time_calls
 from dflows.reporting import Report
 
 __all__ = ["measure_generation", "report_generation"]
 
 BATCHES = (1, 32)
+MOST_SECONDS = 5.0
+"""Seconds of the calls that are timed, if one does not take longer."""
 
 
 class Sampler(Protocol):
@@ -30,7 +32,6 @@ def measure_generation(
     *,
     context: Tensor | None = None,
     repeats: int = 10,
-    warmup: int = 2,
 ) -> dict[str, float]:
     """Times the generation of so many sequences at once, median and 95th percentile.
 
@@ -38,16 +39,21 @@ def measure_generation(
         module: The module.
         num_samples: Sequences of a call.
         context: One a sequence, of a conditional module.
-        repeats: Calls that are timed.
-        warmup: Calls before them that are not.
+        repeats: Calls that are timed; fewer where they take long.
     """
     given: dict[str, Any] = {} if context is None else {"context": context[:num_samples]}
     latency = GenerationLatency().to(module.device)
+
+    def draw() -> Tensor:
+        return module.sample(num_samples, **given)
+
     with (
         torch.random.fork_rng([module.device] if module.device.type == "cuda" else []),
         torch.no_grad(),
     ):
-        latency.measure(lambda: module.sample(num_samples, **given), repeats=repeats, warmup=warmup)
+        (first,), _ = time_calls(draw, repeats=1, warmup=1, device=module.device)
+        repeats = max(1, min(repeats, int(MOST_SECONDS / first)))
+        latency.measure(draw, repeats=repeats, warmup=0)
     return {name: float(value) for name, value in latency.compute().items()}
 
 
@@ -60,7 +66,7 @@ def report_generation(
         module: The module.
         length: Dimensions of a sequence.
         context: One for each of 32 sequences, of a conditional module.
-        repeats: Calls that are timed.
+        repeats: Calls that are timed, at most.
     """
     report = Report({"generation_length": length})
     for number in BATCHES:
