@@ -77,7 +77,8 @@ def _check_size(conditioner: "Conditioner", length: int, num_levels: int) -> Non
     if num_levels != had and not conditioner.backbone.knows_levels:
         raise UserError(
             f"a {embedding.name} has an embedding for each of {had} levels, and {num_levels} were "
-            "asked for: choose a backbone that knows levels by itself, an LSTM say"
+            "asked for: choose a backbone that knows levels by itself, an LSTM or a Transformer of "
+            "positions='lanes' say"
         )
     if length != conditioner.length and embedding.positions is not None:
         raise UserError(

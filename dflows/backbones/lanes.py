@@ -1,12 +1,27 @@
 """Lanes: runs of neighbouring dimensions that are read one after the other, side by side."""
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-__all__ = ["Lanes", "known_ahead", "lanes_of", "steps_ahead"]
+from dflows.errors import UserError
+from dflows.remembered import Remembered
+
+__all__ = [
+    "LaneDistances",
+    "Lanes",
+    "known_ahead",
+    "lane_distances",
+    "lanes_behind_context",
+    "lanes_of",
+    "steps_ahead",
+]
+
+TOLD_APART = 32
+"""Distances along a lane beyond which all are alike."""
 
 
 class Lanes(NamedTuple):
@@ -63,6 +78,32 @@ def lanes_of(levels: Tensor) -> Lanes | None:
     )
 
 
+def lanes_behind_context(levels: Tensor, reader: str, remedy: str) -> tuple[int, Lanes]:
+    """Finds the lanes of levels (D,) behind entries of -1, the context.
+
+    Args:
+        levels: The levels.
+        reader: What needs lanes, and why.
+        remedy: What else can be done than to choose another ordering.
+
+    Returns:
+        The number of context tokens, and the lanes of the dimensions behind them.
+
+    Raises:
+        UserError: If the levels do not run in lanes.
+    """
+    context = int((levels < 0).sum())
+    inner = levels[context:]
+    lanes = lanes_of(inner) if len(inner) and bool((levels[:context] == -1).all()) else None
+    if lanes is None:
+        given = f"{levels.tolist()[:16]}{' …' if len(levels) > 16 else ''}"
+        raise UserError(
+            f"{reader} and serves the orderings Natural, Reversed and Strided, not the levels "
+            f"{given}: choose one of these orderings, {remedy}"
+        )
+    return context, lanes
+
+
 def known_ahead(levels: Tensor, directions: Tensor, reach: int) -> Tensor:
     """Tabulates which dimensions ahead, in the direction of the lane, are known before a dimension.
 
@@ -108,3 +149,51 @@ def steps_ahead(known: Tensor) -> Tensor:
     """
     first = F.pad(known, (0, 1)).long().argmax(dim=-1) + 1
     return torch.where(known.any(dim=-1), first, 0)
+
+
+def lane_distances(levels: Tensor, reader: str, remedy: str) -> Tensor:
+    """Tabulates how far dimensions are from the head of their lane, and from what is known ahead.
+
+    Args:
+        levels: Levels (D,); entries of -1 in front are context.
+        reader: As in :func:`lanes_behind_context`.
+        remedy: Likewise.
+
+    Returns:
+        Both distances (2, D), cut off at 32; the second is 0 where nothing so near is known. Those
+        of context are -1.
+
+    Example:
+        >>> lane_distances(torch.tensor([-1, 0, 1, 2, 0, 1]), "a network", "or none")
+        tensor([[-1,  0,  1,  2,  0,  1],
+                [-1,  0,  2,  1,  0,  0]])
+    """
+    context, lanes = lanes_behind_context(levels, reader, remedy)
+    inner = levels[context:]
+    ahead = steps_ahead(known_ahead(inner, lanes.directions, TOLD_APART) < len(inner))
+    return F.pad(torch.stack([inner.clamp(max=TOLD_APART), ahead]), (context, 0), value=-1)
+
+
+class LaneDistances(nn.Module):
+    """Creates embeddings of the distances along a lane, which serve any number of levels.
+
+    Args:
+        width: Features of one dimension.
+        reader: What needs lanes, and why, for messages.
+        remedy: What else can be done than to choose another ordering.
+    """
+
+    def __init__(self, width: int, reader: str, remedy: str) -> None:
+        super().__init__()
+        self.embedding = nn.Parameter(torch.randn(2, TOLD_APART + 1, width) * 0.1)
+        self._distances = Remembered(partial(lane_distances, reader=reader, remedy=remedy))
+
+    def forward(self, levels: Tensor) -> Tensor:
+        """Embeds the dimensions of levels (D,) to (D, width); context to zeros.
+
+        Raises:
+            UserError: If the levels do not run in lanes.
+        """
+        tables = F.pad(self.embedding, (0, 0, 1, 0))
+        from_head, ahead = self._distances(levels) + 1
+        return F.embedding(from_head, tables[0]) + F.embedding(ahead, tables[1])

@@ -12,7 +12,7 @@ from dflows.arguments import check_dropout, check_positive
 from dflows.backbones.ahead import Ahead, Readout
 from dflows.backbones.backbone import State, StatefulBackbone
 from dflows.backbones.checks import check_causal, check_features, check_next_level
-from dflows.backbones.lanes import known_ahead, lanes_of, steps_ahead
+from dflows.backbones.lanes import known_ahead, lanes_behind_context, steps_ahead
 from dflows.backbones.stepped_lstm import SteppedLSTM
 from dflows.errors import UserError
 from dflows.remembered import Remembered
@@ -128,7 +128,9 @@ class LSTM(StatefulBackbone):
             query = query.to(looked.dtype).expand_as(content).index_add(1, way.near, looked)
         rows = torch.cat([self.start.expand(len(content), 1, -1), content], dim=1)
         lanes = rows[:, way.before] + query[..., way.own, :]
-        hidden = self._read(lanes.flatten(0, 1))[0].reshape(len(content), -1, self.linear.in_features)
+        hidden = self._read(lanes.flatten(0, 1))[0].reshape(
+            len(content), -1, self.linear.in_features
+        )
         features = self._features(hidden[:, way.places], looked, way.near)
         return features if idle is None else features + idle
 
@@ -312,16 +314,12 @@ def route(levels: Tensor, reach: int) -> Route:
     Raises:
         UserError: If the levels do not run in lanes.
     """
-    context = int((levels < 0).sum())
+    context, lanes = lanes_behind_context(
+        levels,
+        "an LSTM reads one dimension after the other",
+        "set bidirectional=True, or take a Transformer",
+    )
     inner = levels[context:]
-    lanes = lanes_of(inner) if len(inner) and bool((levels[:context] == -1).all()) else None
-    if lanes is None:
-        given = levels.tolist()
-        raise UserError(
-            "an LSTM reads one dimension after the other and serves the orderings Natural, "
-            f"Reversed and Strided, not the levels {given[:16]}{' …' if len(given) > 16 else ''}: "
-            "choose one of these orderings, set bidirectional=True, or take a Transformer"
-        )
     length, number = len(inner), len(lanes.dimensions)
     ended = lanes.dimensions == length
     dimensions = torch.where(ended, 0, lanes.dimensions + context)

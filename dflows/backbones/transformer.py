@@ -1,7 +1,7 @@
 """A Transformer whose attention keeps to an ordering, or looks everywhere."""
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, cast
+from typing import Literal, TypeAlias, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -12,12 +12,17 @@ from dflows.arguments import check_dropout, check_positive
 from dflows.backbones.attention import Block, KeyValueCache
 from dflows.backbones.backbone import SteppedBackbone
 from dflows.backbones.checks import check_causal, check_features, check_length, check_next_level
+from dflows.backbones.lanes import LaneDistances
 from dflows.backbones.rotary import rotary_table
 from dflows.errors import UserError
 from dflows.remembered import Remembered
 
 __all__ = ["Transformer"]
 
+Positions: TypeAlias = Literal["rotary", "lanes", "learned", "layers", "none"]
+ROTARY = ("rotary", "lanes")
+
+OF_LANES = ("a Transformer of positions='lanes' reads along them", "or set positions='rotary'")
 FEEDFORWARD = 4
 """Hidden units of the feed-forward network, in multiples of the width."""
 
@@ -45,7 +50,10 @@ class Transformer(SteppedBackbone):
         heads: Number of heads; they share the width.
         attention: ``causal`` keeps to the levels, ``full`` sees all dimensions.
         positions: How a dimension knows where it is: ``rotary``, ``learned`` (an embedding added
-            to the input), ``layers`` (one added to the input of every layer) or ``none``.
+            to the input), ``layers`` (one added to the input of every layer) or ``none``. With
+            ``lanes``, beside rotary ones, it knows how far it is from the head of its lane and
+            from what is known ahead: one network then serves any number of levels, over Natural,
+            Reversed and :class:`~dflows.orderings.Strided`.
         length: D, the largest number of dimensions, context included. Needed by learned positions
             and by locality.
         locality: ``distance`` adds to the scores a bias learned for every head and distance, which
@@ -81,7 +89,7 @@ class Transformer(SteppedBackbone):
         heads: int = 4,
         *,
         attention: Literal["causal", "full"] = "causal",
-        positions: Literal["rotary", "learned", "layers", "none"] = "rotary",
+        positions: Positions = "rotary",
         length: int | None = None,
         locality: Literal["distance"] | None = None,
         dropout: float = 0.0,
@@ -93,11 +101,16 @@ class Transformer(SteppedBackbone):
         check_dropout(dropout)
         if width % heads:
             raise UserError(f"width={width} does not divide into heads={heads} equal parts")
-        if positions not in ("rotary", "learned", "layers", "none"):
+        if positions not in get_args(Positions):
             raise UserError(
-                f"positions is {positions!r}: give 'rotary', 'learned', 'layers' or 'none'"
+                f"positions is {positions!r}: give 'rotary', 'lanes', 'learned', 'layers' or 'none'"
             )
-        if positions == "rotary" and (width // heads) % 2:
+        if positions == "lanes" and not self.level_causal:
+            raise UserError(
+                "full attention sees all dimensions and has no lanes: set attention='causal', or "
+                "positions='rotary'"
+            )
+        if positions in ROTARY and (width // heads) % 2:
             raise UserError(
                 f"rotary positions rotate features in pairs, and a head has {width // heads}: "
                 "choose width and heads so that it has an even number"
@@ -131,6 +144,8 @@ class Transformer(SteppedBackbone):
         self._stages = Remembered(stages)
         if self.level_causal:
             self.start = nn.Parameter(torch.randn(width))
+        self.knows_levels = positions == "lanes"
+        self.lanes = LaneDistances(width, *OF_LANES) if self.knows_levels else None
         if learned:
             number = layers if positions == "layers" else 1
             self.position = nn.Parameter(torch.randn(number, length or 0, width) * scale)
@@ -212,7 +227,7 @@ class Transformer(SteppedBackbone):
 
     def _causal_layers(self, content: Tensor, query: Tensor, levels: Tensor) -> Iterator[Tensor]:
         """Yields the streams (B, 1 + D, width) of start and dimensions after every layer."""
-        h = self._streams(query).expand(content.shape[0], -1, -1)
+        h = self._streams(query, levels).expand(content.shape[0], -1, -1)
         positions = self._position_embedding(content.shape[1], start=1)
         content = F.pad(content, (0, 0, 1, 0))
         levels = F.pad(levels, (1, 0), value=-2)
@@ -224,8 +239,10 @@ class Transformer(SteppedBackbone):
             h = block(add_positions(h, positions, n), content, mask, rotary)
             yield h
 
-    def _streams(self, query: Tensor) -> Tensor:
+    def _streams(self, query: Tensor, levels: Tensor) -> Tensor:
         """Returns what the streams of start and dimensions begin with, (…, 1 + D, width)."""
+        if self.lanes is not None:
+            query = query + self.lanes(levels)
         return torch.cat([self.start.expand(*query.shape[:-2], 1, -1), query], dim=-2)
 
     def _position_embedding(self, length: int, start: int = 0) -> Tensor | None:
@@ -237,12 +254,17 @@ class Transformer(SteppedBackbone):
         return F.pad(self.position[:, :length], (0, 0, start, 0))
 
     def _rotary(self, positions: Tensor, dtype: torch.dtype) -> Tensor | None:
-        if self.positions != "rotary":
+        if self.positions not in ROTARY:
             return None
         return rotary_table(positions, self.width // self.heads, dtype)
 
     def _mask(self, locality: nn.Module | None, levels: Tensor, visible: Tensor) -> Tensor:
-        """Returns the mask (1 + D, 1 + D) or (heads, 1 + D, 1 + D) of start and dimensions."""
+        """Returns the mask (1 + D, 1 + D) or (heads, 1 + D, 1 + D) of start and dimensions.
+
+        It is dense: one of booleans, shared by examples, heads and layers, takes 17 MB for 4,096
+        dimensions, and PyTorch's fused attention takes it on every device. `flex_attention` would
+        skip what is hidden, but is slower unless compiled, and trains on GPUs alone.
+        """
         if locality is None:
             return visible
         bias = F.pad(locality(len(levels) - 1), (1, 0, 1, 0))
@@ -253,6 +275,7 @@ class Transformer(SteppedBackbone):
         if not self.level_causal:
             raise UserError("a Transformer of full attention has no steps: set attention='causal'")
         check_causal(self, query.expand(batch_size, -1, -1), query, levels)
+        streams = self._streams(query, levels)
         levels, order, counts = self._stages(levels)
         everything = torch.ones(len(order), len(order), dtype=torch.bool, device=levels.device)
         masks: list[Tensor | None] = []
@@ -261,7 +284,7 @@ class Transformer(SteppedBackbone):
             if block.locality is not None:
                 mask = self._mask(block.locality, levels, everything)[:, order][:, :, order]
             masks.append(mask)
-        h = self._streams(query)[..., order, :].expand(batch_size, -1, -1)
+        h = streams[..., order, :].expand(batch_size, -1, -1)
         rotary = self._rotary(order, query.dtype)
         positions = self._position_embedding(len(order) - 1, start=1)
         positions = None if positions is None else positions[:, order]

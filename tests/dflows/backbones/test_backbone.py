@@ -32,6 +32,7 @@ CAUSAL: dict[str, Callable[[], Backbone]] = {
     "lstm": lambda: LSTM(WIDTH, layers=2, hidden=6),
     "lstm-lanes": lambda: LSTM(WIDTH, layers=2, hidden=6, ahead=2),
     "transformer": lambda: Transformer(WIDTH, layers=3, heads=2),
+    "transformer-lanes": lambda: Transformer(WIDTH, heads=2, positions="lanes"),
     "transformer-learned": lambda: Transformer(WIDTH, heads=2, positions="learned", length=LENGTH),
     "transformer-local": lambda: Transformer(
         WIDTH, heads=2, positions="none", length=LENGTH, locality="distance"
@@ -83,7 +84,7 @@ def some_levels(draw: st.DrawFn, name: str) -> Tensor:
     if name == "lstm":
         levels = torch.arange(length)
         levels = levels.flip(0) if draw(st.booleans()) else levels
-    elif name == "lstm-lanes":
+    elif name.endswith("-lanes"):
         levels = torch.arange(length) % draw(st.integers(1, length))
     else:
         drawn = draw(st.lists(st.integers(0, 5), min_size=length, max_size=length))

@@ -3,7 +3,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dflows.backbones.lanes import known_ahead, lanes_of, steps_ahead
+from dflows.backbones.lanes import (
+    TOLD_APART,
+    LaneDistances,
+    known_ahead,
+    lane_distances,
+    lanes_of,
+    steps_ahead,
+)
+from dflows.errors import UserError
 from dflows.orderings import CoarseToFine, Halves, Natural, Parity, Reversed, Strided
 
 
@@ -66,3 +74,42 @@ def test_only_lower_levels_are_known_ahead(data, length, reach):
         ]
         first = 1 + lower.index(True) if any(lower) else 0
         assert steps_ahead(known < length)[d] == first
+
+
+@given(
+    length=st.integers(1, 60),
+    columns=st.integers(1, 60),
+    context=st.integers(0, 2),
+    flipped=st.booleans(),
+)
+def test_distances_are_those_to_the_head_and_to_what_is_known_ahead(
+    length, columns, context, flipped
+):
+    levels = Strided(columns).levels(length)
+    levels = levels.flip(0) if flipped else levels
+    tokens = torch.full((context,), -1)
+    found = lane_distances(torch.cat([tokens, levels]), "a reader", "or none")
+    assert found.shape == (2, context + length)
+    assert (found[:, :context] == -1).all()
+    from_head, ahead = found[:, context:].flip(1) if flipped else found[:, context:]
+    for d in range(length):
+        place = d % columns
+        assert from_head[d] == min(place, TOLD_APART)
+        # The head of the next lane, where there is one, is the first that is known.
+        to_next = columns - place
+        is_near = place > 0 and d + to_next < length and to_next <= TOLD_APART
+        assert ahead[d] == (to_next if is_near else 0)
+
+
+def test_distances_are_embedded_and_context_is_not():
+    distances = LaneDistances(4, "a reader", "or none")
+    found = distances(torch.tensor([-1, 0, 1, 2, 0, 1]))
+    assert found.shape == (6, 4)
+    assert not found[0].any()
+    assert torch.equal(found[1], found[4])
+    # At equal distance from the head, one of them knows what is ahead.
+    assert not torch.equal(found[2], found[5])
+    with pytest.raises(
+        UserError, match=r"a reader and serves .* not the levels \[0, 2, 1\]: .*none"
+    ):
+        distances(torch.tensor([0, 2, 1]))

@@ -1,12 +1,19 @@
+from functools import partial
+from math import log
+
 import pytest
 import torch
 from torch import nn
 
+from dflows import flows
 from dflows.backbones import Transformer
 from dflows.backbones.attention import Locality
 from dflows.backbones.rotary import rotary_table, rotate
+from dflows.checks import check_autoregressive, check_flow
 from dflows.errors import UserError
-from dflows.orderings import CoarseToFine, Natural, Reversed, Strided
+from dflows.objectives import SampledPasses
+from dflows.orderings import CoarseToFine, Halves, Natural, Reversed, Strided
+from tests.dflows.small import shaken, states
 
 WIDTH, HEADS = 8, 2
 
@@ -20,7 +27,9 @@ def plain(backbone, content, query, levels):
     """The causal network of one example written with loops over dimensions and heads."""
     size = WIDTH // HEADS
     rotary = None
-    if backbone.positions == "rotary":
+    if backbone.positions == "lanes":
+        query = query + backbone.lanes(levels)
+    if backbone.positions in ("rotary", "lanes"):
         rotary = rotary_table(torch.arange(len(levels) + 1), size, content.dtype)
     rows = [backbone.start, *query]
     told = [torch.zeros_like(backbone.start), *content]
@@ -69,6 +78,90 @@ def test_causal_equals_loops(positions, locality, levels):
     features = backbone(content, query, levels)
     for n in range(2):
         torch.testing.assert_close(features[n], plain(backbone, content[n], query, levels))
+
+
+@pytest.mark.parametrize("levels", [[0, 1, 2, 0, 1], [2, 1, 0], [-1, -1, 0, 1, 0]])
+def test_over_lanes_it_equals_loops(levels):
+    backbone = Transformer(WIDTH, 2, HEADS, positions="lanes").double()
+    content, query, levels = example(torch.tensor(levels))
+    expected = torch.stack([plain(backbone, one, query, levels) for one in content])
+    torch.testing.assert_close(backbone(content, query, levels), expected)
+
+
+def test_one_network_over_lanes_serves_every_number_of_levels():
+    torch.manual_seed(0)
+    backbone = Transformer(WIDTH, 2, HEADS, positions="lanes").double()
+    assert backbone.knows_levels
+    assert not Transformer(WIDTH, heads=HEADS).knows_levels
+    content, query, _ = example(torch.arange(12))
+    query = torch.zeros_like(query)
+    seen = []
+    for columns in range(1, 13):
+        levels = Strided(columns).levels(12)
+        whole = backbone(content, query, levels)
+        cache = backbone.begin(query, levels, 2)
+        for level in range(columns):
+            before = content[:, levels == level - 1] if level else None
+            features = backbone.advance(cache, level, before)
+            torch.testing.assert_close(features, whole[:, levels == level], rtol=0, atol=1e-10)
+        seen.append(whole[:, 1:])
+    assert all(not torch.allclose(one, seen[-1]) for one in seen[:-1])
+
+
+@pytest.mark.parametrize("passes", range(1, 7))
+def test_events_over_lanes_are_certified_and_add_up_to_one(passes):
+    backbone = partial(Transformer, WIDTH, 2, HEADS, positions="lanes")
+    flow = shaken(flows.language_model(3, 6, backbone, ordering=Strided(3))).double().eval()
+    flow = flow.with_passes(passes)
+    check_flow(flow)
+    check_autoregressive(backbone(), ordering=Strided(passes))
+    y = states(3, 6)
+    torch.testing.assert_close(flow.log_prob(y).exp().sum(), torch.tensor(1.0).double())
+    # By enumeration: what a dimension is given does not depend on those of no lower level.
+    levels = Strided(passes).levels(6)
+    terms = flow.base.log_prob(y).view(*[3] * 6, 6)
+    for d in range(6):
+        ones = [0 if levels[e] >= levels[d] and e != d else slice(None) for e in range(6)]
+        first = terms[(*ones, d)]
+        for e in range(6):
+            if levels[e] >= levels[d] and e != d:
+                for value in range(3):
+                    other = [*ones]
+                    other[e] = value
+                    torch.testing.assert_close(terms[(*other, d)], first, rtol=0, atol=1e-12)
+    longer = flow.with_length(13).with_passes(passes)
+    assert longer.sample((2,)).shape == (2, 13)
+    assert longer.passes == passes
+
+
+def test_one_network_over_lanes_is_trained_for_several_numbers_of_passes():
+    backbone = partial(Transformer, WIDTH, 1, HEADS, positions="lanes")
+    flow = flows.language_model(3, 8, backbone, ordering=Strided(4))
+    objective = SampledPasses([2, 4, 8])
+    objective.prepare(flow)
+    # The first of a lane is one of three, and tells all others.
+    y = (torch.arange(8) + torch.arange(3).unsqueeze(-1)).remainder(3)
+    optimizer = torch.optim.Adam(flow.parameters(), lr=0.02)
+    for _ in range(150):
+        optimizer.zero_grad()
+        (-objective(flow, y).mean()).backward()
+        optimizer.step()
+    for passes in objective.choices:
+        bound = -8 / passes * log(3)
+        assert bound - 0.5 < flow.with_passes(passes).log_prob(y).mean() < bound + 1e-3
+
+
+@pytest.mark.parametrize(
+    "levels", [CoarseToFine(4).levels(5), Halves().levels(4), torch.tensor([1, 2, 3])], ids=str
+)
+def test_without_lanes_the_way_out_is_told(levels):
+    backbone = Transformer(WIDTH, heads=HEADS, positions="lanes").double()
+    message = r"Natural, Reversed and Strided, not the levels .* or set positions='rotary'"
+    content, query, levels = example(levels)
+    with pytest.raises(UserError, match=message):
+        backbone(content, query, levels)
+    with pytest.raises(UserError, match=message):
+        backbone.begin(query, levels, 2)
 
 
 @pytest.mark.parametrize("length", [1, 5])
@@ -223,6 +316,8 @@ def test_dropout_reaches_attention_and_updates():
         ({"heads": 8}, "a head has 1"),
         ({"attention": "both"}, "attention is 'both'"),
         ({"positions": "sinus"}, "positions is 'sinus'"),
+        ({"positions": "lanes", "attention": "full"}, "has no lanes: set attention='causal'"),
+        ({"positions": "lanes", "heads": 8}, "a head has 1"),
         ({"locality": "window"}, "locality is 'window'"),
         ({"positions": "learned"}, "give `length`"),
         ({"locality": "distance"}, "give `length`"),
