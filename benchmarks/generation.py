@@ -1,6 +1,8 @@
 """Seconds to generate text, of every system, beside its opponents and what the device allows.
 
     python benchmarks/generation.py --record results/benchmarks
+    python benchmarks/generation.py --record results/benchmarks --length 2048
+        --opponent transformer-lanes --systems {lstm,transformer}-lanes{,-32,-64,-128}
 
 Systems have an equal number of parameters, or the sizes of the paper's comparison. Each is run in
 its ways: `steps` (cached steps, one evaluation a level), `compiled` (the same by torch.compile),
@@ -10,12 +12,16 @@ character at a time. Where a naive way would take minutes, every so many charact
 stand for the others. Weights are random, so that there is no fixed point to time: how many
 iterations it takes is for trained models to say; dflows.generate --method fixed_point tells it.
 
+The systems over lanes are two networks, each in several numbers of passes beside autoregressive. A
+record of another length has it in its name.
+
 The roofline of a system is the longer of two times: to read the weights of every pass, at the
 measured bandwidth; and to do its operations, at the measured rate of matrix products. What is read
 beside the weights is not counted, nor is that a cache may hold them: it is a bound for weights that
 no cache holds.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -36,6 +42,7 @@ from dflows.orderings import CoarseToFine, Natural, Ordering, Parity, Reversed, 
 
 NUM_CLASSES = 27
 HEADS = 4
+LENGTH = 288
 System = DiscreteFlow | LatentFlow
 Network = Callable[..., nn.Module]
 """Makes a network of so many features and layers."""
@@ -91,6 +98,9 @@ def parities(number: int) -> list[Ordering]:
     return [Parity(first=n % 2) for n in range(number)]
 
 
+LANES = {"": Natural(), **{f"-{passes}": Strided(passes) for passes in (32, 64, 128)}}
+"""The orderings of a network over lanes, by what they add to its name."""
+
 # Layers at an equal number of parameters; width and layers of the published systems, where there
 # are such, and of ours that are compared with them.
 SYSTEMS: dict[str, tuple[Build, int, tuple[int, int]]] = {
@@ -128,8 +138,15 @@ SYSTEMS: dict[str, tuple[Build, int, tuple[int, int]]] = {
     },
     "levels-16-transformer": (partial(language_model, causal, Strided(16)), 12, (512, 12)),
     "n-gram": (n_gram, 0, (0, 0)),
+    **{
+        f"{name}{suffix}": (partial(language_model, network, ordering), *sizes)
+        for name, network, *sizes in (
+            ("lstm-lanes", partial(LSTM, ahead=16), 1, (512, 1)),
+            ("transformer-lanes", partial(causal, positions="lanes"), 12, (512, 12)),
+        )
+        for suffix, ordering in LANES.items()
+    },
 }
-OPPONENT = "transformer"
 
 
 def conditioner_of(flow: DiscreteFlow) -> Conditioner:
@@ -177,19 +194,25 @@ def by_module(flow: DiscreteFlow, number: int, generator: torch.Generator, every
     """Samples with nn.LSTM, one character in so many."""
     conditioner = conditioner_of(flow)
     backbone, embedding = cast("LSTM", conditioner.backbone), conditioner.embedding
+    readout = cast("nn.Module", backbone.readout)
     noise = flow.base.noise(number, flow.length, generator)
     y = torch.zeros(noise.shape, dtype=torch.long, device=noise.device)
     before, state = backbone.start.expand(number, -1), None
     for dimension in range(0, flow.length, every):
-        inputs = (before + embedding.query[dimension]).unsqueeze(1)
-        output, state = backbone.lstm(inputs, state)
-        logits = conditioner.head(backbone.linear(output[:, 0]))
+        output, state = backbone.lstm(before.unsqueeze(1), state)
+        logits = conditioner.head(backbone.linear(output[:, 0]) + readout(output[:, 0]))
         y[:, dimension] = inverse_cdf(noise[:, dimension], logits=logits)
         before = embedding.values[y[:, dimension]]
     return y
 
 
-NAIVE = {"transformer": uncached, "lstm": by_module, "lstm-3": by_module}
+NAIVE = {
+    "transformer": uncached,
+    "transformer-lanes": uncached,
+    "lstm": by_module,
+    "lstm-3": by_module,
+    "lstm-lanes": by_module,
+}
 
 
 def ways_of(
@@ -336,14 +359,14 @@ def measure(
     return found
 
 
-def add_ratios(measured: dict[str, dict[str, dict[str, Any]]]) -> dict[str, str]:
+def add_ratios(measured: dict[str, dict[str, dict[str, Any]]], rival: str) -> dict[str, str]:
     """Adds the ratios to the opponent, naive and at its best, and names these."""
-    opponent = measured[OPPONENT]
-    names = {"naive_opponent": f"{OPPONENT} naive"}
+    opponent = measured[rival]
+    names = {"naive_opponent": f"{rival} naive"}
     for number in (1, 32):
         key = f"generation_seconds_{number}"
         best = min((way for way in opponent if way != "naive"), key=lambda way: opponent[way][key])
-        names[f"opponent_{number}"] = f"{OPPONENT} {best}"
+        names[f"opponent_{number}"] = f"{rival} {best}"
         seconds, naive = opponent[best][key], opponent["naive"][key]
         for ways in measured.values():
             for metrics in ways.values():
@@ -359,17 +382,26 @@ def main() -> None:
     parser.add_argument("--size", choices=["equal", "paper"], default="equal")
     parser.add_argument("--parameters", type=int, default=3_000_000, help="of every system")
     parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
-    parser.add_argument("--length", type=int, default=288)
+    parser.add_argument("--opponent", choices=list(NAIVE), default="transformer")
+    parser.add_argument("--length", type=int, default=None, help=f"of a sequence; {LENGTH}")
     parser.add_argument("--compile", action="store_true", help="time compiled ways too")
     parser.add_argument("--naive-every", type=int, default=1, help="characters that one stands for")
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--most-seconds", type=float, default=60.0, help="of one timing")
+    parser.add_argument(
+        "--within",
+        type=float,
+        default=math.inf,
+        help="seconds after which no further system is begun",
+    )
     options = parser.parse_args()
     begin = time.perf_counter()
     torch.manual_seed(options.seed)
     device = torch.device(options.device)
+    sizes = options.size if options.length is None else f"{options.size}-{options.length}"
+    length = options.length or LENGTH
     if options.smoke:
-        options.length, options.parameters, options.repeats = 16, 20_000, 2
+        length, options.parameters, options.repeats = 16, 20_000, 2
     roofline = Roofline(device, options.smoke)
     print(
         f"{roofline.bandwidth / 1e9:.1f} GB/s, {roofline.rate / 1e9:.1f} GFLOP/s, "
@@ -377,21 +409,24 @@ def main() -> None:
     )
     built: dict[str, System] = {}
     measured: dict[str, dict[str, dict[str, Any]]] = {}
-    for name in dict.fromkeys([OPPONENT, *options.systems]):
+    for name in dict.fromkeys([options.opponent, *options.systems]):
+        if measured and time.perf_counter() - begin > options.within:
+            print(f"{name}: left out, {options.within:g} seconds are over")
+            continue
         build, layers, paper = SYSTEMS[name]
         if options.smoke:
             layers = min(layers, 2)
         size = paper
         if options.smoke or options.size == "equal":
-            width = equal_width(build, options.length, layers, options.parameters) if layers else 0
+            width = equal_width(build, length, layers, options.parameters) if layers else 0
             size = width, layers
-        flow = build(options.length, *size).to(device).eval()
+        flow = build(length, *size).to(device).eval()
         for parameter in flow.parameters():  # at initialisation flows are the identity
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
         built[name] = flow
         print(f"{name}: {parameters_of(flow):,} parameters, {flow.passes} passes", flush=True)
         measured[name] = measure(name, flow, roofline, options, device)
-    opponents = add_ratios(measured)
+    opponents = add_ratios(measured, options.opponent)
     for name, ways in measured.items():
         for way, metrics in ways.items():
             print(
@@ -402,7 +437,7 @@ def main() -> None:
             )
             measuring.write(
                 options.record,
-                f"generation-{options.size}-{name}-{way}",
+                f"generation-{sizes}-{name}-{way}",
                 {
                     "system": name,
                     "way": way,

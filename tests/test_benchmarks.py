@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -55,6 +56,39 @@ def test_generation(tmp_path):
         )
         assert f"| {seconds:.4f} |" in line
         assert f"| {ratio:.3g} |" in line
+
+
+def test_generation_over_lanes_has_a_table_of_its_length(tmp_path):
+    options = ("--smoke", "--opponent", "transformer-lanes", "--systems")
+    run("generation", tmp_path, *options, "lstm-lanes-32")
+    systems = ("lstm-lanes", "lstm-lanes-32", "transformer-lanes-64")
+    records = run("generation", tmp_path, *options, *systems, "--length", "2048")
+    longer = {name for name in records if name.startswith("generation-equal-2048-")}
+    assert longer == {
+        f"generation-equal-2048-{name}-cpu"
+        for name in (
+            *("transformer-lanes-naive", "transformer-lanes-steps", "lstm-lanes-naive"),
+            *("lstm-lanes-steps", "lstm-lanes-32-steps", "transformer-lanes-64-steps"),
+        )
+    }
+    assert "generation-equal-lstm-lanes-32-steps-cpu" in records
+    record = records["generation-equal-2048-lstm-lanes-32-steps-cpu"]
+    assert record.config["opponent_1"] == "transformer-lanes steps"
+    # A smoke has short sequences whatever is asked for.
+    shown = [
+        replace(
+            record, metrics={**record.metrics, "generation_length": 2048 if name in longer else 16}
+        )
+        for name, record in records.items()
+    ]
+    text = render(shown)
+    for length in (16, 2048):
+        assert text.count(f"\nGeneration, equal parameters: {length} characters of") == 1
+
+
+def test_generation_begins_no_further_system_when_the_time_is_over(tmp_path):
+    records = run("generation", tmp_path, "--smoke", "--systems", "lstm", "--within", "0")
+    assert {record.config["system"] for record in records.values()} == {"transformer"}
 
 
 def test_modular(tmp_path):

@@ -33,10 +33,13 @@ def _times(value: float | None) -> str:
 
 
 def _generation(device: str, records: Sequence[Record]) -> list[str]:
+    def kind(record: Record) -> tuple[str, int]:
+        return record.config["size"], record.metrics["generation_length"]
+
     parts = []
-    for size in dict.fromkeys(record.config["size"] for record in records):
-        of_size = [record for record in records if record.config["size"] == size]
-        parts += _generation_of("equal parameters" if size == "equal" else f"{size} sizes", of_size)
+    for size, length in dict.fromkeys(map(kind, records)):
+        of_kind = [record for record in records if kind(record) == (size, length)]
+        parts += _generation_of("equal parameters" if size == "equal" else f"{size} sizes", of_kind)
     parts[0] = f"**{device}**\n\n{parts[0]}"
     return parts
 
