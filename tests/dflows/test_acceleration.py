@@ -34,6 +34,9 @@ FLOWS = {
     "transformer, both ways": lambda: over_levels(
         lambda: Transformer(WIDTH, layers=2, heads=2, attention="full"), Strided(3)
     ),
+    "transformer over lanes": lambda: over_levels(
+        lambda: Transformer(WIDTH, heads=2, positions="lanes"), Strided(4)
+    ),
     "local transformer": lambda: over_levels(
         lambda: Transformer(WIDTH, length=LENGTH, locality="distance", positions="none"), Blocks(3)
     ),
@@ -43,6 +46,7 @@ FLOWS = {
     "convolution": lambda: over_levels(lambda: DilatedConvolution(WIDTH, layers=2), Strided(3)),
     "made": lambda: over_levels(lambda: MADE(WIDTH, LENGTH, hidden=32), Strided(3)),
     "lstm": lambda: over_levels(lambda: LSTM(WIDTH, layers=2), Natural()),
+    "lstm over lanes": lambda: over_levels(lambda: LSTM(WIDTH, ahead=2), Strided(4)),
     "lstm, both ways": lambda: over_levels(lambda: LSTM(WIDTH, bidirectional=True), Strided(3)),
     "own network": lambda: over_levels(
         lambda: Masked(torch.nn.Linear(WIDTH, WIDTH), WIDTH), Strided(3)
@@ -137,8 +141,9 @@ def test_a_compiler_gives_the_same_samples():
 
 
 @every
+@pytest.mark.device
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_replayed_graph_gives_the_same_samples(name, compiled):
     flow = FLOWS[name]().cuda()
 

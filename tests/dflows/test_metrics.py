@@ -340,7 +340,8 @@ def test_latency_without_calls_is_an_error_that_says_so():
         GenerationLatency().compute()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.device
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
 def test_on_cuda_states_move_and_memory_is_measured():
     for name, metric in metrics().items():
         updated(metric, take=slice(2))
