@@ -142,7 +142,7 @@ SYSTEMS: dict[str, tuple[Build, int, tuple[int, int]]] = {
         f"{name}{suffix}": (partial(language_model, network, ordering), *sizes)
         for name, network, *sizes in (
             ("lstm-lanes", partial(LSTM, ahead=16), 1, (512, 1)),
-            ("transformer-lanes", partial(causal, positions="lanes"), 12, (512, 12)),
+            ("transformer-lanes", partial(causal, positions="lanes"), 8, (512, 8)),
         )
         for suffix, ordering in LANES.items()
     },
@@ -323,7 +323,8 @@ def measure(
     """Measures all ways of a system."""
     found: dict[str, dict[str, Any]] = {}
     expected: Tensor | None = None
-    least = {number: roofline.seconds(flow, number) for number in (1, 32) if parameters_of(flow)}
+    counted = parameters_of(flow) and options.roofline
+    least = {number: roofline.seconds(flow, number) for number in (1, 32) if counted}
     for way, draw, every in ways_of(name, flow, device, options.compile, options.naive_every):
         if every == 1:  # all ways draw the same, but for logits that tie
             samples = draw(4)
@@ -359,19 +360,19 @@ def measure(
     return found
 
 
-def add_ratios(measured: dict[str, dict[str, dict[str, Any]]], rival: str) -> dict[str, str]:
-    """Adds the ratios to the opponent, naive and at its best, and names these."""
-    opponent = measured[rival]
+def add_ratios(
+    ways: dict[str, dict[str, Any]], opponent: dict[str, dict[str, Any]], rival: str
+) -> dict[str, str]:
+    """Adds the ratios of a system to its opponent, naive and at its best, and names these."""
     names = {"naive_opponent": f"{rival} naive"}
     for number in (1, 32):
         key = f"generation_seconds_{number}"
         best = min((way for way in opponent if way != "naive"), key=lambda way: opponent[way][key])
         names[f"opponent_{number}"] = f"{rival} {best}"
         seconds, naive = opponent[best][key], opponent["naive"][key]
-        for ways in measured.values():
-            for metrics in ways.values():
-                metrics[f"generation_ratio_{number}"] = seconds / metrics[key]
-                metrics[f"naive_ratio_{number}"] = naive / metrics[key]
+        for metrics in ways.values():
+            metrics[f"generation_ratio_{number}"] = seconds / metrics[key]
+            metrics[f"naive_ratio_{number}"] = naive / metrics[key]
     return names
 
 
@@ -386,6 +387,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=None, help=f"of a sequence; {LENGTH}")
     parser.add_argument("--compile", action="store_true", help="time compiled ways too")
     parser.add_argument("--naive-every", type=int, default=1, help="characters that one stands for")
+    parser.add_argument(
+        "--no-roofline", dest="roofline", action="store_false", help="count no operations: slow"
+    )
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--most-seconds", type=float, default=60.0, help="of one timing")
     parser.add_argument(
@@ -407,10 +411,9 @@ def main() -> None:
         f"{roofline.bandwidth / 1e9:.1f} GB/s, {roofline.rate / 1e9:.1f} GFLOP/s, "
         f"{torch.get_num_threads()} threads"
     )
-    built: dict[str, System] = {}
-    measured: dict[str, dict[str, dict[str, Any]]] = {}
+    opponent: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys([options.opponent, *options.systems]):
-        if measured and time.perf_counter() - begin > options.within:
+        if opponent and time.perf_counter() - begin > options.within:
             print(f"{name}: left out, {options.within:g} seconds are over")
             continue
         build, layers, paper = SYSTEMS[name]
@@ -423,11 +426,10 @@ def main() -> None:
         flow = build(length, *size).to(device).eval()
         for parameter in flow.parameters():  # at initialisation flows are the identity
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
-        built[name] = flow
         print(f"{name}: {parameters_of(flow):,} parameters, {flow.passes} passes", flush=True)
-        measured[name] = measure(name, flow, roofline, options, device)
-    opponents = add_ratios(measured, options.opponent)
-    for name, ways in measured.items():
+        ways = measure(name, flow, roofline, options, device)
+        opponent = opponent or ways
+        opponents = add_ratios(ways, opponent, options.opponent)
         for way, metrics in ways.items():
             print(
                 f"{name} {way}: {metrics['generation_ratio_1']:.3g} times as fast as "
@@ -449,7 +451,7 @@ def main() -> None:
                 metrics,
                 device=device,
                 seed=options.seed,
-                parameters=parameters_of(built[name]),
+                parameters=parameters_of(flow),
                 begin=begin,
             )
 

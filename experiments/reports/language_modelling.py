@@ -251,8 +251,8 @@ def _samples(shown: Sequence[Shown]) -> list[str]:
 
 
 def _points(experiment: Experiment) -> list[Shown]:
-    """Returns the points of the figure, those of the first text."""
-    return _shown(experiment, next(iter(experiment.plan.tasks)))
+    """Returns the points of the figure, those of the first text with records."""
+    return next(filter(None, (_shown(experiment, task) for task in experiment.plan.tasks)), [])
 
 
 def describe_figure(experiment: Experiment) -> str:
