@@ -37,8 +37,8 @@ def load(
         score them; `.module`, `.flow` and `.vocabulary` are its parts.
 
     Raises:
-        UserError: If the file is no checkpoint of dflows, names classes of other packages, or leaves
-            no such choice.
+        UserError: If the file is no checkpoint of dflows, names classes of other packages, or
+            leaves no such choice.
 
     Example:
         >>> model = load("runs/quickstart/version_0")  # doctest: +SKIP

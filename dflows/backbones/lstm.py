@@ -342,9 +342,10 @@ def route(levels: Tensor, reach: int) -> Route:
     for column, members in zip(lanes.dimensions.T, lanes.members, strict=True):
         found = column if members is None else column[members]
         stages.append(Stage(found + context, members, *near(found)))
-    all_near, *tables = near(torch.arange(length, device=levels.device))
+    all_near, all_seen, all_steps = near(torch.arange(length, device=levels.device))
     natural = torch.equal(own[0], torch.arange(len(levels), device=levels.device))
-    return Route(before, own, places, all_near + context, *tables, stages, context, natural)
+    all_near = all_near + context
+    return Route(before, own, places, all_near, all_seen, all_steps, stages, context, natural)
 
 
 @dataclass
