@@ -3,8 +3,8 @@
     python benchmarks/throughput.py --record results/benchmarks
 
 Both train the quickstart's flow, from the same data module, with the same optimizer, precision,
-clipping and schedule, in turns in one process. The hand-written loop is what one would write without a
-framework; dflows.fit brings its progress bar, logger, metrics and checkpoints.
+clipping and schedule, in turns in one process. The hand-written loop is what one writes without
+a framework; dflows.fit brings its progress bar, logger, metrics and checkpoints.
 """
 
 import argparse

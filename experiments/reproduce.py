@@ -186,9 +186,7 @@ def reproduce(arguments: Sequence[str]) -> None:
     if given.name not in EXPERIMENTS:
         raise UserError(f"no experiment {given.name}: give one of {', '.join(EXPERIMENTS)}")
     results = Path(given.results)
-    options = Options(
-        given.smoke, given.again, given.resume, given.only, results, given.overlay
-    )
+    options = Options(given.smoke, given.again, given.resume, given.only, results, given.overlay)
     # A smoke run is no finished run, and its record must not stand for one.
     folder = options.results / (f"{given.name}-smoke" if options.smoke else given.name)
     console = stdout_console()

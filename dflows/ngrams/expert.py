@@ -27,8 +27,8 @@ class NGramExpert(Expert):
     the log-probability given both sides, up to a constant.
 
     The n-grams are :attr:`ngrams`: call ``expert.ngrams.count(chunks)`` before training. Until then
-    all classes are equally likely. If ``expert.cross_fit.count(chunks)`` was called as well, examples
-    that were counted are scored by the n-grams of the other half of the text
+    all classes are equally likely. If ``expert.cross_fit.count(chunks)`` was called as well,
+    examples that were counted are scored by the n-grams of the other half of the text
     (:class:`~dflows.ngrams.cross_fitting.CrossFit`), and not by all but their own.
 
     Args:

@@ -49,7 +49,8 @@ def test_each_half_predicts_the_other_however_the_text_is_cut(size):
     fit.count(iter(text().split(size)))
     assert fit.num_counted == len(text())
     y = torch.stack([text()[begin : begin + 10] for begin in (0, PART, 2 * PART + 5, 3 * PART)])
-    for (rows, ngrams), examples, other in zip(fit.of_others(y), ([0, 2], [1, 3]), (1, 0)):
+    halves = zip(fit.of_others(y), ([0, 2], [1, 3]), (1, 0), strict=True)
+    for (rows, ngrams), examples, other in halves:
         assert rows.tolist() == examples
         torch.testing.assert_close(ngrams.keys, ngrams_of(half(other)).keys)
         torch.testing.assert_close(ngrams.counts, ngrams_of(half(other)).counts)
