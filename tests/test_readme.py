@@ -38,7 +38,7 @@ def test_the_library_examples_run(tmp_path, monkeypatch):
         exec(loading, names)
 
 
-def test_the_backbone_of_one_s_own_trains_in_the_quickstart(tmp_path):
+def test_the_backbone_of_one_s_own_trains_in_a_few_pass_flow(tmp_path):
     (backbone,) = (block for block in blocks("python") if "nn.Module" in block)
     (config,) = blocks("yaml")
     (tmp_path / "my_package.py").write_text(backbone, encoding="utf-8")
@@ -50,7 +50,7 @@ def test_the_backbone_of_one_s_own_trains_in_the_quickstart(tmp_path):
     }
     write_text(tmp_path)
     (tmp_path / "short.yaml").write_text(yaml.safe_dump(short), encoding="utf-8")
-    configs = ("--config", "quickstart.yaml", "--config", "mine.yaml", "--config", "short.yaml")
+    configs = ("--config", "text/few-pass.yaml", "--config", "mine.yaml", "--config", "short.yaml")
     done = run_apart("fit", *configs, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "test, bits per character" in done.stdout

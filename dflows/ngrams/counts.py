@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dflows.errors import UserError
 
@@ -51,8 +52,16 @@ class Packing(NamedTuple):
                 ngrams = ngrams[:, 1:] | (rows[:, : 1 - m] << (self.bits * (m - 1)))
             yield m, ngrams
 
-    def histories(self, x: Tensor) -> Tensor:
-        """Packs the n - 1 classes before every dimension of x (N, d); 0 where there is none."""
+    def histories(self, x: Tensor, dimensions: Tensor | None = None) -> Tensor:
+        """Packs the n - 1 classes before every dimension of x (N, d), or before some (m,).
+
+        There are zeros where there is no class.
+        """
+        if dimensions is not None:
+            reach = self.order - 1
+            offsets = torch.arange(reach, device=x.device)
+            before = F.pad(x, (reach, 0))[:, dimensions.unsqueeze(-1) + offsets]
+            return (before << (self.bits * offsets.flip(0))).sum(dim=-1)
         packed = torch.zeros_like(x)
         for back in range(1, min(self.order, x.shape[1])):
             packed[:, back:] |= x[:, :-back] << (self.bits * (back - 1))

@@ -197,16 +197,18 @@ class NGrams(Counted):
             probs = torch.where((seen >= m).unsqueeze(-1), found, probs)
         return probs
 
-    def pack(self, x: Tensor) -> Tensor:
+    def pack(self, x: Tensor, dimensions: Tensor | None = None) -> Tensor:
         """Packs the n - 1 classes before every dimension.
 
         Args:
             x: Indices (N, d).
+            dimensions: Some of the dimensions (m,); all by default.
 
         Returns:
-            Numbers (N, d), the class right before in the lowest bits; 0 where there is none.
+            Numbers (N, d) or (N, m), the class right before in the lowest bits; 0 where there is
+            none.
         """
-        return self.packing.histories(x)
+        return self.packing.histories(x, dimensions)
 
     def trigrams(self) -> Tensor:
         """Computes the probabilities (K, K, K) of every class after every two, in float64."""

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from dflows.experts import leave_one_out
-from dflows.ngrams import NGramExpert
+from dflows.ngrams import NGramExpert, expert
 from dflows.ngrams.messages import MOST_CLASSES
 from dflows.orderings import (
     BehindContext,
@@ -240,3 +240,12 @@ class TestModule:
         terms = expert(y, levels, num_terms=2)
         weight = torch.ones(2, requires_grad=True)
         (terms.float() * weight).sum().backward()
+
+
+@over_orderings
+def test_few_dimensions_are_looked_up_as_many_are(ordering, monkeypatch):
+    expert_, y = counted(order=4), events()
+    found = terms_of(expert_, y, ordering, torch.tensor([1, 4]))
+    monkeypatch.setattr(expert, "FEW", 0)
+    torch.testing.assert_close(terms_of(expert_, y, ordering, torch.tensor([1, 4])), found)
+    torch.testing.assert_close(terms_of(expert_, y, ordering)[:, [1, 4]], found)
