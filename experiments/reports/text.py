@@ -1,5 +1,6 @@
 """The README's table and figure of text models."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -40,6 +41,27 @@ def _of_unigram(record: Record) -> str:
     return bits(record, metrics["test_bpc"] / metrics["unigram_bpc"])
 
 
+def _other_passes(record: Record) -> list[list[str]]:
+    """Returns the lines of the same network in other numbers of passes."""
+    metrics = record.metrics
+    seconds = metrics.get("passes_seconds_1", {})
+    return [
+        [
+            f"`{record.name}.yaml`, --passes {passes}",
+            passes,
+            MISSING,
+            f"{bpc:.3f}",
+            f"{bpc / metrics['unigram_bpc']:.3f}" if metrics.get("unigram_bpc") else MISSING,
+            MISSING,
+            MISSING,
+            number(seconds.get(passes)),
+            MISSING,
+        ]
+        for passes, bpc in metrics.get("passes_bpc", {}).items()
+        if int(passes) != metrics.get("passes")
+    ]
+
+
 def _passes_first(record: Record) -> tuple[int, str]:
     return record.metrics.get("passes", 0), record.name
 
@@ -59,7 +81,8 @@ def _footnote(records: Sequence[Record]) -> str:
     timed = [record.metrics for record in records if "generation_length" in record.metrics]
     if timed:
         windows = sorted({metrics["generation_length"] for metrics in timed})
-        lengths = " or ".join(map(str, windows))
+        *others, last = map(str, windows)
+        lengths = f"{', '.join(others)} or {last}" if others else last
         parts.append(f"A sequence is a window of {lengths} characters; times are medians")
     return ". ".join([*parts, f"Measured on: {devices}."])
 
@@ -114,7 +137,7 @@ def render_table(records: Sequence[Record], benchmarks: Sequence[Record] = ()) -
             _cell(record, "generation_seconds_1"),
             _cell(record, "generation_seconds_32"),
         ]
-        rows.append(cells)
+        rows += [*_other_passes(record), cells]
     lines = [table(HEAD, rows)]
     if records:
         lines += ["", _footnote(records)]
@@ -142,7 +165,10 @@ def describe_figure(records: Sequence[Record]) -> str:
 
 
 def draw_figure(records: Sequence[Record], file: Path) -> None:
-    """Draws test bits per character against passes, as an SVG file.
+    """Draws test bits per character against passes and against seconds, as an SVG file.
+
+    Seconds are those of 1,000 characters of one sequence, since sequences differ in length. A line
+    joins the numbers of passes of one network.
 
     Raises:
         UserError: If no record counts passes.
@@ -151,18 +177,27 @@ def draw_figure(records: Sequence[Record], file: Path) -> None:
     if not records:
         raise UserError("no record counts passes, so there is nothing to draw: run a flow")
     most = max(1, *(record.metrics["passes"] for record in records))
-    with drawing(file, describe_figure(records), figsize=(7, 3.6)) as (_, axes):
-        for record in records:
-            passes, bpc = record.metrics["passes"], record.metrics["test_bpc"]
-            right = passes > most / 2
-            axes.scatter(passes, bpc, s=60, zorder=3)
-            axes.annotate(
-                f"{record.name}  {bits(record, bpc, '.2f')}",
-                (passes, bpc),
-                textcoords="offset points",
-                xytext=(-9, 5) if right else (0, 9),
-                ha="right" if right else "center" if passes else "left",
-            )
+    look = {"ncols": 2, "figsize": (10, 3.8), "sharey": True}
+    with drawing(file, describe_figure(records), **look) as (_, (axes, timed)):
+        for index, record in enumerate(records):
+            color = f"C{index}"
+            named = f"{record.name}  {bits(record, record.metrics['test_bpc'], '.2f')}"
+            for place, points, label in (
+                (axes, _by_passes(record), named),
+                (timed, _by_seconds(record), record.name),
+            ):
+                place.plot(*zip(*points, strict=True), color=color, marker="o", zorder=3)
+                place.annotate(
+                    label,
+                    points[0],
+                    textcoords="offset points",
+                    xytext=(0, 9),
+                    ha="left" if place is axes and not points[0][0] else "center",
+                    fontsize=8,
+                    color=color,
+                )
+        timed.set_xscale("log")
+        timed.set_xlabel("seconds to generate 1,000 characters of one sequence")
         metrics = records[0].metrics
         for key, label in (("unigram_bpc", "unigram"), ("bigram_bpc", "bigram")):
             if key not in metrics:
@@ -184,8 +219,27 @@ def draw_figure(records: Sequence[Record], file: Path) -> None:
         axes.set_xlabel("passes: sequential network evaluations to generate a batch")
         bounds = any(record.likelihood == "bound" for record in records)
         axes.set_ylabel(f"{'' if bounds else 'exact '}bits per character, test")
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
+        for place in (axes, timed):
+            for side in ("top", "right"):
+                place.spines[side].set_visible(False)
+
+
+def _by_passes(record: Record) -> list[tuple[float, float]]:
+    """Returns passes and bits, of every number of passes of the network."""
+    metrics = record.metrics
+    found = {int(passes): bpc for passes, bpc in metrics.get("passes_bpc", {}).items()}
+    return sorted({metrics["passes"]: metrics["test_bpc"], **found}.items())
+
+
+def _by_seconds(record: Record) -> list[tuple[float, float]]:
+    """Returns seconds of 1,000 characters and bits, where they were measured."""
+    metrics = record.metrics
+    length = metrics.get("generation_length", math.nan)
+    seconds = {
+        int(passes): value for passes, value in metrics.get("passes_seconds_1", {}).items()
+    } or {metrics["passes"]: metrics.get("generation_seconds_1", math.nan)}
+    bits_of = dict(_by_passes(record))
+    return [(1000 * value / length, bits_of[passes]) for passes, value in sorted(seconds.items())]
 
 
 def _heights(records: Sequence[Record]) -> list[float]:
