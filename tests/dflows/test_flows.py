@@ -188,7 +188,7 @@ class TestChoices:
             (lambda: flows.bipartite(1, D), "num_classes is 1"),
             (lambda: flows.bipartite(K, 1), "so that nothing is transformed"),
             (lambda: flows.strided(K, D, 1), "so that nothing is transformed"),
-            (lambda: flows.stack(K, D, [Parity()], lstm), "LSTM"),
+            (lambda: flows.stack(K, D, [Halves()], lstm), "LSTM"),
             (
                 lambda: flows.bipartite(K, D, small, base=lambda k, d: FactorizedBase(k, d + 1)),
                 "does not fit a base of 5",

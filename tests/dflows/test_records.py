@@ -27,6 +27,7 @@ EXAMPLES = {
     "numbers": [1.5, 2, 0.0],
     "count": 3,
     "counts": {"test": 3, "valid": 0},
+    "mapping": {"32": 1.75, "64": 1.5},
     "texts": ["to be\n", ""],
 }
 

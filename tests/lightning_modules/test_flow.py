@@ -510,7 +510,7 @@ def conditional(orderings, base, width=32):
         3,
         3,
         orderings,
-        partial(LSTM, width=width, bidirectional=base is FactorizedBase),
+        partial(LSTM, width=width, readout=0, bidirectional=base is FactorizedBase),
         ModularAffine,
         base,
         context=Context(16, aligned=True, encoder=SequenceEncoder(3, 16)),
