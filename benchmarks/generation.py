@@ -37,7 +37,7 @@ from dflows.backbones import LSTM, LevelConvolution, Transformer
 from dflows.bijections import Bijection, ModularAffine, ModularShift, RankPermutation
 from dflows.categorical import inverse_cdf
 from dflows.latent import AutoregressivePrior, FlowPrior, InverseAutoregressivePrior, LatentFlow
-from dflows.metrics import GenerationLatency, time_calls
+from dflows.metrics import GenerationLatency
 from dflows.orderings import CoarseToFine, Natural, Ordering, Parity, Reversed, Strided
 
 NUM_CLASSES = 27
@@ -252,9 +252,8 @@ def latency_of(
 
     What is compiled or captured for the first call tells nothing of how many that are.
     """
-    (first,), _ = time_calls(call, repeats=1, warmup=1, device=device)
     latency = GenerationLatency().to(device)
-    latency.measure(call, repeats=max(1, min(repeats, int(most_seconds / first))), warmup=0)
+    latency.measure(call, repeats=repeats, most_seconds=most_seconds)
     return latency
 
 

@@ -116,8 +116,7 @@ def evaluate(arguments: Sequence[str]) -> None:
         made = parser.instantiate_classes(config)
         data, split = made.data, config.split
         longer = data.length if data.length > checkpoint.length else None
-        if config.passes is not None or longer is not None:
-            module.resize(passes=config.passes, length=longer)
+        module.resize(passes=config.passes, length=longer)
         if data.vocabulary != checkpoint.vocabulary:
             raise UserError(
                 f"the data have another vocabulary of {data.num_classes} classes than the "

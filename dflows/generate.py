@@ -95,8 +95,7 @@ def generate(arguments: Sequence[str]) -> None:
         module.to(_device(config.device))
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {config.device} is not available: {error}") from None
-    if config.passes is not None or config.window is not None:
-        module.resize(passes=config.passes, length=config.window)
+    module.resize(passes=config.passes, length=config.window)
     module.accelerate(compile=config.compile, cuda_graph=config.cuda_graph)
     prompt = None
     if config.prompt is not None:

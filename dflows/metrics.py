@@ -528,14 +528,26 @@ class GenerationLatency(_Accumulator):
         self.seconds.append(timed)
         self.peak_bytes = self.peak_bytes.clamp(min=peak_bytes)
 
-    def measure(self, sample: Callable[[], Any], *, repeats: int = 10, warmup: int = 2) -> None:
+    def measure(
+        self,
+        sample: Callable[[], Any],
+        *,
+        repeats: int = 10,
+        warmup: int = 2,
+        most_seconds: float = math.inf,
+    ) -> None:
         """Times a function on the metric's device and adds its seconds.
 
         Args:
             sample: What to time, for example ``lambda: flow.sample((32,))`` under ``no_grad``.
             repeats: Calls that are timed, at least 1.
             warmup: Calls before them that are not.
+            most_seconds: Seconds of the calls that are timed: fewer are, but one at least, if the
+                last call of the warm-up says that they would take longer. It needs a warm-up.
         """
+        if most_seconds < math.inf:
+            (last,), _ = time_calls(sample, repeats=1, warmup=warmup - 1, device=self.device)
+            repeats, warmup = max(1, min(repeats, int(most_seconds / last))), 0
         seconds, peak_bytes = time_calls(sample, repeats=repeats, warmup=warmup, device=self.device)
         self.update(seconds, peak_bytes)
 

@@ -114,6 +114,8 @@ class BaseModule(OptimizedModule, ABC):
         Raises:
             UserError: If the model cannot have them.
         """
+        if passes is None and length is None:
+            return
         what = f"passes is {passes}" if passes is not None else f"length is {length}"
         raise UserError(
             f"{what}, and a {type(self).__name__} leaves no choice: leave it away, or train a flow "

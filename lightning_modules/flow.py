@@ -220,7 +220,7 @@ class FlowModule(BaseModule):
     def report_generation(self, length: int) -> Report:
         report = super().report_generation(length)
         if self.curve is not None:
-            report += self.curve.report_seconds(self.flow)
+            report += self.curve.report_seconds(self.flow, report.metrics["generation_seconds_1"])
         if not self.flow.passes or self.curve is not None:
             return report  # who may choose few passes needs no iterations
         context = self.example_contexts(1)
@@ -377,11 +377,12 @@ class FlowModule(BaseModule):
             log_prob = self.flow.base.log_prob(x, self.flow.encode_context(context))
         if residuals:
             self.residual_entropy.update(residuals)
+        scores = log_prob.sum(dim=-1)
         if self.curve is not None:
-            self.curve.update(self.flow, y, context)
+            self.curve.update(self.flow, y, context, scores)
         if self._ordering is not None and self.level_bits is not None:
             self.level_bits.update(log_prob, self._ordering.levels(log_prob.shape[1]))
-        self._update("test", batch, log_prob.sum(dim=-1))
+        self._update("test", batch, scores)
 
     def on_test_epoch_end(self) -> None:
         """Logs the test metrics, which all processes compute together."""

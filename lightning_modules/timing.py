@@ -1,11 +1,13 @@
 """How fast a module generates."""
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from dflows.metrics import GenerationLatency, time_calls
+from dflows.metrics import GenerationLatency
 from dflows.reporting import Report
 
 __all__ = ["measure_generation", "report_generation"]
@@ -27,33 +29,18 @@ class Sampler(Protocol):
 
 
 def measure_generation(
-    module: Sampler,
-    num_samples: int,
-    *,
-    context: Tensor | None = None,
-    repeats: int = 10,
+    draw: Callable[[], Tensor], device: torch.device, repeats: int = 10
 ) -> dict[str, float]:
-    """Times the generation of so many sequences at once, median and 95th percentile.
+    """Times the generation of sequences, median and 95th percentile.
 
     Args:
-        module: The module.
-        num_samples: Sequences of a call.
-        context: One a sequence, of a conditional module.
+        draw: Generates them.
+        device: Where it does so.
         repeats: Calls that are timed; fewer where they take long.
     """
-    given: dict[str, Any] = {} if context is None else {"context": context[:num_samples]}
-    latency = GenerationLatency().to(module.device)
-
-    def draw() -> Tensor:
-        return module.sample(num_samples, **given)
-
-    with (
-        torch.random.fork_rng([module.device] if module.device.type == "cuda" else []),
-        torch.no_grad(),
-    ):
-        (first,), _ = time_calls(draw, repeats=1, warmup=1, device=module.device)
-        repeats = max(1, min(repeats, int(MOST_SECONDS / first)))
-        latency.measure(draw, repeats=repeats, warmup=0)
+    latency = GenerationLatency().to(device)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
+        latency.measure(draw, repeats=repeats, most_seconds=MOST_SECONDS)
     return {name: float(value) for name, value in latency.compute().items()}
 
 
@@ -70,7 +57,9 @@ def report_generation(
     """
     report = Report({"generation_length": length})
     for number in BATCHES:
-        timed = measure_generation(module, number, context=context, repeats=repeats)
+        given: dict[str, Any] = {} if context is None else {"context": context[:number]}
+        draw = partial(module.sample, number, **given)
+        timed = measure_generation(draw, module.device, repeats)
         key = f"generation_seconds_{number}"
         report.metrics |= {key: timed["median"], f"{key}_p95": timed["p95"]}
         if timed["peak_bytes"]:

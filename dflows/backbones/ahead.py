@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from dflows.backbones.rows import look_up
+
 __all__ = ["Ahead", "Readout"]
 
 NARROW = 24
@@ -36,7 +38,6 @@ class Ahead(nn.Module):
 
     def __init__(self, width: int, reach: int, hidden: int) -> None:
         super().__init__()
-        self.reach = reach
         self.narrow = nn.Linear(width, NARROW, bias=False)
         self.look = Readout(reach * NARROW, width, width)
         self.steps = nn.Parameter(torch.randn(reach, width) * 0.1)
@@ -50,8 +51,7 @@ class Ahead(nn.Module):
             seen: The dimension (n, reach) at every distance; D where it is not known.
             steps: The distance (n,) of the first that is known.
         """
-        rows = narrow.index_select(1, seen.flatten())
-        looked: Tensor = self.look(rows.reshape(len(narrow), len(seen), -1))
+        looked: Tensor = self.look(look_up(narrow, seen))
         return looked + self.steps[steps - 1]
 
     def tell(self, hidden: Tensor, looked: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from dflows.acceleration import accelerated
 from dflows.arguments import check_dropout, check_positive
 from dflows.backbones.backbone import SteppedBackbone
 from dflows.backbones.checks import check_causal, check_next_level
+from dflows.backbones.rows import look_up
 from dflows.errors import UserError
 from dflows.remembered import Remembered
 
@@ -143,7 +144,7 @@ class LevelConvolution(SteppedBackbone):
         cache.stage += 1
         stream, cache.inputs = cache.query[:, stage.members].contiguous(), []
         if cache.narrow is not None:
-            stream = stream + self.widen(_look_up(cache.narrow, stage.near))
+            stream = stream + self.widen(look_up(cache.narrow, stage.near))
         for layer, rows in zip(self.layers, cache.rows, strict=True):
             cache.inputs.append(stream)
             stream = step(layer, stream, rows, stage.blank, stage.sources)
@@ -225,7 +226,7 @@ class LevelGatedLayer(nn.Module):
     def step(self, stream: Tensor, rows: Tensor, blank: Tensor, sources: Tensor) -> Tensor:
         """Adds the update to the stream (B, m, width) of one level, seen in the rows."""
         rows.index_copy_(1, blank, self.norm(stream).to(rows.dtype))
-        return self._update(stream, _look_up(rows, sources))
+        return self._update(stream, look_up(rows, sources))
 
     def _update(self, stream: Tensor, seen: Tensor) -> Tensor:
         updated: Tensor = stream + self.out(self.dropout(F.glu(self.mix(seen), dim=-1)))
@@ -278,10 +279,4 @@ def _sources(levels: Tensor, offsets: Sequence[int]) -> Tensor:
 def _gather(informed: Tensor, blank: Tensor, sources: Tensor) -> Tensor:
     """Sets the rows of the n neighbours side by side, (B, D, n·W), in one look-up."""
     zeros = informed.new_zeros(informed.shape[0], 1, informed.shape[2])
-    return _look_up(torch.cat([informed, blank, zeros], dim=1), sources)
-
-
-def _look_up(rows: Tensor, sources: Tensor) -> Tensor:
-    """Sets rows (B, R, W) side by side by their indices (m, n), (B, m, n·W)."""
-    seen = rows.index_select(1, sources.flatten())
-    return seen.reshape(rows.shape[0], len(sources), sources.shape[1] * rows.shape[2])
+    return look_up(torch.cat([informed, blank, zeros], dim=1), sources)

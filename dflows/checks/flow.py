@@ -162,10 +162,10 @@ def check_flow(
             check_maps(transform, encoded, length=flow.length)
         if shorter:
             check_shorter(flow, encoded, batch=batch)
-        if shorter and flow.transforms and flow.length > 2:
-            with suppress(LengthError):
-                whole = Composition(flow.transforms)
-                check_maps(whole, encoded, num_values=0, length=flow.length // 2 + 1)
+            if flow.transforms and flow.length > 2:
+                with suppress(LengthError):
+                    whole = Composition(flow.transforms)
+                    check_maps(whole, encoded, num_values=0, length=flow.length // 2 + 1)
         for length in SHORT if shorter else ():
             if length < flow.length:
                 many = flow.num_classes**length > MOST_STATES

@@ -316,6 +316,5 @@ def load(
     """Loads what :func:`dflows.load` documents."""
     checkpoint = read_checkpoint(path)
     module = load_model(checkpoint, allow).to(device)
-    if passes is not None or length is not None:
-        module.resize(passes=passes, length=length)
+    module.resize(passes=passes, length=length)
     return TrainedModel(module, checkpoint.vocabulary, length or checkpoint.length)

@@ -72,24 +72,19 @@ class NGramExpert(Expert):
     def forward(
         self, y: Tensor, levels: Tensor, dimensions: Tensor | None = None, *, num_terms: int
     ) -> Tensor:
-        parts = self.cross_fit.of_others(y) if self.leaves_one_out else []
+        leave_out = self.leaves_one_out
+        parts = self.cross_fit.of_others(y) if leave_out else []
         if not parts:
-            leave_out = self.leaves_one_out
             return self._terms(self.ngrams, y, levels, dimensions, num_terms, leave_out)
-        sampled = dimensions is not None and dimensions.dtype == torch.bool
-        shape = y.shape if dimensions is None else (len(y), len(dimensions))
-        owner = dimensions.nonzero()[:, 0] if dimensions is not None and sampled else None
-        found = y.new_empty(
-            *(shape if owner is None else owner.shape),
-            self.num_classes,
-            num_terms,
-            dtype=torch.double,
-        )
+        # The example of every row of the result, which a mask (N, d) does not keep apart.
+        mask = dimensions if dimensions is not None and dimensions.dtype == torch.bool else None
+        owners = torch.arange(len(y), device=y.device) if mask is None else mask.nonzero()[:, 0]
+        terms, places = [], []
         for rows, ngrams in parts:
-            chosen = dimensions[rows] if dimensions is not None and sampled else dimensions
-            terms = self._terms(ngrams, y[rows], levels, chosen, num_terms, leave_out=False)
-            found[rows if owner is None else torch.isin(owner, rows)] = terms
-        return found
+            chosen = dimensions if mask is None else mask[rows]
+            terms.append(self._terms(ngrams, y[rows], levels, chosen, num_terms, leave_out=False))
+            places.append(torch.isin(owners, rows).nonzero().squeeze(-1))
+        return torch.cat(terms)[torch.cat(places).argsort()]
 
     def _terms(
         self,
@@ -101,20 +96,20 @@ class NGramExpert(Expert):
         leave_out: bool,
     ) -> Tensor:
         known = self._neighbours(levels)
+        some = dimensions is not None and dimensions.dtype != torch.bool
         parts = [known.runs.expand_as(y), y]
+        if not some:
+            parts.insert(0, ngrams.pack(y))
         if num_terms > 1:
             second = y[:, known.second].masked_fill(~known.has_second, self.num_classes)
             parts += [known.gap.expand_as(y), y[:, known.first], second, y.roll(1, dims=1)]
             if leave_out:
                 paths = self._trigram_paths(y)
                 parts += [path[:, known.end] - path for path in paths]
-        sampled = dimensions is not None and dimensions.dtype == torch.bool
-        if dimensions is None or sampled:
-            parts.insert(0, ngrams.pack(y))
-        if dimensions is not None:
-            parts = [part[dimensions] if sampled else part[:, dimensions] for part in parts]
-            if not sampled:
-                parts.insert(0, ngrams.pack(y, dimensions))
+        if some:
+            parts = [ngrams.pack(y, dimensions), *(part[:, dimensions] for part in parts)]
+        elif dimensions is not None:
+            parts = [part[dimensions] for part in parts]
         history, seen, own, *right = (part.flatten() for part in parts)
         if leave_out or len(history) > FEW:
             probs = ngrams.next_probs(history, seen, own if leave_out else None)

@@ -60,36 +60,37 @@ def test_lanes_equal_cells(ordering, lanes, context, layers, hidden):
             torch.testing.assert_close(features[:, d], expected)
 
 
+def changes(backbone, levels):
+    """Whether other content at a dimension (D, ·) changes the features at another (·, D)."""
+    length = len(levels)
+    content, query = torch.randn(1, length, WIDTH), torch.randn(length, WIDTH)
+    before, found = backbone(content, query, levels), []
+    for source in range(length):
+        other = content.clone()
+        other[:, source] = torch.randn(WIDTH)
+        after = backbone(other, query, levels)
+        found.append((after - before).abs().amax(dim=-1)[0] > 1e-6)
+    return torch.stack(found)
+
+
 def test_lanes_may_run_to_the_left():
     """Of every two lanes one is read from right to left, and both begin at the same place."""
     backbone = LSTM(WIDTH, ahead=3)
     levels = torch.tensor([2, 1, 0, 0, 1, 2, 2, 1, 0])
-    content, query = torch.randn(1, 9, WIDTH), torch.randn(9, WIDTH)
-    before = backbone(content, query, levels)
-    for source in range(9):
-        other = content.clone()
-        other[:, source] = torch.randn(WIDTH)
-        changed = (backbone(other, query, levels) - before).abs().amax(dim=-1)[0] > 1e-6
+    for source, changed in enumerate(changes(backbone, levels)):
         lower = levels[source] < levels
         assert not changed[~lower].any()
         lanes = torch.arange(9) // 3 == source // 3
         assert changed[lower & lanes].all()
     # The end of the second lane sees the third, whose end it meets.
-    other = content.clone()
-    other[:, 7] = torch.randn(WIDTH)
-    assert not torch.equal(backbone(other, query, levels)[:, 5], before[:, 5])
+    assert changes(backbone, levels)[7, 5]
 
 
 @pytest.mark.parametrize("ahead", [0, 1, 2, 4])
 def test_the_end_of_a_lane_sees_the_next_one_as_far_as_it_reaches(ahead):
     backbone = LSTM(WIDTH, ahead=ahead)
     levels = Strided(columns=3).levels(8)
-    content, query = torch.randn(1, 8, WIDTH), torch.randn(8, WIDTH)
-    before = backbone(content, query, levels)
-    for source in range(8):
-        other = content.clone()
-        other[:, source] = torch.randn(WIDTH)
-        changed = (backbone(other, query, levels) - before).abs().amax(dim=-1)[0] > 1e-6
+    for source, changed in enumerate(changes(backbone, levels)):
         for target in range(8):
             same_lane = source // 3 == target // 3
             near = 0 < source - target <= ahead
