@@ -28,6 +28,7 @@ __all__ = [
     "PLANS",
     "Gradients",
     "Plan",
+    "Published",
     "Reference",
     "Row",
     "Run",
@@ -102,6 +103,23 @@ class Row:
     published_seconds: dict[str, float] = field(default_factory=dict)
     tasks: list[str] | None = None
     seeds: list[int] | None = None
+
+
+@dataclass
+class Published:
+    """Creates a published point of an experiment's figure.
+
+    Args:
+        label: System and source.
+        bpc: Bits per character.
+        passes: Network evaluations one after the other.
+        seconds: Seconds to generate a sequence, of its own length and on its own hardware.
+    """
+
+    label: str
+    bpc: float
+    passes: int | None = None
+    seconds: float | None = None
 
 
 @dataclass
@@ -196,6 +214,8 @@ class Plan:
         references: Best tabular flows, by their names.
         gradients: How the gradients of the rows are compared, if they are.
         seeds: Seeds, each with a run of its own.
+        figure: Rows that its figure shows; all by default.
+        published: Published points of the figure, by task.
 
     Raises:
         UserError: If a name is not fit for a record, or refers to nothing.
@@ -209,6 +229,8 @@ class Plan:
     references: dict[str, Reference] = field(default_factory=dict)
     gradients: Gradients | None = None
     seeds: list[int] = field(default_factory=lambda: [0])
+    figure: list[str] = field(default_factory=list)
+    published: dict[str, list[Published]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in (*self.tasks, *self.rows, *self.references):
@@ -220,6 +242,8 @@ class Plan:
         lists: list[tuple[str, list[str], Mapping[str, Any]]] = []
         lists.append(("smoke.tasks", self.smoke.tasks, self.tasks))
         lists.append(("smoke.rows", self.smoke.rows, self.rows))
+        lists.append(("figure", self.figure, self.rows))
+        lists.append(("published", [*self.published], self.tasks))
         for name, row in self.rows.items():
             lists.append((f"rows.{name}.tasks", row.tasks or [], self.tasks))
             lists.append((f"rows.{name}.published", [*row.published], self.tasks))
@@ -327,6 +351,10 @@ def read_plan(file: str | PathLike[str]) -> Plan:
         for name, kind in (("smoke", Smoke), ("gradients", Gradients)):
             if name in keys:
                 keys[name] = _make(kind, keys[name], name)
+        keys["published"] = {
+            task: [_make(Published, point, f"published.{task}") for point in points]
+            for task, points in (keys.get("published") or {}).items()
+        }
     plan: Plan = _make(Plan, keys, Path(file).name)
     plan.configs = _found(plan.configs)
     for row in plan.rows.values():

@@ -1,6 +1,6 @@
 """Makes tables and figures from records: ``python -m experiments.report``.
 
-The README gets the table and figure of the text models, the pages in ``docs/experiments/`` those of
+The README gets the table of the text models, the pages in ``docs/experiments/`` those of
 each experiment that has run and of the benchmarks. Nothing is measured here.
 """
 
@@ -16,6 +16,7 @@ from dflows.records import read_records
 from experiments.reports import (
     addition,
     benchmarks,
+    curves,
     estimators,
     full_rank,
     language_modelling,
@@ -24,7 +25,7 @@ from experiments.reports import (
 )
 from experiments.reports.experiment import Experiment, read_experiment
 from experiments.reports.markdown import write_page
-from experiments.reports.text import draw_figure, render_table
+from experiments.reports.text import render_table
 
 __all__ = ["DRAWERS", "RENDERERS", "main", "report"]
 
@@ -46,9 +47,9 @@ DRAWERS: Mapping[str, Callable[[Experiment, Path], None]] = MappingProxyType(
     {
         "estimators": estimators.draw,
         "mixture": mixture.draw,
-        "language-modelling": language_modelling.draw,
-        "language-modelling-long": language_modelling.draw,
-        "language-modelling-gpu": language_modelling.draw,
+        "language-modelling": curves.draw,
+        "language-modelling-long": curves.draw,
+        "language-modelling-gpu": curves.draw,
     }
 )
 """The function that draws the figure of an experiment, where it has one."""
@@ -83,7 +84,7 @@ def report(arguments: Sequence[str]) -> None:
         )
     for name in found:
         if name == "text":
-            count = _text(options.results, options.readme, options.docs / "figures" / "text.svg")
+            count = _text(options.results, options.readme)
             print(f"{options.readme} is made from {count} records")
             continue
         page = options.docs / "experiments" / f"{name}.md"
@@ -97,15 +98,14 @@ def report(arguments: Sequence[str]) -> None:
         print(f"{page} is made from {options.results / name}")
 
 
-def _text(results: Path, readme: Path, figure: Path) -> int:
-    """Makes the README's table and figure, and returns the number of records used."""
+def _text(results: Path, readme: Path) -> int:
+    """Makes the README's table, and returns the number of records used."""
     records = read_records(results / "text")
     if not records:
         raise UserError(f"{results / 'text'} holds no records: run python -m dflows.fit first")
     folder = results / "benchmarks"
     speeds = read_records(folder) if folder.is_dir() else []
     rendered = render_table(records, speeds)
-    draw_figure(records, figure)
     write_page(readme, rendered)
     return len(records)
 

@@ -1,19 +1,16 @@
-"""The table and the figure of the comparison on characters."""
+"""The tables of the comparison on characters."""
 
-import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 from dflows.errors import UserError
 from dflows.records import Record
 from experiments.plan import Row
+from experiments.reports.curves import bits
 from experiments.reports.experiment import Experiment, setting
-from experiments.reports.figures import drawing
 from experiments.reports.markdown import number, table
-from experiments.reports.text import bits
 
-__all__ = ["describe_figure", "draw", "render"]
+__all__ = ["render"]
 
 HEAD = (
     "system",
@@ -57,7 +54,7 @@ def render(experiment: Experiment) -> str:
         if shown := _shown(experiment, task):
             experiment.first(task, "unigram_bpc")
             parts += [_task(task, shown), *_few_passes(shown), *_fastest(shown)]
-            parts += [*_curves(shown), *_levels(shown), *_samples(shown)]
+            parts += [*_curves(shown), *_samples(shown)]
     return "\n\n".join(parts)
 
 
@@ -221,18 +218,6 @@ def _name(row: Row, record: Record) -> str:
     return f"{row.label}, {number(record.metrics.get('passes'), 'd')} passes"
 
 
-def _levels(shown: Sequence[Shown]) -> list[str]:
-    """Returns a table of the bits of each level of a window, if any record has them."""
-    lines = []
-    for _, row, record in shown:
-        metrics = record.metrics
-        if "level_bpc" in metrics:
-            costs = " ".join(f"{value:.2f}" for value in metrics["level_bpc"])
-            lines.append([_name(row, record), costs])
-    head = ("system", "bits per character of each level, in the order of generation")
-    return [table(head, lines)] if lines else []
-
-
 def _samples(shown: Sequence[Shown]) -> list[str]:
     """Returns the first sample of every row, if any record has one.
 
@@ -248,58 +233,3 @@ def _samples(shown: Sequence[Shown]) -> list[str]:
         return []
     caption = "The first window that each generated (↵ is a line break):"
     return [caption, "\n".join(["```text", *lines, "```"])]
-
-
-def _points(experiment: Experiment) -> list[Shown]:
-    """Returns the points of the figure, those of the first text with records."""
-    return next(filter(None, (_shown(experiment, task) for task in experiment.plan.tasks)), [])
-
-
-def describe_figure(experiment: Experiment) -> str:
-    """Returns what the figure shows, in words."""
-    parts = [
-        f"{name}: {bits(record, record.metrics.get('test_bpc'))} bits, "
-        f"{number(record.metrics.get('passes'), 'd')} passes, "
-        f"{number(record.metrics.get('generation_seconds_1'))} s"
-        for name, _, record in _points(experiment)
-    ]
-    return "Bits per character against passes, and against seconds. " + "; ".join(parts)
-
-
-def draw(experiment: Experiment, file: Path) -> None:
-    """Draws bits per character against passes and against the seconds of one sequence.
-
-    Args:
-        experiment: The plan and the records.
-        file: The SVG file.
-    """
-    words = describe_figure(experiment)
-    points = [one for one in _points(experiment) if "test_bpc" in one.record.metrics]
-    with drawing(file, words, ncols=2, figsize=(12, 6), sharey=True) as (figure, axes):
-        for index, one in enumerate(points):
-            metrics = one.record.metrics
-            look = {
-                "marker": "v" if one.record.likelihood == "bound" else "o",
-                "color": f"C{index % 10}",
-                "label": f"{index + 1} {one.name}",
-                "s": 40,
-            }
-            for place, key in zip(axes, ("passes", "generation_seconds_1"), strict=True):
-                # A point without coordinates still enters the legend.
-                at = (metrics.get(key, math.nan), metrics["test_bpc"])
-                place.scatter(*at, **look)
-                if key in metrics:
-                    offset = {"xytext": (4, 4), "textcoords": "offset points"}
-                    place.annotate(str(index + 1), at, fontsize=7, **offset)
-        # Linear up to 1, for an n-gram model takes no pass.
-        axes[0].set_xscale("symlog", base=4, linthresh=1)
-        most = max([1, *(one.record.metrics.get("passes", 1) for one in points)])
-        axes[0].set_xlim(-0.2, 2 * most)
-        axes[0].xaxis.set_major_formatter("{x:.0f}")
-        axes[0].set_xlabel("passes: sequential network evaluations of one batch")
-        axes[0].set_ylabel("bits per character, test (triangles: bounds)")
-        if any("generation_seconds_1" in one.record.metrics for one in points):
-            axes[1].set_xscale("log")
-        axes[1].set_xlabel("seconds to generate one sequence")
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=7)

@@ -1,15 +1,13 @@
-"""The README's table and figure of text models."""
+"""The README's table of text models."""
 
-import math
 from collections.abc import Sequence
-from pathlib import Path
 
 from dflows.errors import UserError
 from dflows.records import Record
-from experiments.reports.figures import drawing
+from experiments.reports.curves import bits
 from experiments.reports.markdown import MISSING, number, table
 
-__all__ = ["bits", "describe_figure", "draw_figure", "render_table"]
+__all__ = ["render_table"]
 
 HEAD = (
     "config",
@@ -26,12 +24,6 @@ HEAD = (
 
 def _cell(record: Record, key: str, form: str = ".3f") -> str:
     return number(record.metrics.get(key), form)
-
-
-def bits(record: Record, value: float | None, form: str = ".3f") -> str:
-    """Returns bits per character, marked where they are a bound."""
-    cell = number(value, form)
-    return f"≤ {cell}" if record.likelihood == "bound" and value is not None else cell
 
 
 def _of_unigram(record: Record) -> str:
@@ -151,96 +143,3 @@ def render_table(records: Sequence[Record], benchmarks: Sequence[Record] = ()) -
         )
         lines += ["", note]
     return "\n".join(lines)
-
-
-def describe_figure(records: Sequence[Record]) -> str:
-    """Returns what the figure shows, in words."""
-    shown = (
-        f"{record.name}: {record.metrics['passes']} passes, "
-        f"{bits(record, record.metrics['test_bpc'])} bits"
-        for record in sorted(records, key=_passes_first)
-        if "passes" in record.metrics
-    )
-    return "; ".join(shown)
-
-
-def draw_figure(records: Sequence[Record], file: Path) -> None:
-    """Draws test bits per character against passes and against seconds, as an SVG file.
-
-    Seconds are those of 1,000 characters of one sequence, since sequences differ in length. A line
-    joins the numbers of passes of one network.
-
-    Raises:
-        UserError: If no record counts passes.
-    """
-    records = [record for record in records if "passes" in record.metrics]
-    if not records:
-        raise UserError("no record counts passes, so there is nothing to draw: run a flow")
-    most = max(1, *(record.metrics["passes"] for record in records))
-    look = {"ncols": 2, "figsize": (10, 3.8), "sharey": True}
-    with drawing(file, describe_figure(records), **look) as (_, (axes, timed)):
-        for index, record in enumerate(records):
-            color = f"C{index}"
-            named = f"{record.name}  {bits(record, record.metrics['test_bpc'], '.2f')}"
-            for place, points, label in (
-                (axes, _by_passes(record), named),
-                (timed, _by_seconds(record), record.name),
-            ):
-                place.plot(*zip(*points, strict=True), color=color, marker="o", zorder=3)
-                place.annotate(
-                    label,
-                    points[0],
-                    textcoords="offset points",
-                    xytext=(0, 9),
-                    ha="left" if place is axes and not points[0][0] else "center",
-                    fontsize=8,
-                    color=color,
-                )
-        timed.set_xscale("log")
-        timed.set_xlabel("seconds to generate 1,000 characters of one sequence")
-        metrics = records[0].metrics
-        for key, label in (("unigram_bpc", "unigram"), ("bigram_bpc", "bigram")):
-            if key not in metrics:
-                continue
-            axes.axhline(metrics[key], linestyle="--", linewidth=1, color="grey")
-            axes.annotate(
-                f"{label} entropy  {metrics[key]:.2f}",
-                (most, metrics[key]),
-                xytext=(0, 3),
-                textcoords="offset points",
-                ha="right",
-                color="grey",
-            )
-        # Linear up to 1, for a base without a network takes no pass.
-        axes.set_xscale("symlog", base=2, linthresh=1)
-        axes.xaxis.set_major_formatter("{x:.0f}")
-        axes.set_xlim(-0.1, 1.2 * most)
-        axes.set_ylim(0, 1.15 * max(metrics.get("unigram_bpc", 0), *_heights(records)))
-        axes.set_xlabel("passes: sequential network evaluations to generate a batch")
-        bounds = any(record.likelihood == "bound" for record in records)
-        axes.set_ylabel(f"{'' if bounds else 'exact '}bits per character, test")
-        for place in (axes, timed):
-            for side in ("top", "right"):
-                place.spines[side].set_visible(False)
-
-
-def _by_passes(record: Record) -> list[tuple[float, float]]:
-    """Returns passes and bits, of every number of passes of the network."""
-    metrics = record.metrics
-    found = {int(passes): bpc for passes, bpc in metrics.get("passes_bpc", {}).items()}
-    return sorted({metrics["passes"]: metrics["test_bpc"], **found}.items())
-
-
-def _by_seconds(record: Record) -> list[tuple[float, float]]:
-    """Returns seconds of 1,000 characters and bits, where they were measured."""
-    metrics = record.metrics
-    length = metrics.get("generation_length", math.nan)
-    seconds = {
-        int(passes): value for passes, value in metrics.get("passes_seconds_1", {}).items()
-    } or {metrics["passes"]: metrics.get("generation_seconds_1", math.nan)}
-    bits_of = dict(_by_passes(record))
-    return [(1000 * value / length, bits_of[passes]) for passes, value in sorted(seconds.items())]
-
-
-def _heights(records: Sequence[Record]) -> list[float]:
-    return [record.metrics["test_bpc"] for record in records]

@@ -100,6 +100,9 @@ def test_references_are_made_of_the_choices(plan_of):
         ({"seed": 3}, "plan.yaml has no key seed"),
         ({"references": {}}, "rows.flow.reference names shift"),
         ({"gradients": {"trained_by": "x", "tasks": []}}, "gradients.trained_by names x"),
+        ({"figure": ["folw"]}, "figure names folw: give some of base, flow"),
+        ({"published": {"9x9": []}}, "published names 9x9"),
+        ({"published": {"2x3": [{"label": "a", "bits": 1}]}}, "published.2x3 has no key bits"),
     ],
 )
 def test_names_of_nothing_are_refused(plan_of, changes, message):

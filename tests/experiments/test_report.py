@@ -1,6 +1,5 @@
 """The README's figures are those of the records."""
 
-import html
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,7 @@ from dflows.errors import UserError
 from dflows.records import Record, read_records, write_record
 from experiments.report import main
 from experiments.reports.markdown import BEGIN, END, update_page
-from experiments.reports.text import describe_figure, render_table
+from experiments.reports.text import render_table
 
 ROOT = Path(__file__).parents[2]
 
@@ -49,16 +48,6 @@ def test_readme_and_records_agree():
     assert update_page(readme, table, "README.md") == readme, "run python -m experiments.report"
 
 
-def test_figure_and_records_agree():
-    figure = html.unescape((ROOT / "docs/figures/text.svg").read_text(encoding="utf-8"))
-    description = describe_figure(read_records(ROOT / "results/text"))
-    assert f">{description}<" in figure, "run python -m experiments.report"
-    for record in read_records(ROOT / "results/text"):
-        # Text is drawn as paths, and every annotation is named in a comment before them.
-        mark = "≤ " if record.likelihood == "bound" else ""
-        assert f"<!-- {record.name}  {mark}{record.metrics['test_bpc']:.2f} -->" in figure
-
-
 def test_a_line_of_the_table_is_a_record():
     line = render_table([record()]).splitlines()[2]
     assert line == "| `quickstart.yaml` | 7 | 2.600 | 2.500 | 0.625 | 100 | 12,345 | 0.012 | – |"
@@ -72,7 +61,6 @@ def test_a_bound_is_never_shown_as_exact():
     assert lines[-1].startswith(
         "Likelihoods are exact but for the bounds, marked ≤, over all 1,000"
     )
-    assert describe_figure([bound]) == "latent: 7 passes, ≤ 2.500 bits"
 
 
 @pytest.mark.parametrize(
@@ -121,21 +109,14 @@ def test_a_text_without_entropy_has_no_share_of_it():
     assert "| 2.500 | – |" in render_table([record(metrics=METRICS | {"unigram_bpc": 0.0})])
 
 
-def test_the_command_writes_table_and_figure(tmp_path, capsys):
+def test_the_command_writes_the_table(tmp_path, capsys):
     write_record(tmp_path / "results" / "text", record())
-    readme, figure = tmp_path / "README.md", tmp_path / "docs/figures/text.svg"
+    readme = tmp_path / "README.md"
     readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n", encoding="utf-8")
     options = ["--results", tmp_path / "results", "--readme", readme, "--docs", tmp_path / "docs"]
     assert main([str(option) for option in options]) == 0
     assert "2.500" in readme.read_text(encoding="utf-8")
     assert "old" not in readme.read_text(encoding="utf-8")
-    assert figure.read_text(encoding="utf-8").startswith("<?xml")
-    # A model without a network takes no pass, which is no place on a logarithmic axis.
-    write_record(
-        tmp_path / "results" / "text", record(name="unigrams", metrics=METRICS | {"passes": 0})
-    )
-    assert main([str(option) for option in options]) == 0
-    assert "unigrams: 0 passes" in figure.read_text(encoding="utf-8")
     readme.write_text("no marks", encoding="utf-8")
     assert main([str(option) for option in options]) == 1
     assert capsys.readouterr().err.count("\n") == 1
@@ -152,17 +133,6 @@ def test_wrong_arguments_are_one_line(arguments, line, capsys):
     assert main(arguments) == 2
     printed = capsys.readouterr()
     assert (printed.out, printed.err) == ("", f"{line}\n")
-
-
-def test_figures_without_passes_are_refused(tmp_path, capsys):
-    metrics = {name: value for name, value in METRICS.items() if name != "passes"}
-    write_record(tmp_path / "text", record(metrics=metrics))
-    readme = tmp_path / "README.md"
-    readme.write_text(f"{BEGIN}\n{END}\n", encoding="utf-8")
-    options = ["--results", tmp_path, "--readme", readme, "--docs", tmp_path]
-    assert main([str(option) for option in options]) == 1
-    assert "no record counts passes" in capsys.readouterr().err
-    assert not (tmp_path / "figures").exists()
 
 
 def test_no_records_are_refused(tmp_path, capsys):

@@ -11,7 +11,7 @@ from experiments.plan import reference_name
 from experiments.references import reference_settings
 from experiments.report import DRAWERS, RENDERERS
 from experiments.report import main as report
-from experiments.reports import estimators, language_modelling, mixture
+from experiments.reports import curves, estimators, mixture
 from experiments.reports.experiment import read_experiment
 from experiments.reports.markdown import BEGIN, END, update_page
 from experiments.reproduce import EXPERIMENTS, main
@@ -20,9 +20,9 @@ from tests.commands import ROOT
 DESCRIBED = {
     "estimators": estimators.describe_figure,
     "mixture": mixture.describe_figure,
-    "language-modelling": language_modelling.describe_figure,
-    "language-modelling-long": language_modelling.describe_figure,
-    "language-modelling-gpu": language_modelling.describe_figure,
+    "language-modelling": curves.describe_figure,
+    "language-modelling-long": curves.describe_figure,
+    "language-modelling-gpu": curves.describe_figure,
 }
 
 
