@@ -19,6 +19,7 @@ from datamodules.vocabulary import Vocabulary, parse_vocabulary
 from datamodules.windows import EvaluationBatches, TrainingBatches, TrainingStream
 from dflows.checks import check_above_entropy
 from dflows.errors import UserError
+from dflows.memory import check_memory
 from dflows.metrics import entropy_in_bits
 from dflows.reporting import Report, Score
 
@@ -183,9 +184,16 @@ class StreamDataModule(pl.LightningDataModule, ABC):
         """Begins a fit with the first row, which a checkpoint that is loaded next may change.
 
         Raises:
-            UserError: If the trainer is to overfit a part of an epoch.
+            UserError: If the trainer is to overfit a part of an epoch, or the logits of a batch
+                alone are more than the memory.
         """
         if stage == "fit":
+            check_memory(
+                4 * self.batch_size * self.length * self.num_classes,
+                f"a batch of {self.batch_size:,} events of {self.length:,} dimensions, with "
+                f"{self.num_classes:,} logits each,",
+                "give a smaller data.batch_size",
+            )
             self._overfit_batches()
             self._known = _Place()
             # Both are wrong of these loaders, which know their workers and shuffle by number.

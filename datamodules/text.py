@@ -176,10 +176,14 @@ class TextDataModule(StreamDataModule):
     def bigram_bpc(self, split: str) -> float:
         """Returns the entropy of a character given the one before, in bits, in a split."""
         classes = np.concatenate(list(self.evaluation_chunks(split))).astype(np.int64)
-        counts = torch.zeros(self.num_classes, self.num_classes, dtype=torch.double)
-        pairs = torch.from_numpy(classes[:-1] * self.num_classes + classes[1:])
-        counts.view(-1).index_add_(0, pairs, torch.ones(len(pairs), dtype=torch.double))
-        return float(entropy_in_bits(counts))
+        # The pairs that occur, and no table of all: K² numbers are too many for many symbols.
+        pairs = np.unique(classes[:-1] * self.num_classes + classes[1:], return_counts=True)[1]
+        firsts = np.unique(classes[:-1], return_counts=True)[1]
+        both, first = (
+            float(entropy_in_bits(torch.from_numpy(counts).unsqueeze(0)))
+            for counts in (pairs, firsts)
+        )
+        return both - first
 
     def report(self, score: Score) -> Report:
         report = super().report(score)

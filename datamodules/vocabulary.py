@@ -337,7 +337,7 @@ def parse_vocabulary(text: str, source: str = "the vocabulary") -> Vocabulary:
     """
     try:
         described = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{source} is damaged or no tokenizer.json: {error}") from None
     foreign = UserError(
         f"{source} is not one that dflows wrote: give the tokenizer.json of a checkpoint, "

@@ -1,6 +1,8 @@
 """Errors that are the user's to mend."""
 
-__all__ = ["LengthError", "NonFiniteError", "UserError"]
+from collections.abc import Iterator
+
+__all__ = ["LengthError", "NonFiniteError", "UserError", "chain_of"]
 
 
 class UserError(ValueError):
@@ -13,3 +15,10 @@ class LengthError(UserError):
 
 class NonFiniteError(UserError):
     """The refusal of numbers that are not finite: what is computed from them means nothing."""
+
+
+def chain_of(error: BaseException | None) -> Iterator[BaseException]:
+    """Yields an error and those that it came of."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -37,6 +37,7 @@ from dflows.cli.trainer import Trainer
 from dflows.errors import UserError
 from dflows.provenance import revision
 from dflows.records import check_folder, check_name, write_record
+from lightning_modules.descriptions import plain_part
 
 __all__ = ["evaluate", "main"]
 
@@ -68,9 +69,10 @@ def _parser() -> Parser:
     return parser
 
 
-def _config_of(checkpoint: Checkpoint, folder: Path) -> Path:
+def _config_of(checkpoint: Checkpoint, allowed: Sequence[str], folder: Path) -> Path:
     """Writes the configuration that the arguments are laid over."""
-    data: dict[str, Any] = dict(checkpoint.config["data"])
+    base: type = StreamDataModule
+    data = plain_part(base, "data", checkpoint.config, allowed, checkpoint.path)
     if "vocabulary" in data.get("init_args", {}):
         vocabulary = checkpoint.vocabulary.save(folder)
         data["init_args"] = {**data["init_args"], "vocabulary": str(vocabulary)}
@@ -109,7 +111,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     checkpoint = read_checkpoint(path)
     module = load_model(checkpoint, allowed)
     with tempfile.TemporaryDirectory() as folder, resolved_arguments(arguments) as resolved:
-        given = ["--config", str(_config_of(checkpoint, Path(folder))), *resolved]
+        given = ["--config", str(_config_of(checkpoint, allowed, Path(folder))), *resolved]
         config = parser.parse_args(given)
         data_config = yaml.safe_load(parser.dump(config, skip_none=False))["data"]
         _put_back_vocabulary(data_config, checkpoint, Path(folder))

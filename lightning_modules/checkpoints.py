@@ -1,53 +1,82 @@
 """Modules from checkpoints, made without running any code that is in the file."""
 
-import copy
 import inspect
 import os
-import re
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
-from importlib import import_module
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import pytorch_lightning as pl
 import torch
-from jsonargparse import ArgumentParser
 from torch import nn
 
 from dflows.errors import UserError
+from lightning_modules.descriptions import instantiate
 
 __all__ = [
     "KEY",
-    "ModelParser",
-    "check_trusted",
-    "import_object",
-    "import_paths",
-    "instantiate",
     "load_weights",
     "read_content",
     "rebuild",
+    "seal",
 ]
 
 KEY = "dflows"
 """Where a checkpoint of `python -m dflows.fit` keeps the description of its model and data."""
 
-TRUSTED = ("dflows", "datamodules", "lightning_modules", "torch.nn")
-_IMPORT_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
+_SEAL = b"dflows crc32 "
+_SEAL_LENGTH = len(_SEAL) + 8
+_BLOCK = 1 << 20
 _HYPERPARAMETERS = "hyper_parameters"
 
 M = TypeVar("M", bound=pl.LightningModule)
 
 
-class ModelParser(ArgumentParser):
-    """Creates a parser of models whose parts may be made by functions, as flows are."""
+def _checksum(file: BinaryIO, size: int) -> int:
+    """Returns the CRC-32 of the first bytes of a file."""
+    checksum = 0
+    file.seek(0)
+    while size > 0 and (block := file.read(min(size, _BLOCK))):
+        checksum, size = zlib.crc32(block, checksum), size - len(block)
+    return checksum
 
-    def add_function_arguments(
-        self, *args: Any, linked_targets: Any = None, **kwargs: Any
-    ) -> list[str]:
-        """Leaves away what links give, as it is done for classes, and functions refuse."""
-        added: list[str] = super().add_function_arguments(*args, **kwargs)
-        return added
+
+def seal(path: str | os.PathLike[str]) -> None:
+    """Ends the file of a checkpoint with a checksum of all before it, and writes it through.
+
+    It is the comment that a zip archive may end with, so that the file stays what it was for all
+    other readers.
+    """
+    with Path(path).open("r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        # An archive ends with the length of its comment, in two bytes.
+        file.seek(size - 2)
+        if file.read(2) != b"\0\0":
+            return
+        file.seek(size - 2)
+        file.write(_SEAL_LENGTH.to_bytes(2, "little"))
+        file.flush()
+        file.write(_SEAL + b"%08x" % _checksum(file, size))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _check_seal(path: Path) -> None:
+    """Refuses a file whose bytes are not those that were written."""
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - _SEAL_LENGTH))
+        seal = file.read()
+        if seal.startswith(_SEAL):
+            whole = seal == _SEAL + b"%08x" % _checksum(file, size - _SEAL_LENGTH)
+        else:
+            # Not of WholeCheckpoints: the archive itself has checksums of what is in it.
+            whole = zipfile.ZipFile(file).testzip() is None
+    if not whole:
+        raise UserError(f"{path} is damaged, its checksum is another: take a copy that is whole")
 
 
 def read_content(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, Any]:
@@ -62,11 +91,14 @@ def read_content(path: str | os.PathLike[str], map_location: Any = "cpu") -> dic
     """
     path = Path(path).expanduser()
     try:
+        _check_seal(path)
         content = torch.load(path, map_location=map_location, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"no checkpoint {path}: give the path of a file, like best.ckpt") from None
     except PermissionError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from None
+    except UserError:
+        raise
     except Exception as error:  # noqa: BLE001 - what is no checkpoint fails in any way
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
@@ -78,83 +110,6 @@ def read_content(path: str | os.PathLike[str], map_location: Any = "cpu") -> dic
             f"{path} is a checkpoint of something else: give one that `python -m dflows.fit` wrote"
         )
     return content
-
-
-def import_object(name: str) -> Any:
-    """Returns what an import path names, which must be trusted.
-
-    Args:
-        name: The path, as `dflows.flows.strided`.
-    """
-    module, _, attribute = name.rpartition(".")
-    return getattr(import_module(module), attribute)
-
-
-def import_paths(value: Any, *, everywhere: bool, key: str = "") -> Iterator[str]:
-    """Finds the import paths in a configuration.
-
-    Args:
-        value: The configuration, or a part of it.
-        everywhere: Whether every text that may be one counts, not only a `class_path`.
-        key: The key of the part.
-
-    Yields:
-        Import paths.
-    """
-    if isinstance(value, Mapping):
-        for name, entry in value.items():
-            yield from import_paths(entry, everywhere=everywhere, key=str(name))
-    elif isinstance(value, (list, tuple)):
-        for entry in value:
-            yield from import_paths(entry, everywhere=everywhere, key=key)
-    elif isinstance(value, str) and (
-        key == "class_path" or (everywhere and _IMPORT_PATH.fullmatch(value))
-    ):
-        yield value
-
-
-def check_trusted(
-    config: Mapping[str, Any], allowed: Sequence[str], path: str | os.PathLike[str]
-) -> None:
-    """Refuses a configuration that names classes of packages which nobody vouched for.
-
-    Loading it would import them, and so run their code.
-
-    Args:
-        config: The configuration in a checkpoint.
-        allowed: Packages that the user vouches for.
-        path: The checkpoint.
-
-    Raises:
-        UserError: If it names another.
-    """
-    trusted = (*TRUSTED, *allowed)
-    named = [
-        *import_paths(config.get("model"), everywhere=True),
-        *import_paths(config.get("data"), everywhere=False),
-    ]
-    for name in named:
-        if not any(name == package or name.startswith(f"{package}.") for package in trusted):
-            package = name.split(".")[0]
-            raise UserError(
-                f"{path} names the class {name}, and loading it would run its package: add "
-                f"--allow {package} if you trust that, in Python allow=[{package!r}]"
-            )
-
-
-def instantiate(base: type[M], model: Mapping[str, Any]) -> M:
-    """Makes a module of its configuration, which must be trusted.
-
-    Args:
-        base: What it must be an instance of.
-        model: The configuration: `class_path` and `init_args`.
-    """
-    parser = ModelParser(exit_on_error=False)
-    parser.add_subclass_arguments(base, "model", required=True)
-    # Parsing changes its argument.
-    parsed = parser.parse_object({"model": copy.deepcopy(dict(model))})
-    module: M = parser.instantiate_classes(parsed).model
-    return module
 
 
 def load_weights(
@@ -224,8 +179,7 @@ def rebuild(
     """
     described = content.get(KEY)
     if isinstance(described, dict) and not arguments:
-        check_trusted(described["config"], allowed, path)
-        module = instantiate(pl.LightningModule, described["config"]["model"])
+        module = instantiate(pl.LightningModule, described["config"], allowed, path)
         if not isinstance(module, cls):
             raise UserError(
                 f"{path} holds a {type(module).__name__}, and a {cls.__name__} was asked for: call "

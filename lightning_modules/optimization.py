@@ -1,10 +1,11 @@
 """The optimizer's settings, and a schedule that a resumed run may change."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -144,6 +145,16 @@ class Schedule(LambdaLR):
         self.apply()
 
 
+def _means_of(optimizer: Optimizer, state_dict: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yields the parameters of an optimizer with each tensor that a checkpoint has for them."""
+    parameters = [entry for group in optimizer.param_groups for entry in group["params"]]
+    names = [entry for group in state_dict["param_groups"] for entry in group["params"]]
+    for parameter, name in zip(parameters, names, strict=True):
+        for value in state_dict["state"].get(name, {}).values():
+            if isinstance(value, Tensor):
+                yield parameter, value
+
+
 def keep_settings(optimizer: Optimizer, settings: Callable[[], Sequence[dict[str, Any]]]) -> None:
     """Lets an optimizer take its running means from a checkpoint, and its settings from this run.
 
@@ -167,6 +178,13 @@ def keep_settings(optimizer: Optimizer, settings: Callable[[], Sequence[dict[str
                 f"{sum(given)} parameters in {len(given)} groups, the model {sum(sizes)} in "
                 f"{len(sizes)}: give it the configuration that it was trained with"
             )
+        for parameter, means in _means_of(optimizer, state_dict):
+            # A mean of another shape would be read beyond its end.
+            if means.ndim and means.shape != parameter.shape:
+                raise UserError(
+                    "the checkpoint is damaged: its optimizer has a running mean of shape "
+                    f"{(*means.shape,)} for a parameter of shape {(*parameter.shape,)}"
+                )
 
     optimizer.register_load_state_dict_pre_hook(check)
     optimizer.register_load_state_dict_post_hook(restore)

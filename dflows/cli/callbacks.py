@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import pkgutil
 import shutil
 import time
 from pathlib import Path
@@ -18,11 +19,10 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
 from datamodules.module import StreamDataModule
 from dflows.cli.checkpoints import describe_run
-from dflows.cli.errors import chain_of
-from dflows.errors import NonFiniteError
+from dflows.errors import NonFiniteError, chain_of
 from dflows.reporting import Report
 from lightning_modules import BaseModule
-from lightning_modules.checkpoints import KEY, import_object
+from lightning_modules.checkpoints import KEY
 
 __all__ = [
     "BestCheckpoint",
@@ -261,7 +261,7 @@ def plain_config(
     _write_linked(made, type(module), linked)
     flow = made["init_args"].get("flow")
     if isinstance(flow, dict) and "class_path" in flow:
-        _write_linked(flow, import_object(flow["class_path"]), linked)
+        _write_linked(flow, pkgutil.resolve_name(flow["class_path"]), linked)
     return plain
 
 

@@ -14,13 +14,8 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from datamodules.vocabulary import Vocabulary, parse_vocabulary
 from dflows.errors import UserError
 from lightning_modules import BaseModule
-from lightning_modules.checkpoints import (
-    KEY,
-    check_trusted,
-    instantiate,
-    load_weights,
-    read_content,
-)
+from lightning_modules.checkpoints import KEY, load_weights, read_content, seal
+from lightning_modules.descriptions import instantiate
 
 __all__ = [
     "Checkpoint",
@@ -48,7 +43,7 @@ class WholeCheckpoints(TorchCheckpointIO):
             with unfinished.open("wb") as file:
                 torch.save(checkpoint, file)
                 file.flush()
-                os.fsync(file.fileno())
+            seal(unfinished)
             unfinished.replace(path)
         except OSError as error:
             raise UserError(f"cannot write the checkpoint {path}: {error.strerror}") from error
@@ -118,9 +113,14 @@ def read_checkpoint(
             f"{path} has the format {described.get('format')}, and this dflows reads 1: use the "
             "dflows that wrote it"
         )
-    vocabulary = parse_vocabulary(described["vocabulary"], f"the vocabulary in {path}")
-    length = int(described["length"])
-    return Checkpoint(path, content["state_dict"], described["config"], vocabulary, length)
+    config, text, length = (described.get(key) for key in ("config", "vocabulary", "length"))
+    if not (isinstance(config, dict) and isinstance(text, str) and type(length) is int):
+        raise UserError(
+            f"the description in {path} is damaged: give a checkpoint that `python -m dflows.fit` "
+            "wrote"
+        )
+    vocabulary = parse_vocabulary(text, f"the vocabulary in {path}")
+    return Checkpoint(path, content["state_dict"], config, vocabulary, length)
 
 
 def load_model(checkpoint: Checkpoint, allowed: Sequence[str] = ()) -> BaseModule:
@@ -136,8 +136,8 @@ def load_model(checkpoint: Checkpoint, allowed: Sequence[str] = ()) -> BaseModul
     Raises:
         UserError: If it names classes of other packages, or its weights do not fit.
     """
-    check_trusted(checkpoint.config, allowed, checkpoint.path)
-    model = instantiate(BaseModule, checkpoint.config["model"])  # type: ignore[type-abstract]
+    base: type[BaseModule] = BaseModule  # type: ignore[type-abstract]
+    model = instantiate(base, checkpoint.config, allowed, checkpoint.path)
     load_weights(model, checkpoint.weights, checkpoint.path)
     return model.eval()
 

@@ -33,10 +33,12 @@ from dflows.cli.progress import ProgressBar, ProgressLines
 from dflows.cli.recording import below_here
 from dflows.cli.summary import EXACT_STATES
 from dflows.cli.trainer import Trainer
+from dflows.cli.yaml_files import read_yaml
 from dflows.errors import UserError
 from dflows.records import check_folder, check_name
 from lightning_modules import BaseModule
-from lightning_modules.checkpoints import ModelParser, load_weights
+from lightning_modules.checkpoints import load_weights
+from lightning_modules.descriptions import ModelParser
 
 __all__ = ["FlowCLI", "Parser", "check_seed", "resolved_arguments", "shipped_configs"]
 
@@ -117,7 +119,10 @@ def _find(name: str, stack: ExitStack) -> str:
 
 def _check_readable(path: Path) -> None:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if text.startswith("\ufeff"):
+            raise UserError(f"{path} begins with a byte order mark: save it as plain UTF-8")
+        content = read_yaml(text)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
     except UnicodeDecodeError:

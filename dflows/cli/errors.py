@@ -6,15 +6,15 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib import import_module
 
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
-from dflows.errors import UserError
+from dflows.errors import UserError, chain_of
 
-__all__ = ["DEBUG", "chain_of", "one_line", "run_command"]
+__all__ = ["DEBUG", "one_line", "run_command"]
 
 DEBUG = "DFLOWS_DEBUG"
 """Environment variable that, set to 1, shows tracebacks."""
@@ -35,13 +35,6 @@ _MADE = re.compile(
 _GROUP = re.compile(r"Group '([\w.]+)' does not|unrecognized arguments: --([\w.]+)\.\w+")
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 _UNKNOWN = re.compile(r"not accept|unrecognized argument")
-
-
-def chain_of(error: BaseException | None) -> Iterator[BaseException]:
-    """Yields an error and those that it came of."""
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _joined(error: BaseException) -> str:

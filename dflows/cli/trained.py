@@ -14,6 +14,7 @@ from dflows.bases import Base
 from dflows.cli.checkpoints import load_model, read_checkpoint
 from dflows.errors import UserError
 from dflows.flow import DiscreteFlow
+from dflows.memory import check_memory
 from lightning_modules import BaseModule
 from lightning_modules.base import Method
 
@@ -53,8 +54,15 @@ def draw(
         Indices (N, L): independent windows, one after the other.
 
     Raises:
-        UserError: If the prompt or the draft does not fit, or the model takes none.
+        UserError: If the prompt or the draft does not fit, or the model takes none; or the samples
+            do not fit in memory.
     """
+    # Samples are indices of 8 bytes, once as parts and once as a whole.
+    check_memory(
+        16 * num_samples * length,
+        f"{num_samples:,} samples of {length:,} dimensions",
+        "give fewer, or shorter ones",
+    )
     generator = torch.Generator(module.device).manual_seed(seed)
     total, done = num_samples * -(-length // window), 0
     if prompt is not None:

@@ -1,5 +1,6 @@
 """Tables in Markdown, and the generated blocks of pages."""
 
+import re
 import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ __all__ = [
     "MISSING",
     "mean_and_spread",
     "number",
+    "plain",
     "table",
     "update_page",
     "write_page",
@@ -25,6 +27,16 @@ MISSING = "–"
 def number(value: float | None, form: str = ".3f") -> str:
     """Formats a number, or `None` as a dash."""
     return MISSING if value is None else format(value, form)
+
+
+def plain(text: str) -> str:
+    r"""Returns Markdown that shows a text of a record as it is, on one line.
+
+    Example:
+        >>> print(plain("a <b>"))
+        a \<b\>
+    """
+    return re.sub(r"([\\`*_\[\]<>|~&$!#])", r"\\\1", " ".join(text.split()))
 
 
 def mean_and_spread(values: Sequence[float], form: str = ".3f") -> str:

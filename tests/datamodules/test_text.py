@@ -335,3 +335,11 @@ def test_king_james():
         round(float(torch.special.entr(count / count.sum()).sum() / np.log(2)), 3)
         for count in counts
     ] == [4.373, 4.362, 4.321]
+
+
+def test_a_batch_beyond_the_memory_is_refused_before_it_is_made(tmp_path):
+    (tmp_path / "a.txt").write_text("abcdefgh" * 100, encoding="utf-8")
+    source = LocalText(**dict.fromkeys(("train", "valid", "test"), str(tmp_path / "a.txt")))
+    data = TextDataModule(source, length=64, batch_size=10**12)
+    with pytest.raises(UserError, match=r"a batch of 1,000,000,000,000 events .* takes at least"):
+        data.setup("fit")

@@ -100,6 +100,11 @@ def test_a_benchmark_without_speed_is_refused(speed):
         render_table([record()], [benchmark])
 
 
+def test_texts_of_a_record_are_shown_as_they_are():
+    made = record(device="CPU | <script>\n# `x`")
+    assert render_table([made]).endswith(r"Measured on: CPU \| \<script\> \# \`x\`.")
+
+
 def test_other_benchmarks_are_for_another_page():
     benchmark = record(name="modular-dense-27-cpu", metrics={"call_seconds": 0.1})
     assert render_table([record()], [benchmark]) == render_table([record()])

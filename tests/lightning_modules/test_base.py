@@ -389,6 +389,18 @@ class TestResume:
         rates = [rates[0] for rates in watch.rates]
         assert rates == pytest.approx([(10 - step) / 10 for step in range(4, 10)])
 
+    def test_running_means_of_another_shape_are_refused(self, tmp_path):
+        path = tmp_path / "some.ckpt"
+        run = trainer(tmp_path, steps=2, limit_val_batches=0)
+        run.fit(Unigram(), loader(), loader(3))
+        run.save_checkpoint(path)
+        content = torch.load(path, weights_only=True)
+        content["optimizer_states"][0]["state"][0]["exp_avg_sq"] = torch.zeros(1)
+        torch.save(content, path)
+        run = trainer(tmp_path, steps=4, limit_val_batches=0)
+        with pytest.raises(UserError, match=r"a running mean of shape \(1,\) for a parameter"):
+            run.fit(Unigram(), loader(), loader(3), ckpt_path=path)
+
 
 class TestFinders:
     def test_a_learning_rate_is_found_and_used(self, tmp_path):

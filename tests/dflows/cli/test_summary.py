@@ -48,6 +48,15 @@ def text(tmp_path):
     return data
 
 
+def test_bigrams_of_many_symbols_take_no_table_of_all(tmp_path):
+    symbols = "".join(map(chr, range(0x4E00, 0x4E00 + 20_000)))
+    (tmp_path / "test.txt").write_text(symbols + symbols, encoding="utf-8")
+    source = LocalText(**dict.fromkeys(("train", "valid", "test"), str(tmp_path / "test.txt")))
+    data = TextDataModule(source, length=4)
+    # All are known from the one before: 20,000² numbers would be 3 GB.
+    assert data.bigram_bpc("test") == pytest.approx(0, abs=1e-12)
+
+
 @pytest.mark.parametrize("split", ["valid", "test"])
 def test_text_reports_its_unigram_and_bigram_entropy(text, split):
     found = text.report(Score(split, bpc=1.0, characters=7, examples=2)).metrics
