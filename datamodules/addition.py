@@ -12,7 +12,7 @@ from datamodules.counter_rng import CounterRNG
 from datamodules.enumerable import EXPECTED_SAMPLES
 from datamodules.module import StreamDataModule
 from datamodules.vocabulary import IntegerVocabulary
-from datamodules.windows import Reader, TrainingStream
+from datamodules.windows import TrainingStream
 from dflows.errors import UserError
 
 __all__ = ["AdditionDataModule"]
@@ -155,7 +155,7 @@ class AdditionDataModule(StreamDataModule):
     def evaluation_chunks(self, split: str) -> Chunks:
         """Returns the sums of a split, each with its addends."""
         first = {"valid": 0, "test": self._eval_examples}[split]
-        return [self._sums(first).open()(0, self._eval_examples).reshape(-1)]
+        return [self._sums(first).read(0, self._eval_examples).reshape(-1)]
 
     def _sums(self, first: int) -> "_Sums":
         return _Sums(self.length, self.num_classes, self.seed, first)
@@ -183,11 +183,7 @@ class _Sums(TrainingStream):
         pairs = self._pairs - self._first
         return pairs if pairs <= LONGEST_EPOCH else None
 
-    def open(self) -> Reader:
-        """Returns the reader of the sums, with random access."""
-        return self._read
-
-    def _read(self, first: int, rows: int) -> Array:
+    def read(self, first: int, rows: int) -> Array:
         # After the last pair the stream begins again with the first that is not held out.
         begin = first % (self._pairs - self._first)
         numbers = np.arange(begin, begin + rows) % (self._pairs - self._first) + self._first

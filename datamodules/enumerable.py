@@ -12,7 +12,7 @@ from datamodules.chunks import Array, Chunks
 from datamodules.counter_rng import CounterRNG
 from datamodules.module import StreamDataModule
 from datamodules.vocabulary import IntegerVocabulary
-from datamodules.windows import Reader, TrainingStream
+from datamodules.windows import TrainingStream
 from dflows.categorical import cdf, search_cdf
 from dflows.checks import check_above_entropy
 from dflows.errors import UserError
@@ -182,7 +182,7 @@ class EnumerableDataModule(StreamDataModule):
 
     def evaluation_chunks(self, split: str) -> Chunks:
         """Returns the samples of a split, one after the other."""
-        read = self.samples({"valid": 1, "test": 2}[split]).open()
+        read = self.samples({"valid": 1, "test": 2}[split]).read
         return [read(0, self._eval_examples).reshape(-1)]
 
     @cached_property
@@ -199,11 +199,7 @@ class _TableSamples(TrainingStream):
         self._shape = shape
         self._counter = counter
 
-    def open(self) -> Reader:
-        """Returns what reads samples, of any number at any time."""
-        return self._read
-
-    def _read(self, first: int, rows: int) -> Array:
+    def read(self, first: int, rows: int) -> Array:
         uniform = torch.from_numpy(self._counter.uniform(np.arange(first, first + rows)))
         states = search_cdf(self._cumulative, uniform).numpy()
         return np.stack(np.unravel_index(states, self._shape), axis=-1)

@@ -226,7 +226,7 @@ class StreamDataModule(pl.LightningDataModule, ABC):
         Args:
             rows: How many.
         """
-        read = self.training_stream().open()
+        read = self.training_stream().read
         for first in range(0, rows, self.eval_batch_size):
             block = read(first, min(self.eval_batch_size, rows - first))
             yield self.batch_of(torch.from_numpy(block.astype(np.int64)))

@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datamodules.chunks import Array
-from datamodules.windows import Reader, TrainingStream
+from datamodules.windows import TrainingStream
 
 __all__ = ["Samples"]
 
@@ -24,11 +24,7 @@ class Samples(TrainingStream):
     def block(self, numbers: NDArray[np.int64]) -> Array:
         """Returns the samples of the given numbers, shape (n, length)."""
 
-    def open(self) -> Reader:
-        """Returns what reads samples, of any number at any time."""
-        return self._read
-
-    def _read(self, first: int, rows: int) -> Array:
+    def read(self, first: int, rows: int) -> Array:
         begins = range(first, first + rows, BLOCK_SIZE)
         ends = [min(begin + BLOCK_SIZE, first + rows) for begin in begins]
         blocks = [self.block(np.arange(*limits)) for limits in zip(begins, ends, strict=True)]

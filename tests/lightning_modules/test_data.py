@@ -143,7 +143,7 @@ def test_a_datamodule_is_asked(tmp_path):
     with pytest.raises(UserError, match="the data have 5 classes and the model 4"):
         module.facts.class_counts(4)
     rows = torch.cat([y for y, _ in module.facts.training_batches(50)])
-    stream = torch.from_numpy(data.training_stream().open()(0, 50))
+    stream = torch.from_numpy(data.training_stream().read(0, 50))
     assert torch.equal(rows, stream.long())
 
 

@@ -116,7 +116,7 @@ class TestUnderTransforms:
         assert module.characters_read is None
         base = module.flow.base
         assert base.num_counted == 10 * 16
-        rows = torch.from_numpy(text.training_stream().open()(0, 10).astype("int64"))
+        rows = torch.from_numpy(text.training_stream().read(0, 10).astype("int64"))
         left = module.flow.residuals(rows)[-1]
         assert not torch.equal(left, rows)
         expected = NGramBase(text.num_classes, 16, order=3)
