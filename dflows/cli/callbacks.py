@@ -19,6 +19,7 @@ from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
 
 from datamodules.module import StreamDataModule
 from dflows.cli.checkpoints import describe_run
+from dflows.cli.together import stops_together
 from dflows.errors import NonFiniteError, chain_of
 from dflows.reporting import Report
 from lightning_modules import BaseModule
@@ -195,7 +196,7 @@ class LastCheckpoint(_Checkpoint):
     ) -> None:
         """Saves where the run is, if it has got anywhere and not diverged."""
         diverged = any(isinstance(cause, NonFiniteError) for cause in chain_of(exception))
-        if trainer.global_step and not diverged:
+        if trainer.global_step and not diverged and stops_together(trainer):
             super().on_exception(trainer, pl_module, exception)
 
     @property

@@ -110,7 +110,7 @@ def run_command(main: Callable[[], None]) -> int:
     except KeyboardInterrupt:
         return _fail("interrupted", INTERRUPTED)
     except SIGTERMException:
-        return _fail("terminated", TERMINATED)
+        return _fail("terminated: --ckpt_path with the last.ckpt of the run resumes it", TERMINATED)
     except SystemExit as stop:
         return _exit_code(stop)
     except Exception as error:  # noqa: BLE001 - the last resort: the message, and how to see more
@@ -132,7 +132,9 @@ def _exit_code(stop: SystemExit) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    rank = os.environ.get("LOCAL_RANK", "0")
+    rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK", "0")
     place = "" if rank == "0" else f" in process {rank}"
-    print(f"error{place}: {message}", file=sys.stderr, flush=True)
+    # A signal stops all processes, and one tells of it.
+    if rank == "0" or code not in (INTERRUPTED, TERMINATED):
+        print(f"error{place}: {message}", file=sys.stderr, flush=True)
     return code

@@ -1,0 +1,42 @@
+"""What goes wrong in one process of several, at a place of choice."""
+
+import os
+import signal
+
+from pytorch_lightning.callbacks import Callback
+
+SIGNALS = {"killed": signal.SIGKILL, "terminated": signal.SIGTERM, "interrupted": signal.SIGINT}
+
+
+class Fault(Callback):
+    """Creates a fault.
+
+    Args:
+        what: `raised`, or what a signal does.
+        rank: The process; -1 for all.
+        place: `setup`, `train` or `valid`.
+        number: The step of training, or the batch of all validations.
+    """
+
+    def __init__(self, what: str, rank: int, place: str, number: int = 0):
+        self.what, self.rank, self.place, self.number = what, rank, place, number
+        self.batches = 0
+
+    def setup(self, trainer, module, stage):
+        self._happen(trainer, "setup", 0)
+
+    def on_train_batch_end(self, trainer, *_):
+        self._happen(trainer, "train", trainer.global_step)
+
+    def on_validation_batch_end(self, trainer, *_):
+        self.batches += not trainer.sanity_checking
+        self._happen(trainer, "valid", self.batches)
+
+    def _happen(self, trainer, place, number):
+        if (place, number) != (self.place, self.number):
+            return
+        if self.rank not in (-1, trainer.global_rank):
+            return
+        if self.what == "raised":
+            raise RuntimeError("the loader broke")
+        os.kill(os.getpid(), SIGNALS[self.what])
