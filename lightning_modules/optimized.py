@@ -156,8 +156,9 @@ class OptimizedModule(pl.LightningModule):
         if math.isinf(total) and epochs > 0:
             progress = self.trainer.current_epoch / epochs
         timer = self._timer()
-        if timer is not None and (left := timer.time_remaining()) is not None:
-            elapsed = timer.time_elapsed() / (timer.time_elapsed() + max(left, 1e-9))
+        if timer is not None and timer._duration is not None:
+            # The clock is read once: between two readings a busy machine may let any time pass.
+            elapsed = timer.time_elapsed() / max(timer._duration, 1e-9)
             if self.trainer.world_size > 1:
                 # Clocks differ, and learning rates must not.
                 elapsed = self.trainer.strategy.broadcast(elapsed)
