@@ -37,7 +37,7 @@ from dflows.cli.trainer import Trainer
 from dflows.errors import UserError
 from dflows.provenance import revision
 from dflows.records import check_folder, check_name, write_record
-from lightning_modules.descriptions import plain_part
+from lightning_modules.descriptions import check_description
 
 __all__ = ["evaluate", "main"]
 
@@ -71,8 +71,9 @@ def _parser() -> Parser:
 
 def _config_of(checkpoint: Checkpoint, allowed: Sequence[str], folder: Path) -> Path:
     """Writes the configuration that the arguments are laid over."""
-    base: type = StreamDataModule
-    data = plain_part(base, "data", checkpoint.config, allowed, checkpoint.path)
+    data = checkpoint.config.get("data")
+    check_description(StreamDataModule, data, allowed, checkpoint.path)
+    data = dict(data)
     if "vocabulary" in data.get("init_args", {}):
         vocabulary = checkpoint.vocabulary.save(folder)
         data["init_args"] = {**data["init_args"], "vocabulary": str(vocabulary)}

@@ -1,17 +1,31 @@
-"""How much memory there is, and a refusal of what cannot fit before it is begun."""
+"""How much memory there is, and refusals of what cannot fit before it is begun."""
 
 import os
 from pathlib import Path
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
 
 from dflows.errors import UserError
 
-__all__ = ["check_memory", "total_memory"]
+__all__ = ["bounded", "check_memory", "total_memory"]
 
 LIMITS = (
     Path("/sys/fs/cgroup/memory.max"),
     Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
 )
 """Where a container says how much its processes may take."""
+
+MOST_TENSORS = 100_000
+"""Tensors that a model may be made of."""
+
+_MAKERS = frozenset(
+    {
+        *(torch.empty, torch.zeros, torch.ones, torch.full, torch.eye, torch.empty_strided),
+        *(torch.rand, torch.randn, torch.randint, torch.randperm, torch.arange, torch.linspace),
+    }
+)
 
 
 def total_memory() -> int:
@@ -48,3 +62,44 @@ def check_memory(needed: int, what: str, remedy: str) -> None:
             f"{what} takes at least {needed / 1e9:,.0f} GB of memory, and there are "
             f"{total / 1e9:,.0f}: {remedy}"
         )
+
+
+class bounded(TorchFunctionMode):  # noqa: N801 - a context, like torch.no_grad
+    """Creates a context that refuses tensors before they are made, once there is no room for all.
+
+    Args:
+        what: What is made of the tensors.
+        remedy: What to change.
+
+    Entering it, tensors that are made raise a UserError if they take more than
+    :func:`total_memory`, or are more than :data:`MOST_TENSORS`.
+
+    Example:
+        >>> with bounded("the model", "give a smaller width"):
+        ...     torch.zeros(10**9, 10**9)
+        Traceback (most recent call last):
+        ...
+        dflows.errors.UserError: the model takes at least 4,000,000,000 GB of memory, and ...
+    """
+
+    def __init__(self, what: str, remedy: str) -> None:
+        super().__init__()
+        self._what = what
+        self._remedy = remedy
+        self._bytes = self._number = 0
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _MAKERS:
+            options = {name: value for name, value in kwargs.items() if name != "generator"}
+            sized = func(*args, **{**options, "device": "meta"})
+            self._bytes += sized.numel() * sized.element_size()
+            self._number += 1
+            check_memory(self._bytes, self._what, self._remedy)
+            if self._number > MOST_TENSORS:
+                raise UserError(
+                    f"{self._what} has more than {MOST_TENSORS:,} tensors: {self._remedy}"
+                )
+        return func(*args, **kwargs)

@@ -3,80 +3,27 @@
 import inspect
 import os
 import textwrap
-import zipfile
-import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dflows.errors import UserError
+from dflows.memory import check_memory
+from lightning_modules.archives import check_archive
 from lightning_modules.descriptions import instantiate
 
-__all__ = [
-    "KEY",
-    "load_weights",
-    "read_content",
-    "rebuild",
-    "seal",
-]
+__all__ = ["KEY", "load_weights", "read_content", "rebuild"]
 
 KEY = "dflows"
 """Where a checkpoint of `python -m dflows.fit` keeps the description of its model and data."""
 
-_SEAL = b"dflows crc32 "
-_SEAL_LENGTH = len(_SEAL) + 8
-_BLOCK = 1 << 20
 _HYPERPARAMETERS = "hyper_parameters"
 
 M = TypeVar("M", bound=pl.LightningModule)
-
-
-def _checksum(file: BinaryIO, size: int) -> int:
-    """Returns the CRC-32 of the first bytes of a file."""
-    checksum = 0
-    file.seek(0)
-    while size > 0 and (block := file.read(min(size, _BLOCK))):
-        checksum, size = zlib.crc32(block, checksum), size - len(block)
-    return checksum
-
-
-def seal(path: str | os.PathLike[str]) -> None:
-    """Ends the file of a checkpoint with a checksum of all before it, and writes it through.
-
-    It is the comment that a zip archive may end with, so that the file stays what it was for all
-    other readers.
-    """
-    with Path(path).open("r+b") as file:
-        size = file.seek(0, os.SEEK_END)
-        # An archive ends with the length of its comment, in two bytes.
-        file.seek(size - 2)
-        if file.read(2) != b"\0\0":
-            return
-        file.seek(size - 2)
-        file.write(_SEAL_LENGTH.to_bytes(2, "little"))
-        file.flush()
-        file.write(_SEAL + b"%08x" % _checksum(file, size))
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _check_seal(path: Path) -> None:
-    """Refuses a file whose bytes are not those that were written."""
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - _SEAL_LENGTH))
-        seal = file.read()
-        if seal.startswith(_SEAL):
-            whole = seal == _SEAL + b"%08x" % _checksum(file, size - _SEAL_LENGTH)
-        else:
-            # Not of WholeCheckpoints: the archive itself has checksums of what is in it.
-            whole = zipfile.ZipFile(file).testzip() is None
-    if not whole:
-        raise UserError(f"{path} is damaged, its checksum is another: take a copy that is whole")
 
 
 def read_content(path: str | os.PathLike[str], map_location: Any = "cpu") -> dict[str, Any]:
@@ -91,25 +38,42 @@ def read_content(path: str | os.PathLike[str], map_location: Any = "cpu") -> dic
     """
     path = Path(path).expanduser()
     try:
-        _check_seal(path)
+        check_archive(path)
         content = torch.load(path, map_location=map_location, weights_only=True)
     except FileNotFoundError:
         raise UserError(f"no checkpoint {path}: give the path of a file, like best.ckpt") from None
     except PermissionError as error:
         raise UserError(f"cannot read the checkpoint {path}: {error.strerror}") from None
-    except UserError:
-        raise
     except Exception as error:  # noqa: BLE001 - what is no checkpoint fails in any way
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise UserError(
             f"{path} is damaged or no checkpoint of dflows ({reason[0][:120]}): give one that "
             "`python -m dflows.fit` wrote"
         ) from None
-    if not isinstance(content, dict) or "state_dict" not in content:
+    if not isinstance(content, dict) or not isinstance(content.get("state_dict"), Mapping):
         raise UserError(
             f"{path} is a checkpoint of something else: give one that `python -m dflows.fit` wrote"
         )
+    # A tensor may say of one number that it stands there any number of times.
+    needed = sum(tensor.numel() * tensor.element_size() for tensor in _tensors(content))
+    check_memory(needed, str(path), "give a checkpoint of a smaller model")
     return content
+
+
+def _tensors(content: Any) -> Iterator[Tensor]:
+    """Yields the tensors in a tree, whose parts may be one."""
+    waiting, seen = [content], set()
+    while waiting:
+        value = waiting.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, Mapping):
+            waiting += value.values()
+        elif isinstance(value, (list, tuple)):
+            waiting += value
 
 
 def load_weights(
@@ -130,11 +94,11 @@ def load_weights(
     Raises:
         UserError: If they do not fit; the message names the file and the first weights that do not.
     """
-    reason = _differing(module, weights)
     try:
+        reason = _differing(module, weights)
         if reason is None:
             module.load_state_dict(weights, strict=strict)
-    except RuntimeError as error:
+    except Exception as error:  # noqa: BLE001 - crafted weights fail in any way
         _, *reasons = str(error).splitlines() or [""]
         reason = reasons[0] if reasons else str(error)
     if reason is not None:
@@ -179,7 +143,9 @@ def rebuild(
     """
     described = content.get(KEY)
     if isinstance(described, dict) and not arguments:
-        module = instantiate(pl.LightningModule, described["config"], allowed, path)
+        described = described.get("config")
+        model = described.get("model") if isinstance(described, dict) else None
+        module = instantiate(pl.LightningModule, model, allowed, path)
         if not isinstance(module, cls):
             raise UserError(
                 f"{path} holds a {type(module).__name__}, and a {cls.__name__} was asked for: call "

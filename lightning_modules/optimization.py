@@ -1,10 +1,11 @@
 """The optimizer's settings, and a schedule that a resumed run may change."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -145,14 +146,21 @@ class Schedule(LambdaLR):
         self.apply()
 
 
-def _means_of(optimizer: Optimizer, state_dict: dict[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields the parameters of an optimizer with each tensor that a checkpoint has for them."""
-    parameters = [entry for group in optimizer.param_groups for entry in group["params"]]
-    names = [entry for group in state_dict["param_groups"] for entry in group["params"]]
-    for parameter, name in zip(parameters, names, strict=True):
-        for value in state_dict["state"].get(name, {}).values():
-            if isinstance(value, Tensor):
-                yield parameter, value
+_MEANS = {"exp_avg", "exp_avg_sq"}
+"""What AdamW has of a parameter, in its shape, beside the number of steps."""
+
+
+def _misfit(parameter: Tensor, state: dict[str, Any]) -> str | None:
+    """Says what a checkpoint has for a parameter that an optimizer would read beyond its end."""
+    if state.keys() != {"step", *_MEANS}:
+        return "other means than exp_avg and exp_avg_sq"
+    for name, value in state.items():
+        shape = parameter.shape if name in _MEANS else ()
+        if not isinstance(value, Tensor) or value.layout is not torch.strided:
+            return f"a {type(value).__name__} for {name}"
+        if value.shape != shape or not value.is_floating_point() or value.device.type == "meta":
+            return f"{name} of {value.dtype} in the shape {(*value.shape,)}"
+    return None
 
 
 def keep_settings(optimizer: Optimizer, settings: Callable[[], Sequence[dict[str, Any]]]) -> None:
@@ -178,12 +186,14 @@ def keep_settings(optimizer: Optimizer, settings: Callable[[], Sequence[dict[str
                 f"{sum(given)} parameters in {len(given)} groups, the model {sum(sizes)} in "
                 f"{len(sizes)}: give it the configuration that it was trained with"
             )
-        for parameter, means in _means_of(optimizer, state_dict):
-            # A mean of another shape would be read beyond its end.
-            if means.ndim and means.shape != parameter.shape:
+        parameters = [entry for group in optimizer.param_groups for entry in group["params"]]
+        names = [entry for group in state_dict["param_groups"] for entry in group["params"]]
+        for parameter, name in zip(parameters, names, strict=True):
+            state = state_dict["state"].get(name)
+            if state is not None and (found := _misfit(parameter, state)) is not None:
                 raise UserError(
-                    "the checkpoint is damaged: its optimizer has a running mean of shape "
-                    f"{(*means.shape,)} for a parameter of shape {(*parameter.shape,)}"
+                    f"the checkpoint is damaged: its optimizer has {found} for a parameter of the "
+                    f"shape {(*parameter.shape,)}: give another checkpoint of the run"
                 )
 
     optimizer.register_load_state_dict_pre_hook(check)

@@ -68,7 +68,7 @@ def test_a_conditional_model_is_refused(tmp_path, capsys):
     init_args = {
         "num_classes": 3,
         "length": 4,
-        "orderings": ["dflows.orderings.Parity"],
+        "orderings": [{"class_path": "dflows.orderings.Parity"}],
         "backbone": {"class_path": "dflows.backbones.LSTM", "init_args": {"width": 4}},
         "context": {"features": 2},
     }

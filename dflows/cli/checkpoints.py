@@ -14,8 +14,9 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 from datamodules.vocabulary import Vocabulary, parse_vocabulary
 from dflows.errors import UserError
 from lightning_modules import BaseModule
-from lightning_modules.checkpoints import KEY, load_weights, read_content, seal
-from lightning_modules.descriptions import instantiate
+from lightning_modules.archives import seal
+from lightning_modules.checkpoints import KEY, load_weights, read_content
+from lightning_modules.descriptions import check_plain, instantiate
 
 __all__ = [
     "Checkpoint",
@@ -42,13 +43,18 @@ class WholeCheckpoints(TorchCheckpointIO):
         try:
             with unfinished.open("wb") as file:
                 torch.save(checkpoint, file)
-                file.flush()
             seal(unfinished)
             unfinished.replace(path)
         except OSError as error:
             raise UserError(f"cannot write the checkpoint {path}: {error.strerror}") from error
         finally:
             unfinished.unlink(missing_ok=True)
+
+    def load_checkpoint(
+        self, path: str | os.PathLike[str], map_location: Any = None, weights_only: Any = None
+    ) -> dict[str, Any]:
+        """Reads a checkpoint without running anything that is in it, whatever is asked for."""
+        return read_content(path, map_location or "cpu")
 
 
 def describe_run(config: Mapping[str, Any], vocabulary: str, length: int) -> dict[str, Any]:
@@ -114,11 +120,14 @@ def read_checkpoint(
             "dflows that wrote it"
         )
     config, text, length = (described.get(key) for key in ("config", "vocabulary", "length"))
-    if not (isinstance(config, dict) and isinstance(text, str) and type(length) is int):
+    try:
+        check_plain(config)
+        if not (isinstance(config, dict) and isinstance(text, str) and type(length) is int):
+            raise UserError("it is described in other types")
+    except UserError as error:
         raise UserError(
-            f"the description in {path} is damaged: give a checkpoint that `python -m dflows.fit` "
-            "wrote"
-        )
+            f"{path} is damaged ({error}): give a checkpoint that `python -m dflows.fit` wrote"
+        ) from None
     vocabulary = parse_vocabulary(text, f"the vocabulary in {path}")
     return Checkpoint(path, content["state_dict"], config, vocabulary, length)
 
@@ -137,7 +146,7 @@ def load_model(checkpoint: Checkpoint, allowed: Sequence[str] = ()) -> BaseModul
         UserError: If it names classes of other packages, or its weights do not fit.
     """
     base: type[BaseModule] = BaseModule  # type: ignore[type-abstract]
-    model = instantiate(base, checkpoint.config, allowed, checkpoint.path)
+    model = instantiate(base, checkpoint.config.get("model"), allowed, checkpoint.path)
     load_weights(model, checkpoint.weights, checkpoint.path)
     return model.eval()
 

@@ -38,7 +38,6 @@ from dflows.errors import UserError
 from dflows.records import check_folder, check_name
 from lightning_modules import BaseModule
 from lightning_modules.checkpoints import load_weights
-from lightning_modules.descriptions import ModelParser
 
 __all__ = ["FlowCLI", "Parser", "check_seed", "resolved_arguments", "shipped_configs"]
 
@@ -175,11 +174,18 @@ def _folder_of_run(checkpoint: Path) -> Path | None:
     return folder if whole else None
 
 
-class Parser(ModelParser, LightningArgumentParser):
+class Parser(LightningArgumentParser):
     """Creates a parser that takes whole names, and raises errors where others print their usage."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "exit_on_error": False, "allow_abbrev": False})
+
+    def add_function_arguments(
+        self, *args: Any, linked_targets: Any = None, **kwargs: Any
+    ) -> list[str]:
+        """Leaves away what links give, as it is done for classes, and functions refuse."""
+        added: list[str] = super().add_function_arguments(*args, **kwargs)
+        return added
 
 
 class FlowCLI(LightningCLI):
