@@ -11,6 +11,8 @@ __all__ = ["MOST_VALUES", "check_yaml", "read_yaml"]
 MOST_VALUES = 100_000
 """Values that a configuration may have when its aliases are written out."""
 
+DEEPEST = 100
+
 _parsed = get_loader("yaml")
 
 
@@ -21,8 +23,8 @@ def read_yaml(text: str) -> Any:
         text: The text.
 
     Raises:
-        yaml.YAMLError: If it is not YAML, has a key twice, or its aliases contain themselves or
-            unfold to more than :data:`MOST_VALUES` values.
+        yaml.YAMLError: If it is not YAML, has a key twice, is nested too deep, or its aliases
+            contain themselves or unfold to more than :data:`MOST_VALUES` values.
 
     Example:
         >>> read_yaml("{learning_rate: 1e-3, batch_size: 8}")
@@ -45,17 +47,19 @@ def check_yaml(text: str) -> None:
     Raises:
         yaml.YAMLError: If it would.
     """
-    if not any(sign in text for sign in ":&*,"):
+    if not any(sign in text for sign in ":&*,[-"):
         return
     root = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     if root is not None:
         _count(root, {})
 
 
-def _count(node: Node, known: dict[int, int | None]) -> int:
+def _count(node: Node, known: dict[int, int | None], depth: int = 0) -> int:
     """Returns the values below a node, aliases written out; `None` marks nodes that are begun."""
     if isinstance(node, ScalarNode):
         return 1
+    if depth > DEEPEST:
+        raise _refused(f"it is nested more than {DEEPEST} deep", node)
     if id(node) in known:
         count = known[id(node)]
         if count is None:
@@ -69,7 +73,7 @@ def _count(node: Node, known: dict[int, int | None]) -> int:
         inner = node.value if isinstance(node, SequenceNode) else []
     count = 1
     for entry in inner:
-        count += _count(entry, known)
+        count += _count(entry, known, depth + 1)
         if count > MOST_VALUES:
             raise _refused(f"its aliases unfold to more than {MOST_VALUES:,} values", node)
     known[id(node)] = count

@@ -34,6 +34,8 @@ def test_what_is_plain_is_read(text, value):
         ("a: &a {b: {c: *a}}", "an alias is inside of what it names"),
         ("[" * 100_000, "nesting depth"),
         ("".join(f"{' ' * n}a:\n" for n in range(3000)), "nesting depth"),
+        ("[" * 900 + "]" * 900, "nested more than 100 deep"),
+        ("- " * 900, "nested more than 100 deep"),
         ("a: [", "did not find expected"),
     ],
 )
