@@ -10,7 +10,7 @@ from torch import Tensor
 from datamodules.chunks import Array, Chunks
 from datamodules.counter_rng import CounterRNG
 from datamodules.enumerable import EXPECTED_SAMPLES
-from datamodules.module import StreamDataModule
+from datamodules.module import StreamDataModule, check_examples
 from datamodules.vocabulary import IntegerVocabulary
 from datamodules.windows import TrainingStream
 from dflows.errors import UserError
@@ -85,8 +85,7 @@ class AdditionDataModule(StreamDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__(length, batch_size, eval_batch_size, num_workers, seed)
-        if eval_examples < 1:
-            raise UserError(f"eval_examples must be at least 1, not {eval_examples}")
+        check_examples(eval_examples, 3 * length)
         self._vocabulary = IntegerVocabulary(num_classes)
         pairs = _num_pairs(num_classes, length)
         if pairs <= 2 * eval_examples:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from datamodules.chunks import Array, Chunks
 from datamodules.counter_rng import CounterRNG
-from datamodules.module import StreamDataModule
+from datamodules.module import StreamDataModule, check_examples
 from datamodules.vocabulary import IntegerVocabulary
 from datamodules.windows import TrainingStream
 from dflows.categorical import cdf, search_cdf
@@ -73,11 +73,10 @@ class EnumerableDataModule(StreamDataModule):
         seed: int,
     ) -> None:
         super().__init__(length, batch_size, eval_batch_size, num_workers, seed)
-        if eval_examples < 1:
-            raise UserError(f"eval_examples must be at least 1, not {eval_examples}")
-        self._vocabulary = IntegerVocabulary(num_classes)
         if enumerated:
             check_enumerable(num_classes, length)
+        check_examples(eval_examples, length)
+        self._vocabulary = IntegerVocabulary(num_classes)
         self._eval_examples = eval_examples
 
     @abstractmethod

@@ -56,7 +56,7 @@ class PottsLattice:
             raise UserError(
                 f"coupling must be between {-STRONGEST:g} and {STRONGEST:g}, not {self.coupling:g}"
             )
-        rows = self.num_classes**self.side
+        rows = self.num_classes ** min(self.side, MOST_WEIGHTS.bit_length())
         if rows > MOST_WEIGHTS or (self.periodic and len(self._first_rows) * rows > MOST_WEIGHTS):
             raise UserError(
                 f"a lattice of side {self.side} with {self.num_classes} classes is too wide for an "

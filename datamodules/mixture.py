@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from datamodules.enumerable import EnumerableDataModule
+from dflows.arguments import check_layers
 from dflows.errors import UserError
 
 __all__ = ["MixtureDataModule"]
@@ -81,8 +82,7 @@ class MixtureDataModule(EnumerableDataModule):
         )
         if arrangement not in ("circle", "grid"):
             raise UserError(f'arrangement is "{arrangement}": give "circle" or "grid"')
-        if modes < 1:
-            raise UserError(f"modes must be at least 1, not {modes}")
+        check_layers(modes=modes)
         if not 0 <= radius < math.inf:
             raise UserError(f"radius must be finite and not negative, not {radius}")
         if not 0 < deviation < math.inf:

@@ -23,9 +23,27 @@ from dflows.memory import check_memory
 from dflows.metrics import entropy_in_bits
 from dflows.reporting import Report, Score
 
-__all__ = ["StreamDataModule"]
+__all__ = ["StreamDataModule", "check_examples"]
 
 LARGEST_SEED = (1 << 63) - 1
+MOST_WORKERS = 1024
+
+
+def check_examples(number: int, row_length: int) -> None:
+    """Refuses a number of evaluation examples that cannot be held.
+
+    Args:
+        number: The examples of a split.
+        row_length: The numbers of one of them.
+
+    Raises:
+        UserError: If it is below 1, or they take more than the memory.
+    """
+    if number < 1:
+        raise UserError(f"eval_examples must be at least 1, not {number}")
+    # Beside the row itself, the number of an example and what it is drawn by.
+    what = f"a split of {number:,} examples of {row_length:,} numbers"
+    check_memory(8 * number * (row_length + 2), what, "give a smaller eval_examples")
 
 
 @dataclass(frozen=True)
@@ -93,8 +111,12 @@ class StreamDataModule(pl.LightningDataModule, ABC):
         ):
             if not isinstance(value, int) or value < least:
                 raise UserError(f"{name} must be at least {least}, not {value}")
-        if seed > LARGEST_SEED:
-            raise UserError(f"seed must be at most {LARGEST_SEED}, not {seed}")
+        for name, value, most in (
+            ("num_workers", num_workers, MOST_WORKERS),
+            ("seed", seed, LARGEST_SEED),
+        ):
+            if value > most:
+                raise UserError(f"{name} must be at most {most}, not {value}")
         self.length = length
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size
@@ -184,14 +206,13 @@ class StreamDataModule(pl.LightningDataModule, ABC):
         """Begins a fit with the first row, which a checkpoint that is loaded next may change.
 
         Raises:
-            UserError: If the trainer is to overfit a part of an epoch, or the logits of a batch
-                alone are more than the memory.
+            UserError: If the trainer is to overfit a part of an epoch, or a batch takes more than
+                the memory.
         """
         if stage == "fit":
             check_memory(
-                4 * self.batch_size * self.length * self.num_classes,
-                f"a batch of {self.batch_size:,} events of {self.length:,} dimensions, with "
-                f"{self.num_classes:,} logits each,",
+                8 * self.batch_size * self.row_length,
+                f"a batch of {self.batch_size:,} rows of {self.row_length:,} numbers",
                 "give a smaller data.batch_size",
             )
             self._overfit_batches()

@@ -76,7 +76,7 @@ class PottsDataModule(EnumerableDataModule):
         if boundary not in ("periodic", "free"):
             raise UserError(f'boundary is "{boundary}": give one of periodic, free')
         self._lattice = PottsLattice(side, num_classes, coupling, boundary == "periodic")
-        self._tabulated = num_classes ** (side * side) <= MOST_STATES
+        self._tabulated = num_classes ** min(side * side, MOST_STATES.bit_length()) <= MOST_STATES
         if not self._tabulated and num_classes**side > MOST_ROWS:
             raise UserError(
                 f"side {side} with {num_classes} classes has more than {MOST_STATES:,} states, and "

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from dflows.errors import UserError
+from dflows.memory import check_memory
 from dflows.files import atomic_write
 
 __all__ = [
@@ -281,6 +282,9 @@ class IntegerVocabulary(Vocabulary):
     def __init__(self, num_classes: int) -> None:
         if num_classes < 2:
             raise UserError(f"num_classes must be at least 2, not {num_classes}")
+        # A symbol is a text, known by two tables.
+        what = f"a vocabulary of {num_classes:,} symbols"
+        check_memory(200 * num_classes, what, "give a smaller num_classes")
         symbols = [str(index) for index in range(num_classes)]
         tokenizer = Tokenizer(
             models.WordLevel({symbol: index for index, symbol in enumerate(symbols)}, "<unk>")

@@ -3,8 +3,19 @@
 import math
 
 from dflows.errors import UserError
+from dflows.memory import check_memory
 
-__all__ = ["check_dropout", "check_positive", "check_temperature"]
+__all__ = [
+    "check_dimensions",
+    "check_dropout",
+    "check_layers",
+    "check_positive",
+    "check_temperature",
+]
+
+MOST_LAYERS = 10_000
+BYTES = 64
+"""What a dimension takes at least: its value, level, place and noise, in numbers of 8 bytes."""
 
 
 def check_positive(**sizes: int) -> None:
@@ -16,6 +27,28 @@ def check_positive(**sizes: int) -> None:
     for name, size in sizes.items():
         if size < 1:
             raise UserError(f"{name} is {size}: give at least 1")
+
+
+def check_layers(**numbers: int) -> None:
+    """Refuses numbers of layers, or of other parts that are made one after the other.
+
+    Raises:
+        UserError: If a number is below 1 or above 10,000; the message names its key.
+    """
+    check_positive(**numbers)
+    for name, number in numbers.items():
+        if number > MOST_LAYERS:
+            raise UserError(f"{name} is {number:,}: give at most {MOST_LAYERS:,}")
+
+
+def check_dimensions(length: int) -> None:
+    """Refuses a number of dimensions that not a single event can have.
+
+    Raises:
+        UserError: If it is below 1, or an event takes more than the memory.
+    """
+    check_positive(length=length)
+    check_memory(BYTES * length, f"an event with length {length:,}", "give a smaller length")
 
 
 def check_dropout(dropout: float, name: str = "dropout") -> None:

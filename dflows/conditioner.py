@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dflows.acceleration import accelerated
-from dflows.arguments import check_positive
+from dflows.arguments import check_dimensions
 from dflows.backbones import Backbone, State, StatefulBackbone, SteppedBackbone, as_backbone
 from dflows.embedding import Context, Embedding, Layout, Layouts, behind
 from dflows.errors import UserError
@@ -70,7 +70,6 @@ def _affine(layer: nn.Linear, features: Tensor) -> Tensor:
 
 
 def _check_size(conditioner: "Conditioner", length: int, num_levels: int) -> None:
-    check_positive(length=length)
     if num_levels > length:
         raise UserError(f"{num_levels} levels were asked for: give 1 to {length}, the dimensions")
     embedding, had = conditioner.embedding, conditioner.num_levels
@@ -125,6 +124,7 @@ class Conditioner(nn.Module):
         expert: Expert | None = None,
     ) -> None:
         super().__init__()
+        check_dimensions(length)
         num_logits = num_classes if num_logits is None else num_logits
         if expert is not None and not expert.num_classes == num_classes == num_logits:
             raise UserError(
@@ -203,10 +203,11 @@ class Conditioner(nn.Module):
                 each level or dimension.
         """
         length = self.length if length is None else length
+        check_dimensions(length)
         ordering = self.ordering
         if num_levels not in (None, self.num_levels):
             ordering = ordering.with_levels(num_levels)
-        count = int(ordering.levels(length).max()) + 1 if length > 0 else 0
+        count = int(ordering.levels(length).max()) + 1
         _check_size(self, length, count if num_levels is None else num_levels)
         return view(self, ordering=ordering, length=length, num_levels=count)
 

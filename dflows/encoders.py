@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dflows.arguments import check_positive
+from dflows.arguments import check_layers, check_positive
 from dflows.errors import UserError
 from dflows.representations import lstm_autocast
 
@@ -53,12 +53,9 @@ class SequenceEncoder(nn.Module):
     ) -> None:
         super().__init__()
         hidden = features if hidden is None else hidden
+        check_layers(layers=layers)
         check_positive(
-            num_classes=num_classes,
-            features=features,
-            sequences=sequences,
-            hidden=hidden,
-            layers=layers,
+            num_classes=num_classes, features=features, sequences=sequences, hidden=hidden
         )
         self.num_classes = num_classes
         self.sequences = sequences

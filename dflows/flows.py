@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias
 
 from torch import nn
 
+from dflows.arguments import check_layers
 from dflows.backbones import LSTM, DilatedConvolution, LevelConvolution
 from dflows.bases import AutoregressiveBase, Base, FactorizedBase
 from dflows.bijections import Bijection, RankPermutation
@@ -190,7 +191,7 @@ def bipartite(
     return stack(
         num_classes,
         length,
-        [part(first=number % 2) for number in range(_positive(num_transforms))],
+        [part(first=number % 2) for number in range(_checked(num_transforms))],
         backbone or _dilated_convolution,
         bijection,
         base,
@@ -231,7 +232,7 @@ def autoregressive(
         >>> autoregressive(num_classes=27, length=16).passes
         15
     """
-    count = _positive(num_transforms)
+    count = _checked(num_transforms)
     orderings: list[Ordering] = [Reversed() if left % 2 else Natural() for left in range(count)]
     return stack(
         num_classes,
@@ -320,9 +321,8 @@ def language_model(
     return DiscreteFlow(make(num_classes, length), (), encoder)
 
 
-def _positive(num_transforms: int) -> int:
-    if num_transforms < 1:
-        raise UserError(f"num_transforms is {num_transforms}: give at least 1")
+def _checked(num_transforms: int) -> int:
+    check_layers(num_transforms=num_transforms)
     return num_transforms
 
 

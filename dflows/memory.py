@@ -17,7 +17,7 @@ LIMITS = (
 )
 """Where a container says how much its processes may take."""
 
-MOST_TENSORS = 100_000
+MOST_TENSORS = 20_000
 """Tensors that a model may be made of."""
 
 _MAKERS = frozenset(
@@ -28,8 +28,14 @@ _MAKERS = frozenset(
 )
 
 
-def total_memory() -> int:
-    """Returns the bytes of memory that this machine, or its container, has."""
+def total_memory(device: torch.device | None = None) -> int:
+    """Returns the bytes of memory that there are.
+
+    Args:
+        device: The device that has them; without a CUDA device, the machine or its container.
+    """
+    if device is not None and device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
     found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
     for file in LIMITS:
         try:
@@ -39,13 +45,14 @@ def total_memory() -> int:
     return min(found)
 
 
-def check_memory(needed: int, what: str, remedy: str) -> None:
+def check_memory(needed: int, what: str, remedy: str, device: torch.device | None = None) -> None:
     """Refuses what takes more memory than there is.
 
     Args:
         needed: The bytes that it takes at least.
         what: What takes them.
         remedy: What to change.
+        device: The device that they are on, as :func:`total_memory` takes it.
 
     Raises:
         UserError: If they are more than :func:`total_memory`.
@@ -56,7 +63,7 @@ def check_memory(needed: int, what: str, remedy: str) -> None:
         ...
         dflows.errors.UserError: a table of bigrams takes at least 1,000,000 GB of memory, and ...
     """
-    total = total_memory()
+    total = total_memory(device)
     if needed > total:
         raise UserError(
             f"{what} takes at least {needed / 1e9:,.0f} GB of memory, and there are "

@@ -17,6 +17,7 @@ from dflows.metrics import BitsPerCharacter, NatsPerExample
 from dflows.reporting import Report, Score
 from lightning_modules.checkpoints import load_weights, read_content, rebuild
 from lightning_modules.data import DataFacts, unpack
+from lightning_modules.estimates import check_batch
 from lightning_modules.optimization import DEFAULT_OPTIMIZATION, Optimization
 from lightning_modules.optimized import OptimizedModule
 from lightning_modules.processes import SharedBuffers
@@ -253,13 +254,14 @@ class BaseModule(OptimizedModule, ABC):
         """Prepares a fit.
 
         Raises:
-            UserError: If it has no steps.
+            UserError: If it has no steps, or a batch takes more than the memory.
         """
         if stage == "fit":
             if self.trainer.max_steps == 0:
                 raise UserError("trainer.max_steps is 0: give at least 1, or -1 for no such end")
             if self.trainer.max_epochs == 0:
                 raise UserError("trainer.max_epochs is 0: give at least 1, or -1 for no such end")
+            check_batch(self, self.data)
             self._seed = torch.initial_seed()
             with torch.random.fork_rng(devices=[]):
                 self.prepare()

@@ -34,6 +34,8 @@ class DescribesData(Protocol):
     """The number of classes, K."""
     length: int
     """The number of dimensions, D."""
+    batch_size: int
+    """The rows of a training batch of a process."""
     is_text: bool
     """Whether evaluation rows, one after the other, are a text."""
     stateful: bool
@@ -116,6 +118,18 @@ class DataFacts:
     def is_text(self) -> bool:
         """Whether evaluation rows are known to be a text, one after the other."""
         return bool(self._told("is_text", False))
+
+    @property
+    def batch_size(self) -> int | None:
+        """The rows of a training batch of a process, where they are told."""
+        size: int | None = self._told("batch_size")
+        return size
+
+    @property
+    def length(self) -> int | None:
+        """The number of dimensions, D, where it is told."""
+        length: int | None = self._told("length")
+        return length
 
     @property
     def stateful(self) -> bool:

@@ -366,9 +366,7 @@ def _makes(found: Any, kind: Any) -> bool:
     kind = get_origin(kind) or kind
     if not isinstance(found, type):
         returned = _hints(found).get("return")
-        return any(
-            isinstance(one, type) and _makes(one, kind) for one in _alternatives(returned)
-        )
+        return any(isinstance(one, type) and _makes(one, kind) for one in _alternatives(returned))
     return isinstance(kind, type) and kind is not NoneType and issubclass(found, kind)
 
 

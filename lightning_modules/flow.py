@@ -16,7 +16,6 @@ from dflows.checks import check_flow
 from dflows.errors import UserError
 from dflows.experts import Expert
 from dflows.flow import DiscreteFlow
-from dflows.memory import check_memory
 from dflows.metrics import ExactMatch, LevelBits, ResidualEntropy
 from dflows.objectives import EndToEnd, Layerwise, Local, Objective
 from dflows.orderings import Ordering, alike
@@ -174,9 +173,6 @@ class FlowModule(BaseModule):
         return self.flow.passes
 
     def resize(self, *, passes: int | None = None, length: int | None = None) -> None:
-        for key, value in (("length", length), ("passes", passes)):
-            # A level, of 8 bytes, belongs to each.
-            check_memory(8 * (value or 0), f"{key} of {value or 0:,}", "give less")
         flow = self.flow if length is None else self.flow.with_length(length)
         self.flow = flow if passes is None else flow.with_passes(passes)
         self._measure_levels()

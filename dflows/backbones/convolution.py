@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dflows.arguments import check_dropout, check_positive
+from dflows.arguments import check_dropout, check_layers
 from dflows.backbones.backbone import Backbone
 from dflows.backbones.checks import check_features
 from dflows.errors import UserError
@@ -61,7 +61,7 @@ class DilatedConvolution(Backbone):
         dropout: float = 0.0,
     ) -> None:
         super().__init__(width, level_causal=False)
-        check_positive(layers=layers, kernel=kernel)
+        check_layers(layers=layers, kernel=kernel)
         check_dropout(dropout)
         if kernel % 2 == 0:
             raise UserError(f"kernel is {kernel}: give an odd number, so that it has a middle")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dflows.acceleration import accelerated
-from dflows.arguments import check_dropout, check_positive
+from dflows.arguments import check_dropout, check_layers
 from dflows.backbones.backbone import SteppedBackbone
 from dflows.backbones.checks import check_causal, check_next_level
 from dflows.backbones.rows import look_up
@@ -61,7 +61,7 @@ class LevelConvolution(SteppedBackbone):
         dropout: float = 0.0,
     ) -> None:
         super().__init__(width, level_causal=True)
-        check_positive(layers=layers)
+        check_layers(layers=layers, window=max(window, 1))
         check_dropout(dropout)
         if not distances or min(distances) < 1 or window < 0:
             raise UserError(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dflows.arguments import check_dropout, check_positive
+from dflows.arguments import check_dropout, check_layers, check_positive
 from dflows.backbones.ahead import Ahead, Readout
 from dflows.backbones.backbone import State, StatefulBackbone
 from dflows.backbones.checks import check_causal, check_features, check_next_level
@@ -77,7 +77,8 @@ class LSTM(StatefulBackbone):
         super().__init__(width, level_causal=not bidirectional)
         hidden = width if hidden is None else hidden
         readout = 2 * width if readout is None else readout
-        check_positive(layers=layers, hidden=hidden)
+        check_layers(layers=layers)
+        check_positive(hidden=hidden)
         if min(readout, ahead) < 0:
             raise UserError(f"readout is {readout} and ahead {ahead}: give at least 0")
         if ahead and bidirectional:

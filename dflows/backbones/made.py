@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dflows.arguments import check_positive
+from dflows.arguments import check_layers, check_positive
 from dflows.backbones.backbone import Backbone
 from dflows.backbones.checks import check_causal, check_length
 
@@ -48,7 +48,8 @@ class MADE(Backbone):
 
     def __init__(self, width: int, length: int, hidden: int = 512, layers: int = 2) -> None:
         super().__init__(width, level_causal=True)
-        check_positive(length=length, hidden=hidden, layers=layers)
+        check_layers(layers=layers)
+        check_positive(length=length, hidden=hidden)
         self.length = length
         self.first = nn.Linear(length * width, hidden)
         between = nn.ModuleList(nn.Linear(hidden, hidden) for _ in range(layers - 1))

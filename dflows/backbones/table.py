@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from dflows.arguments import check_positive
 from dflows.backbones.backbone import Backbone
 from dflows.errors import LengthError, UserError
+from dflows.memory import check_memory
 from dflows.orderings import Natural, Ordering
 from dflows.representations import is_one_hot, to_indices
 
@@ -79,6 +80,8 @@ class Table(Backbone):
     ) -> None:
         super().__init__(width, level_causal=True)
         check_positive(num_classes=num_classes, length=length)
+        # Every dimension has a stride for every other.
+        check_memory(8 * length**2, f"a Table with length {length:,}", "take another backbone")
         if conditioning is not None:
             check_positive(conditioning=conditioning)
             if ordering is not None:
@@ -95,7 +98,8 @@ class Table(Backbone):
         lower = (levels < levels.unsqueeze(-1)).sum(dim=-1)
         if conditioning is not None:
             lower = lower.clamp(max=conditioning)
-        count = sum(num_classes ** int(number) for number in lower)
+        # Of 64 digits there are too many states, and with more the numbers themselves grow.
+        count = sum(num_classes ** min(int(number), 64) for number in lower)
         if count > LARGEST:
             raise UserError(
                 f"a Table of length={length} and num_classes={num_classes} under {ordering!r} has "

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dflows.acceleration import accelerated
-from dflows.arguments import check_dropout, check_positive
+from dflows.arguments import check_dimensions, check_dropout, check_layers, check_positive
 from dflows.backbones.attention import Block, KeyValueCache
 from dflows.backbones.backbone import SteppedBackbone
 from dflows.backbones.checks import check_causal, check_features, check_length, check_next_level
@@ -97,7 +97,8 @@ class Transformer(SteppedBackbone):
         if attention not in ("causal", "full"):
             raise UserError(f"attention is {attention!r}: give 'causal' or 'full'")
         super().__init__(width, level_causal=attention == "causal")
-        check_positive(layers=layers, heads=heads)
+        check_layers(layers=layers)
+        check_positive(heads=heads)
         check_dropout(dropout)
         if width % heads:
             raise UserError(f"width={width} does not divide into heads={heads} equal parts")
@@ -118,7 +119,7 @@ class Transformer(SteppedBackbone):
         if locality not in (None, "distance"):
             raise UserError(f"locality is {locality!r}: give 'distance' or nothing")
         if length is not None:
-            check_positive(length=length)
+            check_dimensions(length)
         elif positions in ("learned", "layers") or locality is not None:
             raise UserError(
                 "learned positions and locality have parameters for every position: give `length`"

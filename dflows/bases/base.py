@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from torch import Generator, Tensor, nn
 
+from dflows.arguments import check_dimensions
 from dflows.drafting import Drafter
 from dflows.errors import UserError
 from dflows.orderings import Ordering
@@ -32,6 +33,7 @@ class Base(nn.Module, ABC):
 
     def __init__(self, num_classes: int, length: int) -> None:
         super().__init__()
+        check_dimensions(length)
         self.num_classes = num_classes
         self.length = length
 

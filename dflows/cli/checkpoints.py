@@ -143,10 +143,16 @@ def load_model(checkpoint: Checkpoint, allowed: Sequence[str] = ()) -> BaseModul
         The model in evaluation mode, on the CPU.
 
     Raises:
-        UserError: If it names classes of other packages, or its weights do not fit.
+        UserError: If it names classes of other packages, or its vocabulary or weights do not fit.
     """
     base: type[BaseModule] = BaseModule  # type: ignore[type-abstract]
     model = instantiate(base, checkpoint.config.get("model"), allowed, checkpoint.path)
+    num_classes = getattr(getattr(model, "flow", None), "num_classes", None)
+    if num_classes not in (None, checkpoint.vocabulary.num_classes):
+        raise UserError(
+            f"the model in {checkpoint.path} has {num_classes} classes, and its vocabulary "
+            f"{checkpoint.vocabulary.num_classes}: give a checkpoint that `python -m dflows.fit` wrote"
+        )
     load_weights(model, checkpoint.weights, checkpoint.path)
     return model.eval()
 

@@ -57,9 +57,10 @@ def draw(
         UserError: If the prompt or the draft does not fit, or the model takes none; or the samples
             do not fit in memory.
     """
-    # Samples are indices of 8 bytes, once as parts and once as a whole.
+    # Indices take 8 bytes, as parts and as a whole; those drawn together have noise and levels, too.
+    together = min(num_samples * -(-length // window), AT_ONCE) * min(window, length)
     check_memory(
-        16 * num_samples * length,
+        16 * num_samples * length + 24 * together,
         f"{num_samples:,} samples of {length:,} dimensions",
         "give fewer, or shorter ones",
     )

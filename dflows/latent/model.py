@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Generator, Tensor, nn
 
-from dflows.arguments import check_temperature
+from dflows.arguments import check_dimensions, check_temperature
 from dflows.backbones import Backbone, as_backbone
 from dflows.categorical import inverse_cdf
 from dflows.errors import UserError
@@ -88,6 +88,7 @@ class LatentFlow(nn.Module):
         emission: nn.Module,
     ) -> None:
         super().__init__()
+        check_dimensions(length)
         self.num_classes = num_classes
         self.length = length
         self.prior = prior
@@ -123,7 +124,7 @@ class LatentFlow(nn.Module):
         """
         if num_samples < 1:
             raise UserError(f"num_samples is {num_samples}: give at least 1")
-        self._check_length(y.shape[-1])
+        self._check_dimensions(y.shape[-1])
         with exactly(y.device):
             return self._terms(y, num_samples, generator)
 
@@ -178,7 +179,7 @@ class LatentFlow(nn.Module):
         """
         check_temperature(temperature)
         length = self.length if length is None else length
-        self._check_length(length)
+        self._check_dimensions(length)
         weight = self.head.weight
         shape = (num_samples, length, self.prior.features)
         noise = torch.randn(shape, dtype=weight.dtype, device=weight.device, generator=generator)
@@ -189,7 +190,7 @@ class LatentFlow(nn.Module):
             z = self.prior.transform(noise * math.sqrt(temperature))
             return inverse_cdf(uniform, logits=self.logits(z), temperature=temperature)
 
-    def _check_length(self, length: int) -> None:
+    def _check_dimensions(self, length: int) -> None:
         if not 1 <= length <= self.length:
             raise UserError(
                 f"an event of {length} dimensions was given, and the model has {self.length}: "

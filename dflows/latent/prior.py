@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Transform
 
-from dflows.arguments import check_dropout, check_positive
+from dflows.arguments import check_dropout, check_layers, check_positive
 from dflows.backbones.stepped_lstm import SteppedLSTM
 from dflows.errors import UserError
 from dflows.latent.squared import NonlinearSquared
@@ -102,9 +102,8 @@ class FlowPrior(nn.Module, ABC):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        check_positive(
-            hidden=hidden, layers=layers, couplings=couplings, coupling_width=coupling_width
-        )
+        check_layers(layers=layers, couplings=couplings)
+        check_positive(hidden=hidden, coupling_width=coupling_width)
         check_dropout(dropout)
         if features < 2:
             raise UserError(f"features is {features}: a coupling splits them, give at least 2")

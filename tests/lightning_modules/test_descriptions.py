@@ -347,7 +347,22 @@ def test_torch_s_networks_are_made_with_their_activations():
 
 def test_a_description_that_was_changed_anywhere_is_made_or_refused(folder):
     draw = random.Random(0)
-    junk = [*ATTACKS.values(), None, True, 0, -1, 2, 0.5, float("nan"), "", "x", [], {}, [1], "levels"]
+    junk = [
+        *ATTACKS.values(),
+        None,
+        True,
+        0,
+        -1,
+        2,
+        0.5,
+        float("nan"),
+        "",
+        "x",
+        [],
+        {},
+        [1],
+        "levels",
+    ]
     made = 0
     for _ in range(300):
         model, part = copy.deepcopy(MODEL), None
