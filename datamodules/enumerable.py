@@ -15,7 +15,6 @@ from datamodules.vocabulary import IntegerVocabulary
 from datamodules.windows import TrainingStream
 from dflows.categorical import cdf, search_cdf
 from dflows.checks import check_above_entropy
-from dflows.errors import UserError
 from dflows.exact import check_enumerable, entropy, expected_loss, marginals, states
 from dflows.reporting import Report
 

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from dflows.errors import UserError
-from dflows.memory import check_memory
 from dflows.files import atomic_write
+from dflows.memory import check_memory
 
 __all__ = [
     "ByteVocabulary",

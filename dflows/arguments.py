@@ -41,14 +41,15 @@ def check_layers(**numbers: int) -> None:
             raise UserError(f"{name} is {number:,}: give at most {MOST_LAYERS:,}")
 
 
-def check_dimensions(length: int) -> None:
-    """Refuses a number of dimensions that not a single event can have.
+def check_dimensions(length: int) -> int:
+    """Returns a number of dimensions, which a single event can have.
 
     Raises:
         UserError: If it is below 1, or an event takes more than the memory.
     """
     check_positive(length=length)
     check_memory(BYTES * length, f"an event with length {length:,}", "give a smaller length")
+    return length
 
 
 def check_dropout(dropout: float, name: str = "dropout") -> None:

@@ -124,7 +124,6 @@ class Conditioner(nn.Module):
         expert: Expert | None = None,
     ) -> None:
         super().__init__()
-        check_dimensions(length)
         num_logits = num_classes if num_logits is None else num_logits
         if expert is not None and not expert.num_classes == num_classes == num_logits:
             raise UserError(
@@ -133,7 +132,7 @@ class Conditioner(nn.Module):
                 "logits of the classes themselves, as those of a base or a RankPermutation"
             )
         self.num_classes = num_classes
-        self.length = length
+        self.length = check_dimensions(length)
         self.num_logits = num_logits
         self.ordering = ordering
         self.backbone: Backbone = as_backbone(backbone)
@@ -202,8 +201,7 @@ class Conditioner(nn.Module):
             UserError: If the ordering cannot have so many levels, or the network has parameters for
                 each level or dimension.
         """
-        length = self.length if length is None else length
-        check_dimensions(length)
+        length = check_dimensions(self.length if length is None else length)
         ordering = self.ordering
         if num_levels not in (None, self.num_levels):
             ordering = ordering.with_levels(num_levels)

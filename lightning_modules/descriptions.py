@@ -71,7 +71,7 @@ def instantiate(
         UserError: If the description is not to be trusted, or cannot be made.
     """
     with _refusing(path, base):
-        check_plain(description)
+        check_plain(description, path)
         make = _Reader(allowed, path).read("", description, base)
         with bounded("it", "give a checkpoint of a smaller model"):
             made: T = make()
@@ -93,15 +93,16 @@ def check_description(
         UserError: If the description is not to be trusted.
     """
     with _refusing(path, base):
-        check_plain(description)
+        check_plain(description, path)
         _Reader(allowed, path).read("", description, base)
 
 
-def check_plain(description: Any) -> None:
+def check_plain(description: Any, path: str | os.PathLike[str]) -> None:
     """Refuses what is no tree of plain values, or too large to describe a model.
 
     Args:
         description: What a checkpoint has in the place of a configuration.
+        path: The checkpoint.
 
     Raises:
         UserError: If it is none.
@@ -112,19 +113,19 @@ def check_plain(description: Any) -> None:
         inner: Sequence[Any] = ()
         if isinstance(value, Mapping):
             if not all(isinstance(name, str) for name in value):
-                raise UserError("its description has a key that is no text")
+                raise UserError(f"the description in {path} has a key that is no text")
             inner = [*value, *value.values()]
         elif isinstance(value, (list, tuple)):
             inner = value
         elif type(value) not in (*_SCALARS, NoneType):
-            raise UserError(f"its description has a {type(value).__name__}")
+            raise UserError(f"the description in {path} has a {type(value).__name__}")
         elif isinstance(value, str) and len(value) > LONGEST:
-            raise UserError(f"its description has a text of {len(value):,} characters")
+            raise UserError(f"the description in {path} has a text of {len(value):,} characters")
         count += len(inner)
         if count > MOST_VALUES:
-            raise UserError(f"its description has over {MOST_VALUES:,} values")
+            raise UserError(f"the description in {path} has over {MOST_VALUES:,} values")
         if inner and depth == DEEPEST:
-            raise UserError(f"its description is nested more than {DEEPEST} deep")
+            raise UserError(f"the description in {path} is nested more than {DEEPEST} deep")
         waiting += [(entry, depth + 1) for entry in inner]
 
 

@@ -33,9 +33,8 @@ class Base(nn.Module, ABC):
 
     def __init__(self, num_classes: int, length: int) -> None:
         super().__init__()
-        check_dimensions(length)
         self.num_classes = num_classes
-        self.length = length
+        self.length = check_dimensions(length)
 
     def adapt(self, orderings: Sequence[Ordering]) -> None:
         """Adapts to the orderings of the transforms; the flow calls it when it is created.

@@ -120,14 +120,12 @@ def read_checkpoint(
             "dflows that wrote it"
         )
     config, text, length = (described.get(key) for key in ("config", "vocabulary", "length"))
-    try:
-        check_plain(config)
-        if not (isinstance(config, dict) and isinstance(text, str) and type(length) is int):
-            raise UserError("it is described in other types")
-    except UserError as error:
+    if not (isinstance(config, dict) and isinstance(text, str) and type(length) is int):
         raise UserError(
-            f"{path} is damaged ({error}): give a checkpoint that `python -m dflows.fit` wrote"
-        ) from None
+            f"the description in {path} is damaged: give a checkpoint that `python -m dflows.fit` "
+            "wrote"
+        )
+    check_plain(config, path)
     vocabulary = parse_vocabulary(text, f"the vocabulary in {path}")
     return Checkpoint(path, content["state_dict"], config, vocabulary, length)
 
@@ -150,8 +148,9 @@ def load_model(checkpoint: Checkpoint, allowed: Sequence[str] = ()) -> BaseModul
     num_classes = getattr(getattr(model, "flow", None), "num_classes", None)
     if num_classes not in (None, checkpoint.vocabulary.num_classes):
         raise UserError(
-            f"the model in {checkpoint.path} has {num_classes} classes, and its vocabulary "
-            f"{checkpoint.vocabulary.num_classes}: give a checkpoint that `python -m dflows.fit` wrote"
+            f"the model in {checkpoint.path} has {num_classes} classes, and its vocabulary has "
+            f"{checkpoint.vocabulary.num_classes}: give a checkpoint that `python -m dflows.fit` "
+            "wrote"
         )
     load_weights(model, checkpoint.weights, checkpoint.path)
     return model.eval()

@@ -57,7 +57,7 @@ def draw(
         UserError: If the prompt or the draft does not fit, or the model takes none; or the samples
             do not fit in memory.
     """
-    # Indices take 8 bytes, as parts and as a whole; those drawn together have noise and levels, too.
+    # Indices take 8 bytes, as parts and as a whole; what is drawn together has noise and levels.
     together = min(num_samples * -(-length // window), AT_ONCE) * min(window, length)
     check_memory(
         16 * num_samples * length + 24 * together,

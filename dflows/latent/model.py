@@ -88,9 +88,8 @@ class LatentFlow(nn.Module):
         emission: nn.Module,
     ) -> None:
         super().__init__()
-        check_dimensions(length)
         self.num_classes = num_classes
-        self.length = length
+        self.length = check_dimensions(length)
         self.prior = prior
         self.inference = _sees_all("inference", inference)
         self.emission = _sees_all("emission", emission)

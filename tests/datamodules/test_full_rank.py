@@ -64,7 +64,7 @@ def test_draws_depend_on_the_seed_alone():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_classes": 1}, "num_classes must be at least 2, not 1"),
+        ({"num_classes": 1}, "num_classes is 1: give at least 2"),
         ({"length": 0}, "length must be at least 1, not 0"),
         ({"length": 400, "num_classes": 10}, "more than 50,000,000 states"),
         ({"eval_examples": 0}, "eval_examples must be at least 1"),

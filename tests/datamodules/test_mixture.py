@@ -76,10 +76,13 @@ def test_draws_follow_the_distribution():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"num_classes": 1}, "num_classes must be at least 2, not 1"),
+        ({"num_classes": 1}, "num_classes is 1: give at least 2"),
         ({"num_classes": 10_000}, "more than 50,000,000 states"),
         ({"arrangement": "line"}, 'arrangement is "line": give "circle" or "grid"'),
-        ({"modes": 0}, "modes must be at least 1, not 0"),
+        ({"modes": 0}, "modes is 0: give at least 1"),
+        ({"modes": 10**9}, "modes is 1,000,000,000: give at most 10,000"),
+        ({"num_classes": 10**9}, "more than 50,000,000 states"),
+        ({"eval_examples": 10**12}, "a split of 1,000,000,000,000 examples .* takes at least"),
         ({"radius": -0.1}, "radius must be finite and not negative, not -0.1"),
         ({"radius": math.nan}, "radius must be finite"),
         ({"deviation": 0.0}, "deviation must be finite and positive, not 0.0"),

@@ -374,7 +374,7 @@ def test_a_batch_beyond_the_memory_is_refused_before_it_is_made(tmp_path):
     (tmp_path / "a.txt").write_text("abcdefgh" * 100, encoding="utf-8")
     source = LocalText(**dict.fromkeys(("train", "valid", "test"), str(tmp_path / "a.txt")))
     data = TextDataModule(source, length=64, batch_size=10**12)
-    with pytest.raises(UserError, match=r"a batch of 1,000,000,000,000 events .* takes at least"):
+    with pytest.raises(UserError, match=r"a batch of 1,000,000,000,000 rows .* takes at least"):
         data.setup("fit")
 
 

@@ -1,15 +1,18 @@
 """A stranger's description runs no code, reads no file, asks no address, and takes no memory."""
 
 import copy
+import inspect
 import os
 import random
+import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from datamodules.module import StreamDataModule
-from dflows import memory
+from dflows import backbones, flows, memory, orderings
 from dflows.errors import UserError
 from lightning_modules import BaseModule
 from lightning_modules.descriptions import check_description, instantiate
@@ -149,7 +152,7 @@ class Watch:
             return
         opened = event in ("open", "os.mkdir") and isinstance(arguments[0], (str, bytes))
         if event in self.EVENTS or (
-            opened and os.path.abspath(os.fsdecode(arguments[0])).startswith(self.folder)
+            opened and self.folder in Path(os.fsdecode(arguments[0])).absolute().parents
         ):
             self.seen.append((event, *arguments))
 
@@ -165,7 +168,7 @@ def folder(tmp_path, monkeypatch):
         (tmp_path / name).write_text(CONFIG.strip("{}"), encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    WATCH.folder, WATCH.seen = str(tmp_path), []
+    WATCH.folder, WATCH.seen = tmp_path, []
     yield tmp_path
     WATCH.folder = None
     assert WATCH.seen == []
@@ -177,10 +180,10 @@ class TestWatch:
     @pytest.mark.parametrize(
         "act",
         [
-            lambda folder: os.system("true"),  # noqa: S605, S607
-            lambda folder: open(folder / "evil.yaml").close(),  # noqa: SIM115, PTH123
-            lambda folder: open("new", "w").close(),  # noqa: SIM115, PTH123
-            lambda folder: __import__("evil"),
+            lambda _: os.system("true"),
+            lambda folder: open(folder / "evil.yaml").close(),  # noqa: PTH123
+            lambda _: open("new", "w").close(),  # noqa: PTH123
+            lambda _: __import__("evil"),
         ],
     )
     def test_it_sees_what_runs(self, act, folder):
@@ -195,7 +198,7 @@ class TestWatch:
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_nothing_runs(attack, place, folder):
     model = put(PLACES[place], ATTACKS[attack])
-    with pytest.raises(UserError, match="some.ckpt") as caught:
+    with pytest.raises(UserError, match=r"some\.ckpt") as caught:
         instantiate(BaseModule, model, [], "some.ckpt")
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 500
@@ -239,7 +242,7 @@ def test_values_are_of_the_type_that_is_expected(key, value, is_right):
     if is_right:
         instantiate(BaseModule, model, [], "some.ckpt")
     else:
-        with pytest.raises(UserError, match=f"some.ckpt describes no .*optimization.*{key}"):
+        with pytest.raises(UserError, match=rf"some\.ckpt describes no .*optimization.*{key}"):
             instantiate(BaseModule, model, [], "some.ckpt")
 
 
@@ -311,7 +314,7 @@ class TestAllowed:
         ],
     )
     def test_what_is_not_expected_is_refused(self, backbone, folder):
-        with pytest.raises(UserError, match="some.ckpt (describes no|names the class os.system)"):
+        with pytest.raises(UserError, match=r"some\.ckpt (describes no|names the class os.system)"):
             instantiate(BaseModule, put(PLACES["backbone"], backbone), ["mine"], "some.ckpt")
 
     def test_arguments_are_handed_on_to_the_class_it_derives_from(self):
@@ -363,7 +366,7 @@ def test_a_description_that_was_changed_anywhere_is_made_or_refused(folder):
         [1],
         "levels",
     ]
-    made = 0
+    refused = []
     for _ in range(300):
         model, part = copy.deepcopy(MODEL), None
         waiting = [model]
@@ -377,10 +380,77 @@ def test_a_description_that_was_changed_anywhere_is_made_or_refused(folder):
         part[key] = draw.choice(junk)
         try:
             instantiate(BaseModule, model, [], "some.ckpt")
-            made += 1
         except UserError as error:
-            assert "\n" not in str(error)
-    assert 0 < made < 100
+            refused.append(str(error))
+    assert 200 < len(refused) < 300
+    assert not any("\n" in message for message in refused)
+
+
+PARTS = {
+    "flow": [
+        ("stack", {}),
+        ("bipartite", {}),
+        ("autoregressive", {"ngram_order": 2}),
+        ("strided", {"columns": 2}),
+        ("language_model", {}),
+    ],
+    "backbone": [
+        ("LSTM", {"width": 4}),
+        ("Transformer", {"width": 4, "heads": 1}),
+        ("DilatedConvolution", {"width": 4}),
+        ("LevelConvolution", {"width": 4}),
+        ("MADE", {"width": 4, "length": 4}),
+        ("Table", {"width": 4, "num_classes": 3, "length": 4}),
+    ],
+    "ordering": [
+        ("Strided", {"columns": 2}),
+        ("Blocks", {"size": 2}),
+        ("CoarseToFine", {"stride": 2}),
+    ],
+}
+SOURCES = {"flow": flows, "backbone": backbones, "ordering": orderings}
+
+
+def sizes():
+    """Returns every number of a part that says how many."""
+    found = []
+    for place, parts in PARTS.items():
+        for name, given in parts:
+            made = getattr(SOURCES[place], name)
+            for key, parameter in inspect.signature(made).parameters.items():
+                if parameter.annotation in (int, int | None):
+                    found.append(pytest.param(place, name, given, key, id=f"{name}.{key}"))
+    return found
+
+
+@pytest.mark.parametrize(("place", "name", "given", "key"), sizes())
+def test_whatever_is_large_is_made_or_refused_at_once(place, name, given, key, monkeypatch):
+    monkeypatch.setattr(memory, "total_memory", lambda *_: 8 * 10**9)
+    description = named(f"{SOURCES[place].__name__}.{name}", **given)
+    if place == "flow":
+        common = MODEL["init_args"]["flow"]["init_args"]
+        taken = inspect.signature(getattr(flows, name)).parameters
+        description["init_args"] |= {one: common[one] for one in common if one in taken}
+        description["init_args"].setdefault("num_classes", 3)
+    description["init_args"][key] = 10**12
+    model = put(PLACES[place], description)
+    try:
+        instantiate(BaseModule, model, [], "some.ckpt")
+    except UserError as error:
+        refused = str(error)
+        assert "\n" not in refused
+    else:
+        refused = ""
+    if key in {"num_classes", "length", "width", "hidden", "layers", "num_transforms"}:
+        assert re.search("takes at least|give|overflow|more than", refused)
+
+
+@pytest.mark.parametrize("key", ["num_classes", "length"])
+def test_sizes_beyond_the_memory_are_refused_with_the_memory(key, monkeypatch):
+    monkeypatch.setattr(memory, "total_memory", lambda *_: 8 * 10**9)
+    model = put((*PLACES["flow"], "init_args", key), 10**9)
+    with pytest.raises(UserError, match=r"takes at least \d+ GB of memory, and there are 8"):
+        instantiate(BaseModule, model, [], "some.ckpt")
 
 
 @pytest.mark.parametrize(
@@ -394,7 +464,7 @@ def test_a_description_that_was_changed_anywhere_is_made_or_refused(folder):
     ],
 )
 def test_what_is_no_description_is_refused(model, reason):
-    with pytest.raises(UserError, match=rf"some\.ckpt describes no BaseModule.*{reason}"):
+    with pytest.raises(UserError, match=rf"the description in some\.ckpt has {reason}"):
         check_description(BaseModule, model, [], "some.ckpt")
 
 
@@ -418,6 +488,6 @@ class TestData:
     @pytest.mark.parametrize("attack", sorted(ATTACKS.keys() - {"a reader of files"}))
     def test_nothing_runs(self, attack, place, folder):
         data = put(place, ATTACKS[attack], DATA)
-        with pytest.raises(UserError, match="some.ckpt") as caught:
+        with pytest.raises(UserError, match=r"some\.ckpt") as caught:
             check_description(StreamDataModule, data, [], "some.ckpt")
         assert "\n" not in str(caught.value)
