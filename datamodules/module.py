@@ -124,6 +124,20 @@ class StreamDataModule(pl.LightningDataModule, ABC):
         self.seed = seed
         self._known = _Place()
 
+    @classmethod
+    def load_from_checkpoint(cls, *args: Any, **options: Any) -> Any:
+        """Makes no data of a checkpoint.
+
+        Lightning would import and call what the file names.
+
+        Raises:
+            UserError: Always.
+        """
+        raise UserError(
+            f"a {cls.__name__} is made by its constructor, and a checkpoint is given to the trainer: "
+            "trainer.fit(module, datamodule=data, ckpt_path=path)"
+        )
+
     @property
     @abstractmethod
     def vocabulary(self) -> Vocabulary:

@@ -71,13 +71,14 @@ def _parser() -> Parser:
 
 def _config_of(checkpoint: Checkpoint, allowed: Sequence[str], folder: Path) -> Path:
     """Writes the configuration that the arguments are laid over."""
-    data = checkpoint.config.get("data")
-    check_description(StreamDataModule, data, allowed, checkpoint.path)
-    data = dict(data)
+    described: Any = checkpoint.config.get("data")
+    check_description(StreamDataModule, described, allowed, checkpoint.path)
+    data = dict(described)
     if "vocabulary" in data.get("init_args", {}):
         vocabulary = checkpoint.vocabulary.save(folder)
         data["init_args"] = {**data["init_args"], "vocabulary": str(vocabulary)}
-    precision = checkpoint.config.get("trainer", {}).get("precision")
+    trainer = checkpoint.config.get("trainer")
+    precision = trainer.get("precision") if isinstance(trainer, dict) else None
     file = folder / "checkpoint.yaml"
     text = yaml.safe_dump({"data": data, "trainer": {"precision": precision}})
     file.write_text(text, encoding="utf-8")

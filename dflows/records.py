@@ -111,8 +111,8 @@ METRICS: Mapping[str, tuple[str, str]] = MappingProxyType(
 """The metrics that a record may hold: the kind of each value, and what it means.
 
 A number is finite; a count a whole number of at least 0; numbers are a list, one an entry of the
-model; counts are a mapping of names to counts, and a mapping is one to numbers; texts are a list of
-text.
+model; counts are a mapping of names to counts, and a mapping is one of whole numbers, as text, to
+numbers; texts are a list of text.
 """
 
 _KINDS = {
@@ -121,7 +121,7 @@ _KINDS = {
     "count": "a whole number of at least 0",
     "texts": "a list of text",
     "counts": "a mapping of names to whole numbers of at least 0",
-    "mapping": "a mapping of names to finite numbers",
+    "mapping": "a mapping of whole numbers to finite numbers",
 }
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _LIKELIHOODS = ("exact", "bound")
@@ -191,7 +191,8 @@ def _of_kind(value: object, kind: str) -> bool:
         case "texts":
             return isinstance(value, list) and all(isinstance(entry, str) for entry in value)
         case "mapping":
-            return isinstance(value, dict) and all(map(_is_number, value.values()))
+            numbered = isinstance(value, dict) and all(map(str.isdecimal, value))
+            return numbered and all(map(_is_number, value.values()))  # type: ignore[attr-defined]
         case _:
             return isinstance(value, dict) and all(map(_is_count, value.values()))
 

@@ -5,15 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from datamodules import EnumerableDataModule
 from datamodules.module import StreamDataModule
-from dflows.cli.configs import Parser
 from dflows.errors import UserError
 from dflows.exact import exhaustive_optimum, tabular_flow
 from experiments.plan import Plan, Reference, reference_name
 from experiments.recording import described, write_exact_record
+from lightning_modules.descriptions import instantiate
 
 __all__ = ["reference_settings", "task_data", "write_reference"]
 
@@ -33,10 +31,8 @@ def task_data(config: Mapping[str, Any]) -> EnumerableDataModule:
     Raises:
         UserError: If its states cannot be enumerated.
     """
-    parser = Parser()
-    parser.add_lightning_class_args(StreamDataModule, "data", subclass_mode=True)
-    parsed = parser.parse_string(yaml.safe_dump({"data": config["data"]}))
-    data = parser.instantiate_classes(parsed).data
+    base: type[StreamDataModule] = StreamDataModule  # type: ignore[type-abstract]
+    data = instantiate(base, config["data"], [], "the configuration")
     if not isinstance(data, EnumerableDataModule):
         raise UserError(
             f"a {type(data).__name__} has no table of probabilities, and so no tabular reference: "

@@ -12,7 +12,7 @@ from types import MappingProxyType
 
 from dflows.cli.errors import run_command
 from dflows.errors import UserError
-from dflows.records import read_records
+from dflows.records import Record, read_records
 from experiments.reports import (
     addition,
     benchmarks,
@@ -24,7 +24,7 @@ from experiments.reports import (
     potts,
 )
 from experiments.reports.experiment import Experiment, read_experiment
-from experiments.reports.markdown import write_page
+from experiments.reports.markdown import escaped, write_page
 from experiments.reports.text import render_table
 
 __all__ = ["DRAWERS", "RENDERERS", "main", "report"]
@@ -89,22 +89,26 @@ def report(arguments: Sequence[str]) -> None:
             continue
         page = options.docs / "experiments" / f"{name}.md"
         if name == "benchmarks":
-            write_page(page, benchmarks.render(read_records(options.results / name)))
+            write_page(page, benchmarks.render(_records(options.results / name)))
         else:
             experiment = read_experiment(name, options.results)
-            write_page(page, RENDERERS[name](experiment))
+            write_page(page, RENDERERS[name](experiment.escaped()))
             if name in DRAWERS:
                 DRAWERS[name](experiment, options.docs / "figures" / f"{name}.svg")
         print(f"{page} is made from {options.results / name}")
 
 
+def _records(folder: Path) -> list[Record]:
+    return [escaped(record) for record in read_records(folder)]
+
+
 def _text(results: Path, readme: Path) -> int:
     """Makes the README's table, and returns the number of records used."""
-    records = read_records(results / "text")
+    records = _records(results / "text")
     if not records:
         raise UserError(f"{results / 'text'} holds no records: run python -m dflows.fit first")
     folder = results / "benchmarks"
-    speeds = read_records(folder) if folder.is_dir() else []
+    speeds = _records(folder) if folder.is_dir() else []
     rendered = render_table(records, speeds)
     write_page(readme, rendered)
     return len(records)

@@ -75,5 +75,5 @@ def _comment(file: BinaryIO, size: int) -> bytes:
 def _check_pickle(pickled: bytes) -> None:
     """Refuses what torch would make without a tensor's storage: bytes as many as a number says."""
     for operation, argument, _ in pickletools.genops(pickled):
-        if operation.name == "GLOBAL" and argument.endswith(" bytearray"):
+        if operation.name == "GLOBAL" and str(argument).endswith(" bytearray"):
             raise BadZipFile("it holds a bytearray")

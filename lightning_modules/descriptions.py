@@ -176,11 +176,16 @@ class _Reader:
             named = [kind for kind in kinds if (get_origin(kind) or kind) in (Callable, type)]
             if named and (make := self._named(key, value, named)) is not None:
                 return make
+        refused = UserError(f"{key or 'it'} is {_shown(value)}, and takes {_shown_kinds(kinds)}")
         for kind in kinds:
-            make = self._plain(key, value, kind)
+            try:
+                make = self._plain(key, value, kind)
+            except UserError as error:  # of a part of it
+                refused = error
+                continue
             if make is not None:
                 return make
-        raise UserError(f"{key or 'it'} is {_shown(value)}, and takes {_shown_kinds(kinds)}")
+        raise refused
 
     def _plain(self, key: str, value: Any, kind: Any) -> Make | None:
         """Reads a value without a class, or returns nothing if it is not of a kind."""
@@ -198,12 +203,12 @@ class _Reader:
             return None if structured else partial(_same, value)
         if value is None or not inspect.isclass(origin):
             return partial(_same, value) if value is None and origin is NoneType else None
+        if isinstance(value, str) and issubclass(origin, Enum):
+            return partial(origin.__getitem__, value)
         for scalar in _SCALARS:
             whole = scalar is float and type(value) is int
             if issubclass(origin, scalar) and (type(value) is scalar or whole):
                 return partial(origin, value)
-        if isinstance(value, str) and issubclass(origin, Enum):
-            return partial(origin.__getitem__, value)  # type: ignore[attr-defined]
         return partial(origin, value) if issubclass(origin, PurePath) else None
 
     def _mapping(self, key: str, value: Mapping[str, Any], kind: Any, origin: Any) -> Make | None:
@@ -230,7 +235,8 @@ class _Reader:
 
     def _object(self, key: str, value: Mapping[str, Any], kinds: Sequence[Any]) -> Make:
         """Reads the description of an object, or of a factory of such."""
-        name, arguments = value[CLASS_PATH], {}
+        name = value[CLASS_PATH]
+        arguments: dict[str, Any] = {}
         if unknown := value.keys() - {CLASS_PATH, *GIVEN}:
             raise UserError(f"{key or 'it'} has {', '.join(sorted(unknown))} beside {CLASS_PATH}")
         for part in GIVEN:

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from dflows.records import Record
-from experiments.reports.markdown import number, plain, table
+from experiments.reports.markdown import number, table
 
 __all__ = ["render"]
 
@@ -23,7 +23,7 @@ def render(records: Sequence[Record]) -> str:
         for name, rendered in TABLES.items():
             some = [record for record in of_device if record.name.startswith(f"{name}-")]
             if some:
-                parts += rendered(plain(device), some)
+                parts += rendered(device, some)
     return "\n\n".join(parts)
 
 
@@ -48,7 +48,7 @@ def _generation_of(size: str, records: Sequence[Record]) -> list[str]:
     first = records[0]
     caption = (
         f"Generation, {size}: {first.metrics['generation_length']} characters of "
-        f"{first.config['num_classes']} classes, {plain(first.precision)}. The device reads "
+        f"{first.config['num_classes']} classes, {first.precision}. The device reads "
         f"{first.metrics['memory_bandwidth'] / 1e9:.1f} GB and does "
         f"{first.metrics['matrix_rate'] / 1e9:.0f} GFLOP a second. The baseline is "
         f"{first.config['opponent_1']} for 1 sequence and {first.config['opponent_32']} for 32, "

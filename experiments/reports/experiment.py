@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from dflows.errors import UserError
 from dflows.records import Record, read_records
 from experiments.plan import PLANS, Plan, Row, read_plan, reference_name
+from experiments.reports.markdown import escaped
 
 __all__ = ["Experiment", "read_experiment", "setting"]
 
@@ -37,6 +38,11 @@ class Experiment:
 
     plan: Plan
     records: dict[str, list[Record]]
+
+    def escaped(self) -> "Experiment":
+        """Returns the experiment with texts of records that show as they are in Markdown."""
+        records = {name: [*map(escaped, found)] for name, found in self.records.items()}
+        return replace(self, records=records)
 
     def of(self, row: str, task: str) -> list[Record]:
         """Returns the records of a row on a task, one a seed."""

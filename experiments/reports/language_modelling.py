@@ -8,7 +8,7 @@ from dflows.records import Record
 from experiments.plan import Row
 from experiments.reports.curves import bits
 from experiments.reports.experiment import Experiment, setting
-from experiments.reports.markdown import number, plain, table
+from experiments.reports.markdown import number, table
 
 __all__ = ["render"]
 
@@ -83,7 +83,7 @@ def _task(task: str, shown: Sequence[Shown]) -> str:
     lengths = {one.record.metrics.get("generation_length", 0) for one in shown} - {0}
     windows = " or ".join(map(str, sorted(lengths)))
     caption += f". A sequence is a window of {windows} characters." if windows else "."
-    budgets = sorted({plain(one.record.budget) for one in shown if one.record.budget})
+    budgets = sorted({one.record.budget for one in shown if one.record.budget})
     caption += f" Budget: {'; '.join(budgets)}." if budgets else ""
     return f"{caption}\n\n{table(HEAD, [_line(task, one) for one in shown])}"
 

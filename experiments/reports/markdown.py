@@ -2,19 +2,23 @@
 
 import re
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from dflows.errors import UserError
 from dflows.files import atomic_write
+from dflows.records import Record
 
 __all__ = [
     "BEGIN",
     "END",
     "MISSING",
+    "escape",
+    "escaped",
     "mean_and_spread",
     "number",
-    "plain",
     "table",
     "update_page",
     "write_page",
@@ -22,6 +26,11 @@ __all__ = [
 
 BEGIN, END = "<!-- figures: begin -->", "<!-- figures: end -->"
 MISSING = "–"
+_SIGNS = re.compile(
+    r"[\\`*~\[\]<>|&$!#:@{}]"
+    # An underscore within a word, as names have it, and a point elsewhere are themselves.
+    r"|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|(?<=www)\."
+)
 
 
 def number(value: float | None, form: str = ".3f") -> str:
@@ -29,14 +38,35 @@ def number(value: float | None, form: str = ".3f") -> str:
     return MISSING if value is None else format(value, form)
 
 
-def plain(text: str) -> str:
-    r"""Returns Markdown that shows a text of a record as it is, on one line.
+def escape(text: str) -> str:
+    """Returns Markdown that shows a text as it is, on one line.
 
     Example:
-        >>> print(plain("a <b>"))
-        a \<b\>
+        >>> escape("a <b>")
+        'a &#60;b&#62;'
     """
-    return re.sub(r"([\\`*_\[\]<>|~&$!#])", r"\\\1", " ".join(text.split()))
+    # References, since the representation of a list doubles backslashes.
+    return _SIGNS.sub(lambda sign: f"&#{ord(sign[0])};", " ".join(text.split()))
+
+
+def escaped(record: Record) -> Record:
+    """Returns a record of which no text but its samples is Markdown; a stranger may have made it.
+
+    Args:
+        record: The record. Samples, which may be of any shape, are shown as code.
+    """
+    texts: dict[str, Any] = {
+        key: escape(getattr(record, key)) for key in ("device", "precision", "budget")
+    }
+    return replace(record, config=_escaped(record.config), **texts)
+
+
+def _escaped(value: Any) -> Any:
+    if isinstance(value, str):
+        return escape(value)
+    if isinstance(value, Mapping):
+        return {key: _escaped(entry) for key, entry in value.items()}
+    return [_escaped(entry) for entry in value] if isinstance(value, list) else value
 
 
 def mean_and_spread(values: Sequence[float], form: str = ".3f") -> str:

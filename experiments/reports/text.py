@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dflows.errors import UserError
 from dflows.records import Record
 from experiments.reports.curves import bits
-from experiments.reports.markdown import MISSING, number, plain, table
+from experiments.reports.markdown import MISSING, number, table
 
 __all__ = ["render_table"]
 
@@ -60,7 +60,7 @@ def _passes_first(record: Record) -> tuple[int, str]:
 
 def _footnote(records: Sequence[Record]) -> str:
     metrics = records[0].metrics
-    devices = ", ".join(sorted({plain(record.device) for record in records}))
+    devices = ", ".join(sorted({record.device for record in records}))
     sentence = "All likelihoods are exact,"
     if any(record.likelihood == "bound" for record in records):
         sentence = "Likelihoods are exact but for the bounds, marked ≤,"

@@ -393,3 +393,11 @@ def test_two_processes_have_the_epochs_of_one(options, steps, tmp_path):
         )
         assert numbers == (steps, steps)
         assert torch.equal(torch.cat(parts, dim=1), whole.rows()[first:])
+
+
+def test_no_data_are_made_of_a_checkpoint(tmp_path):
+    path = tmp_path / "some.ckpt"
+    content = {TextDataModule.CHECKPOINT_HYPER_PARAMS_KEY: {"_instantiator": "os.system"}}
+    torch.save({"state_dict": {}, "pytorch-lightning_version": "2.0.0", **content}, path)
+    with pytest.raises(UserError, match="a TextDataModule is made by its constructor"):
+        TextDataModule.load_from_checkpoint(path)

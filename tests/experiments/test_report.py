@@ -7,7 +7,7 @@ import pytest
 from dflows.errors import UserError
 from dflows.records import Record, read_records, write_record
 from experiments.report import main
-from experiments.reports.markdown import BEGIN, END, update_page
+from experiments.reports.markdown import BEGIN, END, escape, escaped, update_page
 from experiments.reports.text import render_table
 
 ROOT = Path(__file__).parents[2]
@@ -101,8 +101,23 @@ def test_a_benchmark_without_speed_is_refused(speed):
 
 
 def test_texts_of_a_record_are_shown_as_they_are():
-    made = record(device="CPU | <script>\n# `x`")
-    assert render_table([made]).endswith(r"Measured on: CPU \| \<script\> \# \`x\`.")
+    made = escaped(record(device="CPU | <script>\n# `x`", config={"a": ["<b>", {"c": 1}]}))
+    assert made.config == {"a": ["&#60;b&#62;", {"c": 1}]}
+    shown = "CPU &#124; &#60;script&#62; &#35; &#96;x&#96;"
+    assert render_table([made]).endswith(f"Measured on: {shown}.")
+    for usual in ("AMD EPYC (64-Core), 2 threads", "bf16-mixed", "step_lm-2.5", "a.b.c_d"):
+        assert escape(usual) == usual
+
+
+@pytest.mark.parametrize("folder", sorted(path.name for path in (ROOT / "results").iterdir()))
+def test_our_own_records_have_nothing_to_escape_that_is_shown(folder):
+    for found in read_records(ROOT / "results" / folder)[:20]:
+        made = escaped(found)
+        assert (made.device, made.precision, made.budget) == (
+            found.device,
+            found.precision,
+            found.budget,
+        )
 
 
 def test_other_benchmarks_are_for_another_page():

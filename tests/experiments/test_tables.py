@@ -1,5 +1,6 @@
 """The tables of the experiments, of records made by hand: every row beside its own reference."""
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -7,10 +8,13 @@ import pytest
 from dflows.bijections import RankPermutation
 from dflows.errors import UserError
 from dflows.orderings import Natural
-from dflows.records import Record
+from dflows.records import Record, read_records
 from experiments.plan import Plan, Reference, Row, Smoke
 from experiments.report import DRAWERS, RENDERERS
+from experiments.reports import benchmarks
 from experiments.reports.experiment import Experiment
+from experiments.reports.markdown import escaped
+from tests.commands import ROOT
 
 TASKS = {
     "full-rank": ["5x5"],
@@ -278,3 +282,54 @@ def test_few_passes_are_compared_with_many_and_flows_with_the_recipe():
     assert f"| slow, 128 passes | 1.625 | {quickest}" in lines
     quickest = "levels, 12 passes | 4.00 | told, 12 passes | 1.00 |"
     assert f"| plain, 128 passes | 2.000 | {quickest}" in lines
+
+
+HOSTILE = (
+    "a | b <script>\n# `c` [d](http://e) ![f](g) $h$ &amp; _i_ **j** ~~k~~ {l}`m` www.n.o \\<p>"
+)
+
+
+LOOKED_UP = {"opponent", "size"}
+
+
+def hostile(value):
+    """The same with hostile texts behind all texts but those that records are found by."""
+    if isinstance(value, dict):
+        return {key: one if key in LOOKED_UP else hostile(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [*map(hostile, value)]
+    return f"{value}{HOSTILE}" if isinstance(value, str) else value
+
+
+@pytest.mark.parametrize("name", RENDERERS)
+def test_no_text_of_a_record_is_markdown(name):
+    made = experiment(name)
+    plain = RENDERERS[name](made.escaped())
+    texts = {"device": HOSTILE, "precision": HOSTILE, "budget": HOSTILE}
+    found = {
+        key: [replace(one, config=hostile(one.config), **texts) for one in records]
+        for key, records in made.records.items()
+    }
+    rendered = RENDERERS[name](replace(made, records=found).escaped())
+    assert _structure(rendered) == _structure(plain)
+
+
+def test_no_text_of_a_benchmark_is_markdown():
+    records = read_records(ROOT / "results/benchmarks")
+    texts = {"device": HOSTILE, "precision": HOSTILE}
+    found = [replace(one, config=hostile(one.config), **texts) for one in records]
+    one_device = [replace(one, device="CPU") for one in records]
+    assert _structure(benchmarks.render([*map(escaped, found)])) == _structure(
+        benchmarks.render([*map(escaped, one_device)])
+    )
+
+
+def _structure(rendered):
+    """What of a text is Markdown, line by line, without its code."""
+    before, *rest = rendered.split("```text\n")
+    parts = [before, *(part.partition("\n```")[2] for part in rest)]
+    return [
+        re.sub(r"[^|<>`*\[\]#$~\\_!{}]", "", re.sub("&#[0-9]+;", "", line))
+        for part in parts
+        for line in part.splitlines()
+    ]

@@ -389,16 +389,37 @@ class TestResume:
         rates = [rates[0] for rates in watch.rates]
         assert rates == pytest.approx([(10 - step) / 10 for step in range(4, 10)])
 
-    def test_running_means_of_another_shape_are_refused(self, tmp_path):
+    @pytest.mark.parametrize(
+        "means",
+        [
+            {"exp_avg_sq": torch.zeros(1)},
+            {"exp_avg": torch.zeros(())},
+            {"exp_avg": torch.zeros(2, 1000)},
+            {"exp_avg": torch.zeros(3, dtype=torch.long)},
+            {"exp_avg": torch.zeros(3, device="meta")},
+            {"exp_avg": torch.zeros(3).to_sparse()},
+            {"exp_avg": "text"},
+            {"step": torch.zeros(3)},
+            {"step": 3},
+            {"more": torch.zeros(3)},
+            {},
+        ],
+        ids=str,
+    )
+    def test_running_means_of_other_kinds_are_refused(self, means, tmp_path):
         path = tmp_path / "some.ckpt"
         run = trainer(tmp_path, steps=2, limit_val_batches=0)
         run.fit(Unigram(), loader(), loader(3))
         run.save_checkpoint(path)
         content = torch.load(path, weights_only=True)
-        content["optimizer_states"][0]["state"][0]["exp_avg_sq"] = torch.zeros(1)
+        state = content["optimizer_states"][0]["state"]
+        assert state[0]["exp_avg"].shape == (3,)
+        state[0] = {**state[0], **means} if means else {}
         torch.save(content, path)
         run = trainer(tmp_path, steps=4, limit_val_batches=0)
-        with pytest.raises(UserError, match=r"a running mean of shape \(1,\) for a parameter"):
+        with pytest.raises(
+            UserError, match=r"is damaged: its optimizer has .* of the shape \(3,\)"
+        ):
             run.fit(Unigram(), loader(), loader(3), ckpt_path=path)
 
 

@@ -479,6 +479,26 @@ def test_a_nest_is_refused():
 
 
 class TestData:
+    @pytest.mark.parametrize(
+        "source",
+        [
+            named("datamodules.HubText", path="a", data_files="b.txt"),
+            named("datamodules.HubText", path="a", data_files=["b.txt", "c.txt"]),
+            named("datamodules.HubText", path="a", data_files={"train": "b.txt"}),
+            named("datamodules.HubText", path="a", data_files={"train": ["b.txt", "c.txt"]}),
+            named("datamodules.LocalText", path=["a: b", "{c: d}"], separator=": "),
+        ],
+    )
+    def test_each_of_several_types_is_taken(self, source):
+        check_description(
+            StreamDataModule, put(("init_args", "source"), source, DATA), [], "some.ckpt"
+        )
+
+    @pytest.mark.parametrize("probabilities", [None, [0.5, 0.5], [[1, 2], [3, 4]]])
+    def test_lists_of_lists_are_taken(self, probabilities):
+        data = named("datamodules.FullRankDataModule", probabilities=probabilities)
+        check_description(StreamDataModule, data, [], "some.ckpt")
+
     def test_a_description_is_looked_through_and_nothing_is_made(self, folder):
         source = named("datamodules.LocalText", path="evil.yaml")
         data = put(("init_args", "source"), source, DATA)

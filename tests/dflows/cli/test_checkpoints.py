@@ -1,7 +1,5 @@
 """Checkpoints: whole or absent, and read without trust in what they name."""
 
-import random
-
 import pytest
 import torch
 
@@ -15,7 +13,7 @@ from dflows.cli.checkpoints import (
     read_checkpoint,
 )
 from dflows.errors import UserError
-from lightning_modules.checkpoints import KEY, read_content
+from lightning_modules.checkpoints import KEY
 from tests.commands import everything_in
 
 MODEL = {
@@ -42,6 +40,30 @@ class TestLoad:
     def test_weights_that_do_not_fit_are_refused(self):
         with pytest.raises(UserError, match=r"the weights in some\.ckpt do not fit the model"):
             load_model(checkpoint())
+
+    def test_another_vocabulary_is_refused(self):
+        other = CharacterVocabulary("abcd")
+        config = {"model": MODEL, "data": {}}
+        with pytest.raises(UserError, match=r"has 3 classes, and its vocabulary has 4"):
+            load_model(Checkpoint("some.ckpt", _weights(), config, other, 4))
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"flow.base.conditioner.head.bias": torch.zeros(7)},
+            {"flow.base.conditioner.head.bias": 3},
+            {"flow.base.conditioner.head.bias": "text"},
+            {"flow.base.conditioner.head.bias": None},
+            {"flow.base.conditioner.head.bias": torch.zeros(3, device="meta")},
+            {"more": torch.zeros(3)},
+            {3: torch.zeros(3)},
+        ],
+    )
+    def test_weights_of_other_kinds_are_refused(self, change):
+        found = checkpoint()
+        weights = {**_weights(), **change}
+        with pytest.raises(UserError, match=r"the weights in some\.ckpt do not fit the model"):
+            load_model(Checkpoint("some.ckpt", weights, found.config, VOCABULARY, 4))
 
     def test_the_configuration_is_left_as_it_is(self):
         found = checkpoint()
@@ -85,6 +107,8 @@ def _weights():
         {"format": 1, "config": {}, "vocabulary": 3, "length": 4},
         {"format": 1, "config": {}, "vocabulary": "{}", "length": 4.5},
         {"format": 1, "config": {}, "vocabulary": "[" * 100_000, "length": 4},
+        {"format": 1, "config": {"a": torch.zeros(1)}, "vocabulary": "{}", "length": 4},
+        {"format": 1, "config": {"a": [[0] * 1000] * 200}, "vocabulary": "{}", "length": 4},
     ],
 )
 def test_a_description_that_is_none_is_refused(described, tmp_path):
@@ -102,39 +126,6 @@ class TestWhole:
             WholeCheckpoints().save_checkpoint({"step": lambda: 2}, path)
         assert everything_in(tmp_path) == ["last.ckpt"]
         assert torch.load(path, weights_only=True) == {"step": 1}
-
-    @pytest.mark.parametrize("plain", [False, True], ids=["sealed", "of another writer"])
-    def test_a_flipped_bit_is_found_or_changes_nothing(self, plain, tmp_path):
-        path = tmp_path / "last.ckpt"
-        content = {"state_dict": {f"w{n}": torch.arange(100.0) + n for n in range(4)}}
-        if plain:
-            torch.save(content, path)
-        else:
-            WholeCheckpoints().save_checkpoint(content, path)
-        whole, draw, refused = path.read_bytes(), random.Random(0), 0
-        for _ in range(300):
-            place = draw.randrange(8 * len(whole))
-            flipped = bytearray(whole)
-            flipped[place // 8] ^= 1 << place % 8
-            path.write_bytes(flipped)
-            try:
-                found = read_content(path)["state_dict"]
-            except UserError:
-                refused += 1
-            else:
-                assert all(torch.equal(found[key], content["state_dict"][key]) for key in found)
-                assert found.keys() == content["state_dict"].keys()
-        # What is between the parts of an archive has no checksum but the seal.
-        assert refused > (100 if plain else 290)
-
-    def test_a_cut_file_is_refused_or_whole(self, tmp_path):
-        path = tmp_path / "last.ckpt"
-        WholeCheckpoints().save_checkpoint({"state_dict": {"w": torch.arange(100.0)}}, path)
-        whole = path.read_bytes()
-        for size in range(0, len(whole) - 30, 17):
-            path.write_bytes(whole[:size])
-            with pytest.raises(UserError, match="is damaged"):
-                read_content(path)
 
     def test_what_cannot_be_written_is_the_user_s_to_mend(self, tmp_path):
         (tmp_path / "last.ckpt").mkdir()
