@@ -125,7 +125,7 @@ class StreamDataModule(pl.LightningDataModule, ABC):
         self._known = _Place()
 
     @classmethod
-    def load_from_checkpoint(cls, *args: Any, **options: Any) -> Any:
+    def load_from_checkpoint(cls, *_: Any, **__: Any) -> Any:
         """Makes no data of a checkpoint.
 
         Lightning would import and call what the file names.
@@ -134,7 +134,7 @@ class StreamDataModule(pl.LightningDataModule, ABC):
             UserError: Always.
         """
         raise UserError(
-            f"a {cls.__name__} is made by its constructor, and a checkpoint is given to the trainer: "
+            f"a {cls.__name__} is made by its constructor, and the trainer reads its checkpoint: "
             "trainer.fit(module, datamodule=data, ckpt_path=path)"
         )
 
