@@ -101,7 +101,12 @@ class bounded(TorchFunctionMode):  # noqa: N801 - a context, like torch.no_grad
         kwargs = kwargs or {}
         if func in _MAKERS:
             options = {name: value for name, value in kwargs.items() if name != "generator"}
-            sized = func(*args, **{**options, "device": "meta"})
+            try:
+                sized = func(*args, **{**options, "device": "meta"})
+            except RuntimeError as error:
+                if "overflow" in str(error):
+                    raise UserError(f"{self._what} is beyond all memory: {self._remedy}") from None
+                raise
             self._bytes += sized.numel() * sized.element_size()
             self._number += 1
             check_memory(self._bytes, self._what, self._remedy)

@@ -73,7 +73,7 @@ def instantiate(
     with _refusing(path, base):
         check_plain(description, path)
         make = _Reader(allowed, path).read("", description, base)
-        with bounded("it", "give a checkpoint of a smaller model"):
+        with bounded("what it describes", "give a checkpoint of a smaller model"):
             made: T = make()
     return made
 

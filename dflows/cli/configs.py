@@ -35,6 +35,7 @@ from dflows.cli.summary import EXACT_STATES
 from dflows.cli.trainer import Trainer
 from dflows.cli.yaml_files import read_yaml
 from dflows.errors import UserError
+from dflows.memory import bounded
 from dflows.records import check_folder, check_name
 from lightning_modules import BaseModule
 from lightning_modules.checkpoints import load_weights
@@ -319,14 +320,16 @@ class FlowCLI(LightningCLI):
 
         Raises:
             UserError: If the model was given what it takes from the data, and other than theirs; or
-                the resumed checkpoint is of another vocabulary or model.
+                takes more than the memory; or the resumed checkpoint is of another vocabulary or
+                model.
         """
         asked = {
             f"{place}.{key}": self.config.get(f"{place}.{key}")
             for place in PLACES
             for key in LINKED
         }
-        super().instantiate_classes()
+        with bounded("what is made", "give smaller numbers"):
+            super().instantiate_classes()
         for place, value in asked.items():
             own = getattr(self.datamodule, place.rpartition(".")[2])
             if value not in (None, own):

@@ -52,6 +52,11 @@ class TestBounded:
         with bounded("the model", "give less"), pytest.raises(UserError, match=message):
             make()
 
+    @pytest.mark.parametrize("size", [10**10, 10**12])
+    def test_sizes_that_cannot_be_counted_are_refused(self, size):
+        with bounded("the model", "give less"), pytest.raises(UserError, match="beyond all memory"):
+            nn.Linear(size, size)
+
     def test_too_many_tensors_are_refused(self):
         with bounded("the model", "give less"), pytest.raises(UserError, match="than 20,000 ten"):
             [torch.empty(1) for _ in range(10**6)]
