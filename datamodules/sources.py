@@ -240,6 +240,8 @@ class LocalText(TextSource):
         for name in self._files[stream]:
             path = Path(name).expanduser()
             empty = True
+            if path.exists() and not (path.is_file() or path.is_dir()):
+                raise UserError(f"{name} is no file that can be read again: copy its text into one")
             try:
                 for origin, text in self._read(name, path):
                     empty = empty and not text

@@ -116,11 +116,13 @@ def read_checkpoint(
         )
     if described.get("format") != 1:
         raise UserError(
-            f"{path} has the format {described.get('format')}, and this dflows reads 1: use the "
-            "dflows that wrote it"
+            f"{path} has the format {str(described.get('format'))[:20]}, and this dflows reads 1: "
+            "use the dflows that wrote it"
         )
     config, text, length = (described.get(key) for key in ("config", "vocabulary", "length"))
-    if not (isinstance(config, dict) and isinstance(text, str) and type(length) is int):
+    if not (
+        isinstance(config, dict) and isinstance(text, str) and type(length) is int and length > 0
+    ):
         raise UserError(
             f"the description in {path} is damaged: give a checkpoint that `python -m dflows.fit` "
             "wrote"

@@ -38,7 +38,9 @@ _UNKNOWN = re.compile(r"not accept|unrecognized argument")
 
 
 def _joined(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    """Returns a message on one line, without what a terminal would obey."""
+    words = " ".join(str(error).split()) or type(error).__name__
+    return "".join(sign if sign.isprintable() else ascii(sign)[1:-1] for sign in words)
 
 
 def _keys_of(class_path: str, group: str) -> str:

@@ -169,6 +169,13 @@ class TestLocalErrors:
         with pytest.raises(UserError, match=r"a\.gz is cut off"):
             text_of(LocalText(path=str(path)))
 
+    def test_what_has_no_end_is_refused(self, tmp_path):
+        os.mkfifo(tmp_path / "pipe")
+        for name in (tmp_path / "pipe", "/dev/zero"):
+            source = LocalText(path=str(name))
+            with pytest.raises(UserError, match="is no file that can be read again: copy its text"):
+                next(source.pieces("all"))
+
     def test_gzip_damaged(self, tmp_path):
         path = tmp_path / "a.gz"
         packed = bytearray(gzip.compress(ODD.encode() * 50))

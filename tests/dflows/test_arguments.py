@@ -6,6 +6,10 @@ from dflows import flows, memory
 from dflows.arguments import check_dimensions, check_layers
 from dflows.backbones import LSTM, DilatedConvolution, LevelConvolution, Table, Transformer
 from dflows.errors import UserError
+from dflows.orderings import Strided
+from lightning_modules import FlowModule
+
+LANES = flows.language_model(3, 8, ordering=Strided(2))
 
 
 def test_what_can_be_made_passes():
@@ -25,6 +29,8 @@ def test_what_can_be_made_passes():
         (lambda many: Table(8, 3, many), "a Table with length 1,000,000,000 takes at least 8,0"),
         (lambda many: Table(8, many, 3), "rows, more than 10,000,000"),
         (lambda many: flows.language_model(3, many), "an event with length 1,000,000,000 takes"),
+        (lambda many: FlowModule(LANES).resize(length=many), "an event with length 1,000,000,000"),
+        (lambda many: FlowModule(LANES).resize(passes=many), "1000000000 levels were asked for"),
         (lambda many: flows.bipartite(3, many), "an event with length 1,000,000,000 takes"),
     ],
 )

@@ -106,6 +106,8 @@ def _weights():
         {"format": 1, "config": [], "vocabulary": "{}", "length": 4},
         {"format": 1, "config": {}, "vocabulary": 3, "length": 4},
         {"format": 1, "config": {}, "vocabulary": "{}", "length": 4.5},
+        {"format": 1, "config": {}, "vocabulary": "{}", "length": 0},
+        {"format": "2" * 1000},
         {"format": 1, "config": {}, "vocabulary": "[" * 100_000, "length": 4},
         {"format": 1, "config": {"a": torch.zeros(1)}, "vocabulary": "{}", "length": 4},
         {"format": 1, "config": {"a": [[0] * 1000] * 200}, "vocabulary": "{}", "length": 4},

@@ -361,3 +361,8 @@ class TestRunCommand:
         error = ValueError("does not validate")
         error.__cause__ = UserError("width is 0")
         assert one_line(error) == "width is 0"
+
+
+def test_a_message_has_nothing_that_a_terminal_obeys():
+    error = UserError("a\n b \x1b[2J \x9bc \u202e \ud800 é 漢")
+    assert one_line(error) == "a b \\x1b[2J \\x9bc \\u202e \\ud800 é 漢"
