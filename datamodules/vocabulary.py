@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from dflows.errors import UserError
-from dflows.files import atomic_write
+from dflows.files import make_folder, write_text
 from dflows.memory import check_memory
 
 __all__ = [
@@ -89,12 +89,15 @@ class Vocabulary(ABC):
         return self._join(classes)
 
     def save(self, folder: str | Path) -> Path:
-        """Writes tokenizer.json into a folder, whole or not at all, and returns its path."""
+        """Writes tokenizer.json into a folder, whole or not at all, and returns its path.
+
+        Raises:
+            UserError: If it cannot be written.
+        """
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         path = folder / FILE_NAME
-        with atomic_write(path) as unfinished:
-            unfinished.write_text(self.to_json(), encoding="utf-8")
+        write_text(path, self.to_json())
         return path
 
     def to_json(self) -> str:

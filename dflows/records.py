@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from dflows.errors import UserError
-from dflows.files import atomic_write
+from dflows.files import make_folder, write_text
 from dflows.provenance import revision, versions
 
 __all__ = [
@@ -354,22 +354,6 @@ class Record:
         return f"{self.name}-{self.seed}.json"
 
 
-def _write_whole(file: Path, text: str) -> None:
-    with (
-        atomic_write(file) as unfinished,
-        unfinished.open("x", encoding="utf-8", newline="\n") as stream,
-    ):
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    if os.name == "posix":  # elsewhere a folder cannot be opened
-        descriptor = os.open(file.parent, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def write_record(folder: str | os.PathLike[str], record: Record) -> Path:
     """Writes a record into a folder, which is made where it is missing.
 
@@ -389,11 +373,8 @@ def write_record(folder: str | os.PathLike[str], record: Record) -> Path:
     folder = Path(folder)
     file = folder / record.file_name
     text = json.dumps(asdict(record), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_whole(file, text)
-    except OSError as error:
-        raise UserError(f"cannot write the record {file}: {error.strerror or error}") from error
+    make_folder(folder)
+    write_text(file, text)
     return file
 
 

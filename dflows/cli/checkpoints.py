@@ -1,6 +1,7 @@
 """Checkpoints that say what they are: written whole, read without running what is in them."""
 
 import argparse
+import io
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pytorch_lightning.plugins.io import TorchCheckpointIO
 
 from datamodules.vocabulary import Vocabulary, parse_vocabulary
 from dflows.errors import UserError
+from dflows.files import atomic_write, make_folder
 from lightning_modules import BaseModule
 from lightning_modules.archives import seal
 from lightning_modules.checkpoints import KEY, load_weights, read_content
@@ -29,26 +31,42 @@ __all__ = [
 ]
 
 
+class _File(io.FileIO):
+    """Creates a file that remembers why it could not be written: torch does not tell."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Writes."""
+        try:
+            return super().write(data) or 0
+        except OSError as error:
+            self.error = error
+            raise
+
+
 class WholeCheckpoints(TorchCheckpointIO):
     """Creates the writer of checkpoints that are there whole or not at all, even after a crash."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
-        """Writes a temporary file and moves it into place."""
+        """Writes a temporary file and moves it into place.
+
+        Raises:
+            UserError: If it cannot be written.
+        """
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         # One name: what a killed run leaves is written over, and large files do not pile up.
-        unfinished = path.with_name(f".{path.name}.tmp")
-        try:
-            with unfinished.open("wb") as file:
-                torch.save(checkpoint, file)
+        with atomic_write(path, f".{path.name}.tmp") as unfinished:
+            raw = _File(unfinished, "wb")
+            try:
+                with io.BufferedWriter(raw) as file:
+                    torch.save(checkpoint, file)
+            except RuntimeError as error:
+                raise raw.error or error from None
             seal(unfinished)
-            unfinished.replace(path)
-        except OSError as error:
-            raise UserError(f"cannot write the checkpoint {path}: {error.strerror}") from error
-        finally:
-            unfinished.unlink(missing_ok=True)
 
     def load_checkpoint(
         self, path: str | os.PathLike[str], map_location: Any = None, weights_only: Any = None

@@ -15,6 +15,7 @@ from dflows.cli.checkpoints import (
 from dflows.errors import UserError
 from lightning_modules.checkpoints import KEY
 from tests.commands import everything_in
+from tests.disks import fill_disk
 
 MODEL = {
     "class_path": "lightning_modules.LanguageModel",
@@ -131,9 +132,24 @@ class TestWhole:
 
     def test_what_cannot_be_written_is_the_user_s_to_mend(self, tmp_path):
         (tmp_path / "last.ckpt").mkdir()
-        with pytest.raises(UserError, match="cannot write the checkpoint"):
+        with pytest.raises(UserError, match=r"cannot write .*last\.ckpt: Is a directory: a folder"):
             WholeCheckpoints().save_checkpoint({"step": 1}, tmp_path / "last.ckpt")
         assert everything_in(tmp_path) == ["last.ckpt"]
+
+    @pytest.mark.parametrize("written", [0, 1000, 5000])
+    def test_a_disk_that_fills_up_is_named_and_leaves_the_file_that_was_there(
+        self, tmp_path, monkeypatch, written
+    ):
+        path = tmp_path / "last.ckpt"
+        WholeCheckpoints().save_checkpoint({"step": 1}, path)
+        fill_disk(monkeypatch, written)
+        with pytest.raises(UserError, match=r"last\.ckpt: No space left on device: make room"):
+            WholeCheckpoints().save_checkpoint({"weights": torch.rand(10_000)}, path)
+        assert everything_in(tmp_path) == ["last.ckpt"]
+        assert torch.load(path, weights_only=True) == {"step": 1}
+        monkeypatch.undo()
+        WholeCheckpoints().save_checkpoint({"step": 2}, path)
+        assert torch.load(path, weights_only=True) == {"step": 2}
 
 
 @pytest.mark.parametrize(
