@@ -382,9 +382,9 @@ class StreamDataModule(pl.LightningDataModule, ABC):
         if batches < known.batches:
             return known  # the trainer has not taken up its count from a checkpoint yet
         row = known.row + (batches - known.batches) * self.batch_size * trainer.world_size
-        return _Place(
-            row, batches, 0 if progress["is_last_batch"] else progress["current"]["processed"]
-        )
+        begun = progress["total"]["ready"] > batches
+        ended = progress["is_last_batch"] and not begun
+        return _Place(row, batches, 0 if ended else progress["current"]["processed"])
 
     def _first_row(self) -> int:
         """Returns the row with which the training loader begins."""
@@ -424,8 +424,10 @@ class _TrainingLoader(DataLoader[Tensor]):
         self._length = length
 
     def __iter__(self) -> Iterator[Tensor]:  # type: ignore[override]
+        # The row is asked for with the first batch: an iterator may be older than the checkpoint
+        # that the trainer resumes from, where the length of an epoch is looked at before.
         self._batches.start_at(self._first_row())
-        return super().__iter__()
+        yield from super().__iter__()
 
     def __len__(self) -> int:
         if self._length is None:

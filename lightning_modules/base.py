@@ -78,6 +78,7 @@ class BaseModule(OptimizedModule, ABC):
         self._contexts: Tensor | None = None
         self._smoothed: Tensor | None = None
         self._seed = 0
+        self._before: tuple[int, dict[str, Any]] = (0, {})
 
     @abstractmethod
     def evaluate_objective(self, batch: Batch) -> Tensor:
@@ -268,7 +269,9 @@ class BaseModule(OptimizedModule, ABC):
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seeds what is drawn in this step."""
+        super().on_train_batch_start(batch, batch_idx)
         trainer = self.trainer
+        self._before = (trainer.fit_loop.total_batch_idx, self.training_state())
         draw = trainer.fit_loop.total_batch_idx * trainer.world_size + trainer.global_rank + 1
         torch.manual_seed((self._seed + 0x9E3779B97F4A7C15 * draw) % 2**63)
 
@@ -366,10 +369,20 @@ class BaseModule(OptimizedModule, ABC):
             NonFiniteError: If the training has diverged.
         """
         self._watch.check()
-        checkpoint["training"] = {"seed": self._seed, "train_bpc": self._smoothed}
+        super().on_save_checkpoint(checkpoint)
+        number, before = self._before
+        batches = self.trainer.fit_loop.epoch_loop.batch_progress.state_dict()["total"]
+        # A batch that fails is trained on again.
+        fails = batches["processed"] == number < batches["ready"]
+        checkpoint["training"] = before if fails else self.training_state()
+
+    def training_state(self) -> dict[str, Any]:
+        """Returns what training has changed in the module beside its parameters and buffers."""
+        return {"seed": self._seed, "train_bpc": self._smoothed}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes up what :meth:`on_save_checkpoint` added."""
+        super().on_load_checkpoint(checkpoint)
         state = checkpoint.get("training", {})
         self._seed = state.get("seed", self._seed)
         self._smoothed = state.get("train_bpc")

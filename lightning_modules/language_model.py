@@ -187,10 +187,8 @@ class LanguageModel(TextModule):
         ]
         return logits
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what a resumed run needs to repeat the uninterrupted one."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["training"]["states"] = self._gathered
+    def training_state(self) -> dict[str, Any]:
+        return {**super().training_state(), "states": self._gathered}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes up what :meth:`on_save_checkpoint` added."""

@@ -56,15 +56,15 @@ class Optimization:
             ("learning_rate", self.learning_rate),
             ("base_learning_rate", self.base_learning_rate),
         ):
-            if value is not None and not value > 0:
+            if value is not None and not 0 < value < math.inf:
                 raise UserError(f"optimization.{name} is {value}: give a positive number")
         for name, value in (
             ("weight_decay", self.weight_decay),
             ("warmup_steps", self.warmup_steps),
             ("hold_base_steps", self.hold_base_steps),
         ):
-            if value < 0:
-                raise UserError(f"optimization.{name} is {value}: give at least 0")
+            if not 0 <= value < math.inf:
+                raise UserError(f"optimization.{name} is {value}: give a number of at least 0")
         if self.cycles < 1:
             raise UserError(f"optimization.cycles is {self.cycles}: give at least 1")
         if not all(0 <= beta < 1 for beta in self.betas):

@@ -38,6 +38,7 @@ class OptimizedModule(pl.LightningModule):
         self._watch = FiniteWatch()
         self._roles: list[tuple[bool, bool]] = []
         self._rates_changed = False
+        self._gradients: dict[str, Tensor] = {}
 
     def base_parameters(self) -> Iterable[nn.Parameter]:
         """Returns the parameters that have `base_learning_rate` and are held at first."""
@@ -171,6 +172,33 @@ class OptimizedModule(pl.LightningModule):
             self._rates_changed = False
             for schedule in self._schedules():
                 schedule.apply()
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds gradients that wait for those of more batches, of each process."""
+        trainer = self.trainer
+        batches = trainer.fit_loop.epoch_loop.batch_progress.state_dict()
+        waiting = batches["current"]["processed"] % trainer.accumulate_grad_batches
+        if waiting and not batches["is_last_batch"]:
+            alone = trainer.world_size == 1
+            checkpoint["gradients"] = {
+                name: parameter.grad.unsqueeze(0) if alone else self.all_gather(parameter.grad)
+                for name, parameter in self.named_parameters()
+                if parameter.grad is not None
+            }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Takes up what :meth:`on_save_checkpoint` added."""
+        self._gradients = checkpoint.get("gradients", {})
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Gives the parameters of a resumed run the gradients that waited."""
+        for name, parts in self._gradients.items():
+            # Those of all processes are averaged before the step.
+            whole = len(parts) == self.trainer.world_size
+            gradient = parts[self.global_rank] if whole else parts.mean(dim=0)
+            parameter = self.get_parameter(name)
+            parameter.grad = gradient.to(parameter)
+        self._gradients = {}
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Holds the base in the first steps."""

@@ -84,6 +84,9 @@ class TestOptimization:
         [
             ("learning_rate", 0.0),
             ("learning_rate", float("nan")),
+            ("learning_rate", float("inf")),
+            ("weight_decay", float("nan")),
+            ("weight_decay", float("inf")),
             ("base_learning_rate", -1.0),
             ("weight_decay", -0.1),
             ("warmup_steps", -1),
