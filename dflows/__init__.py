@@ -1,5 +1,10 @@
 """Discrete normalizing flows: exact-likelihood generative models of discrete data."""
 
+# ruff: noqa: E402 - before the imports that take seconds
+from dflows.starting import interruptible
+
+interruptible()
+
 from dflows import flows
 from dflows.bases import AutoregressiveBase, FactorizedBase, NGramBase
 from dflows.conditioner import Conditioner

@@ -1,9 +1,10 @@
 """Configurations: shipped ones found by their bare names, and dflows' own defaults."""
 
 import argparse
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from importlib.resources import as_file, files
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -13,24 +14,20 @@ import pytorch_lightning as pl
 import yaml
 from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt
+from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from pytorch_lightning.callbacks import ProgressBar as AnyProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
-from pytorch_lightning.loggers import TensorBoardLogger
 from pytorch_lightning.plugins import CheckpointIO
 
 from datamodules.module import StreamDataModule
-from dflows.cli.callbacks import (
-    BestCheckpoint,
-    Certificates,
-    LastCheckpoint,
-    RunFolder,
-    SaveRun,
-    Stopwatch,
-    plain_config,
-)
+from dflows.cli.callbacks import Certificates, SaveRun, Stopwatch, plain_config
 from dflows.cli.checkpoints import Checkpoint, WholeCheckpoints, read_checkpoint
+from dflows.cli.folders import RunFolder
 from dflows.cli.progress import ProgressBar, ProgressLines
 from dflows.cli.recording import below_here
+from dflows.cli.saving import BestCheckpoint, LastCheckpoint
+from dflows.cli.slurm import environment, run_of_job
+from dflows.cli.stopping import StopBetweenSteps
 from dflows.cli.summary import EXACT_STATES
 from dflows.cli.trainer import Trainer
 from dflows.cli.yaml_files import read_yaml
@@ -175,6 +172,18 @@ def _folder_of_run(checkpoint: Path) -> Path | None:
     return folder if whole else None
 
 
+def _numbers(value: Any, key: str) -> Iterator[tuple[str, float]]:
+    """Yields the numbers in a configuration that have a fraction, with their keys."""
+    if isinstance(value, float):
+        yield key, value
+    elif isinstance(value, (Namespace, dict)):
+        for name, entry in (vars(value) if isinstance(value, Namespace) else value).items():
+            yield from _numbers(entry, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, (list, tuple)):
+        for number, entry in enumerate(value):
+            yield from _numbers(entry, f"{key}.{number}")
+
+
 class Parser(LightningArgumentParser):
     """Creates a parser that takes whole names, and raises errors where others print their usage."""
 
@@ -195,10 +204,12 @@ class FlowCLI(LightningCLI):
     Args:
         arguments: The arguments of the command. Processes that Lightning starts read `sys.argv`,
             which must hold them too.
+        stop: What listens to signals.
     """
 
-    def __init__(self, arguments: Sequence[str]) -> None:
+    def __init__(self, arguments: Sequence[str], stop: StopBetweenSteps | None = None) -> None:
         self.arguments = list(arguments)
+        self.stop = stop or StopBetweenSteps()
         program, *given = sys.argv
         with resolved_arguments(self.arguments) as resolved:
             # LightningCLI takes arguments from there alone without a warning.
@@ -272,11 +283,14 @@ class FlowCLI(LightningCLI):
         logger = config.trainer.logger
         own = isinstance(logger, Namespace) and str(logger.class_path).endswith("TensorBoardLogger")
         self._resumed: Checkpoint | None = None
-        self._resumed_folder = folder = None
+        self._resumed_folder = folder = run_of_job(self._parent_of_runs(), self.arguments)
+        if folder is not None:
+            last = folder / f"{config.last_checkpoint.filename}.ckpt"
+            config.ckpt_path = str(last) if last.is_file() else config.ckpt_path
         if config.ckpt_path is not None:
             self._resumed = read_checkpoint(config.ckpt_path, ("last.ckpt", "best.ckpt"))
             config.ckpt_path = str(self._resumed.path)
-            self._resumed_folder = folder = _folder_of_run(self._resumed.path)
+            self._resumed_folder = folder = folder or _folder_of_run(self._resumed.path)
             self._check_seed(self._resumed)
         if own and folder is not None:
             logger.init_args.save_dir = str(below_here(folder.parents[1]))
@@ -284,6 +298,13 @@ class FlowCLI(LightningCLI):
             logger.init_args.version = folder.name
         elif isinstance(logger, Namespace) and logger.get("init_args.name", "") is None:
             logger.init_args.name = config.name
+
+    def _parent_of_runs(self) -> Path:
+        """Returns a folder that all runs of the logger lie in."""
+        trainer = self.config.trainer
+        logger = trainer.logger if isinstance(trainer.logger, Namespace) else Namespace()
+        given = logger.get("init_args.save_dir")
+        return Path(given or Path(trainer.default_root_dir or "") / "runs")
 
     def _check_config(self) -> None:
         """Refuses what would spoil a run when it is over."""
@@ -301,6 +322,23 @@ class FlowCLI(LightningCLI):
                 "trainer.enable_checkpointing is false, and the best checkpoint is what is tested: "
                 "leave it away, and set last_checkpoint.every_n_train_steps to write fewer"
             )
+
+        for key in ("best_checkpoint.filename", "last_checkpoint.filename"):
+            name = config.get(key)
+            if name != Path(name).name:
+                raise UserError(f"{key} is {name!r}: give a name; dirpath is for another folder")
+        loggers = config.trainer.logger
+        for logger in loggers if isinstance(loggers, list) else [loggers]:
+            for key in ("name", "version", "sub_dir"):
+                name = logger.get(f"init_args.{key}") if isinstance(logger, Namespace) else None
+                if isinstance(name, str) and (".." in Path(name).parts or Path(name).is_absolute()):
+                    raise UserError(
+                        f"trainer.logger.init_args.{key} is {name!r}, which leaves the folder of "
+                        "all runs: give a name, and the folder as save_dir"
+                    )
+        for key, value in _numbers(config, ""):
+            if math.isnan(value):
+                raise UserError(f"{key} is not a number ({value}): give one")
 
     def _check_seed(self, resumed: Checkpoint) -> None:
         """Refuses another seed, which could not be applied: random states are resumed."""
@@ -348,13 +386,17 @@ class FlowCLI(LightningCLI):
         plugins = list(plugins) if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(WholeCheckpoints())
+        job = environment()
+        if job is not None and not any(isinstance(entry, ClusterEnvironment) for entry in plugins):
+            plugins.append(job)
         self._drop_progress_bar()
         trainer = super().instantiate_trainer(plugins=plugins, **kwargs)
         self.stopwatch = Stopwatch()
         given = self.config.ckpt_path
         checkpoint = None if given is None else Path(given)
-        self.folder = RunFolder(self.config.name, self._resumed_folder, checkpoint)
-        trainer.callbacks[:0] = [self.folder, Certificates(), self.stopwatch]  # type: ignore[attr-defined]
+        self.folder = RunFolder(self.config.name, self._resumed_folder, checkpoint, self.arguments)
+        first = [self.stop, self.folder, Certificates(), self.stopwatch]
+        trainer.callbacks[:0] = first  # type: ignore[attr-defined]
         return trainer
 
     def _drop_progress_bar(self) -> None:
@@ -368,25 +410,6 @@ class FlowCLI(LightningCLI):
         if settings.enable_progress_bar is False:
             unwanted = ["progress_bar", "progress_lines"]
         self.parser.callback_keys = [key for key in keys if key not in unwanted]
-
-    def forget_unused_folder(self) -> None:
-        """Removes the folder of a run that failed before its first step.
-
-        Lightning's loggers open their files before anything is checked.
-        """
-        logger = self.trainer.logger
-        if not self.trainer.is_global_zero or not isinstance(logger, TensorBoardLogger):
-            return
-        folder = Path(logger.log_dir)
-        files = list(folder.iterdir()) if folder.is_dir() else []
-        opened = ("events.out.", "hparams.yaml")
-        if any(file.is_dir() or not file.name.startswith(opened) for file in files):
-            return
-        for file in files:
-            file.unlink()
-        with suppress(OSError):  # as far as they are empty
-            for empty in (folder, *folder.parents[:2]):
-                empty.rmdir()
 
     def resolved_config(self) -> dict[str, Any]:
         """Returns the resolved configuration in plain types."""

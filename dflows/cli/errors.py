@@ -12,7 +12,10 @@ from importlib import import_module
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.exceptions import SIGTERMException
 
+from dflows.cli.output import plain_output
+from dflows.cli.slurm import RequeueRequest
 from dflows.errors import UserError, chain_of
+from dflows.starting import started
 
 __all__ = ["DEBUG", "one_line", "run_command"]
 
@@ -21,6 +24,7 @@ DEBUG = "DFLOWS_DEBUG"
 
 USAGE, FAILURE = 2, 1
 INTERRUPTED, TERMINATED = 128 + signal.SIGINT, 128 + signal.SIGTERM
+REQUEUED = 128 + signal.SIGUSR1
 
 _KEY = re.compile(r'Parser key "([^"]+)"')
 _CLASS = re.compile(r"Problem with given class_path '([^']+)'")
@@ -99,8 +103,10 @@ def run_command(main: Callable[[], None]) -> int:
 
     Returns:
         The exit code: 0; 2 for arguments and configurations that cannot be read; 1 for everything
-        else that failed; 130 and 143 for interruptions.
+        else that failed; 130, 143 and 138 for signals that interrupt, terminate and requeue it.
     """
+    plain_output()
+    started()
     if os.environ.get(DEBUG) == "1":
         main()
         return 0
@@ -109,16 +115,20 @@ def run_command(main: Callable[[], None]) -> int:
     except argparse.ArgumentError as error:
         of_user = any(isinstance(cause, UserError) for cause in chain_of(error))
         return _fail(one_line(error), FAILURE if of_user else USAGE)
-    except KeyboardInterrupt:
-        return _fail("interrupted", INTERRUPTED)
-    except SIGTERMException:
-        return _fail("terminated: --ckpt_path with the last.ckpt of the run resumes it", TERMINATED)
+    except KeyboardInterrupt as error:
+        return _fail(_with_notes("interrupted", error), INTERRUPTED)
+    except SIGTERMException as error:
+        return _fail(_with_notes("terminated", error), TERMINATED)
+    except RequeueRequest as error:
+        return _fail(_with_notes("the time of the job is up", error), REQUEUED)
+    except BrokenPipeError:
+        return _fail("the output was closed before all was printed", FAILURE)
     except SystemExit as stop:
         return _exit_code(stop)
     except Exception as error:  # noqa: BLE001 - the last resort: the message, and how to see more
         known = any(isinstance(cause, UserError) for cause in chain_of(error))
         if known or isinstance(error, MisconfigurationException):
-            return _fail(one_line(error), FAILURE)
+            return _fail(_with_notes(one_line(error), error), FAILURE)
         message = f"{type(error).__name__}: {one_line(error)} (set {DEBUG}=1 to see where)"
         return _fail(message, FAILURE)
     return 0
@@ -127,16 +137,21 @@ def run_command(main: Callable[[], None]) -> int:
 def _exit_code(stop: SystemExit) -> int:
     # Lightning leaves by SystemExit when it is interrupted.
     if any(isinstance(cause, KeyboardInterrupt) for cause in chain_of(stop)):
-        return _fail(
-            "interrupted: --ckpt_path with the last.ckpt of the run resumes it", INTERRUPTED
-        )
+        return _fail(_with_notes("interrupted", stop), INTERRUPTED)
     return stop.code if isinstance(stop.code, int) else int(bool(stop.code))
 
 
+def _with_notes(message: str, error: BaseException) -> str:
+    """Adds what a command has noted of an error: how its run is resumed."""
+    notes = [note for cause in chain_of(error) for note in getattr(cause, "__notes__", ())]
+    return ": ".join([message, *notes[:1]])
+
+
 def _fail(message: str, code: int) -> int:
-    rank = os.environ.get("RANK") or os.environ.get("LOCAL_RANK", "0")
+    ranks = (os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+    rank = next((rank for rank in ranks if rank), "0")
     place = "" if rank == "0" else f" in process {rank}"
     # A signal stops all processes, and one tells of it.
-    if rank == "0" or code not in (INTERRUPTED, TERMINATED):
+    if rank == "0" or code not in (INTERRUPTED, TERMINATED, REQUEUED):
         print(f"error{place}: {message}", file=sys.stderr, flush=True)
     return code

@@ -4,10 +4,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from dflows.cli.callbacks import BestCheckpoint
 from dflows.cli.configs import FlowCLI
 from dflows.cli.noise import quiet
-from dflows.cli.recording import make_record
+from dflows.cli.output import patient_output
+from dflows.cli.recording import below_here, make_record, write_records
+from dflows.cli.saving import BestCheckpoint, LastCheckpoint
+from dflows.cli.slurm import RequeueRequest, requeue
+from dflows.cli.stopping import StopBetweenSteps
 from dflows.cli.summary import (
     end_processes,
     generate_samples,
@@ -18,8 +21,8 @@ from dflows.cli.summary import (
     trainer_device,
 )
 from dflows.errors import UserError
+from dflows.files import named, unwritable
 from dflows.provenance import describe_device, revision
-from dflows.records import write_record
 
 __all__ = ["fit"]
 
@@ -32,19 +35,67 @@ def fit(arguments: Sequence[str]) -> None:
             processes train.
 
     Raises:
-        UserError: If the settings cannot be honoured.
+        UserError: If the settings cannot be honoured, or a file cannot be written.
+        RequeueRequest: If SLURM said that the time of the job is up, and starts it again.
     """
     begin, code = time.perf_counter(), revision()
     quiet()
     if not arguments:
         raise UserError("nothing is given to fit: add --config quickstart.yaml, or another")
-    cli = FlowCLI(arguments)
+    stop = StopBetweenSteps()
+    with stop.listening(), patient_output():
+        cli = FlowCLI(arguments, stop)
+        try:
+            cli.folder.claim(cli.trainer)
+            cli.trainer.fit(
+                cli.model,
+                datamodule=cli.datamodule,
+                ckpt_path=cli.config.ckpt_path,
+                weights_only=True,
+            )
+            _judge(cli, code, begin)
+        except BaseException as error:
+            _note(error, cli)
+            raise
+        finally:
+            cli.folder.leave()
+
+
+def _note(error: BaseException, cli: FlowCLI) -> None:
+    """Notes how the run of an error goes on.
+
+    Raises:
+        UserError: If a file could not be written, and the error does not say which.
+    """
+    last = next(
+        entry for entry in cli.trainer.checkpoint_callbacks if isinstance(entry, LastCheckpoint)
+    )
+    kept = last.best_model_path
+    resumable = bool(kept) and Path(kept).is_file()
+    note = f"--ckpt_path {below_here(Path(kept))} resumes it" if resumable else ""
+    if isinstance(error, RequeueRequest):
+        if cli.trainer.is_global_zero and cli.folder.path is not None:
+            note = f"job {requeue()} is requeued, and goes on in {below_here(cli.folder.path)}"
+    elif isinstance(error, OSError) and unwritable(error):
+        raise named(error.filename or cli.folder.path or "the run", error) from error
+    elif isinstance(error, Exception) and not isinstance(error.__cause__, OSError):
+        return
+    if note:
+        error.add_note(note)
+
+
+def _judge(cli: FlowCLI, code: str, begin: float) -> None:
+    """Evaluates the best checkpoint, and records and prints what it is worth.
+
+    Args:
+        cli: The run, which is trained.
+        code: The revision when it began.
+        begin: The time then.
+
+    Raises:
+        UserError: If the best checkpoint is gone, or the record cannot be written.
+    """
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
-    try:
-        trainer.fit(module, datamodule=data, ckpt_path=cli.config.ckpt_path, weights_only=True)
-    except BaseException:
-        cli.forget_unused_folder()
-        raise
     best = next(
         entry for entry in trainer.checkpoint_callbacks if isinstance(entry, BestCheckpoint)
     )
@@ -65,30 +116,31 @@ def fit(arguments: Sequence[str]) -> None:
         ):
             splits.append(split)
     end_processes()
-    if trainer.is_global_zero:
-        # The trainer puts a module back into the mode that it found it in, which is training's.
-        module.to(trainer_device(trainer)).eval()
-        console = stdout_console()
-        exact_states = cli.config.exact_states
-        report = judge(module, data, splits, cli.stopwatch, steps=steps, exact_states=exact_states)
-        device = describe_device(trainer_device(trainer), trainer.world_size)
-        report.row("precision of training", trainer.precision, device)
-        report += module.report_generation(data.length)
-        samples = generate_samples(module, data, cli.config.seed_everything or 0)
-        report += data.report_samples(samples)
-        title = f"{cli.config.name}, {best.best_model_path or 'not saved'}"
-        print_report(report, console, title)
-        print_samples(console, samples)
-        record = make_record(
-            trainer,
-            report,
-            name=cli.config.name,
-            kind="fit",
-            config=cli.resolved_config(),
-            code=code,
-            seconds=time.perf_counter() - begin,
-            budget=cli.config.budget,
-        )
-        for folder in (cli.folder.path, cli.config.record):
-            if folder is not None:
-                console.print(f"record: {write_record(folder, record)}", highlight=False)
+    if not trainer.is_global_zero:
+        return
+    # The trainer puts a module back into the mode that it found it in, which is training's.
+    module.to(trainer_device(trainer)).eval()
+    exact_states = cli.config.exact_states
+    report = judge(module, data, splits, cli.stopwatch, steps=steps, exact_states=exact_states)
+    device = describe_device(trainer_device(trainer), trainer.world_size)
+    report.row("precision of training", trainer.precision, device)
+    report += module.report_generation(data.length)
+    samples = generate_samples(module, data, cli.config.seed_everything or 0)
+    report += data.report_samples(samples)
+    record = make_record(
+        trainer,
+        report,
+        name=cli.config.name,
+        kind="fit",
+        config=cli.resolved_config(),
+        code=code,
+        seconds=time.perf_counter() - begin,
+        budget=cli.config.budget,
+    )
+    # First what lasts: what prints may end.
+    written = write_records((cli.folder.path, cli.config.record), record)
+    console = stdout_console()
+    print_report(report, console, f"{cli.config.name}, {best.best_model_path or 'not saved'}")
+    print_samples(console, samples)
+    for file in written:
+        console.print(f"record: {file}", highlight=False)

@@ -1,18 +1,19 @@
 """The record of a finished run, in which no path of the machine is left."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 
 from dflows.cli.summary import trainer_device
+from dflows.errors import UserError
 from dflows.provenance import describe_device
-from dflows.records import Record
+from dflows.records import Record, write_record
 from dflows.reporting import Report
 from lightning_modules import BaseModule
 
-__all__ = ["below_here", "make_record", "without_machine"]
+__all__ = ["below_here", "make_record", "without_machine", "write_records"]
 
 OF_THE_COMMAND = ("ckpt_path", "record")
 """Keys that say where a command read and wrote, and nothing of what it ran."""
@@ -96,3 +97,29 @@ def make_record(
         budget=budget,
         revision=code,
     )
+
+
+def write_records(folders: Iterable[Path | str | None], record: Record) -> list[Path]:
+    """Writes a record into folders, as many as can be written into.
+
+    Args:
+        folders: The folders; what is no folder is left out.
+        record: The record.
+
+    Returns:
+        The files.
+
+    Raises:
+        UserError: If one could not be written, when the others are.
+    """
+    written, failed = [], []
+    for folder in folders:
+        if folder is not None:
+            try:
+                written.append(write_record(folder, record))
+            except UserError as error:
+                failed.append(error)
+    if failed:
+        kept = f"; the record is in {written[0]}" if written else ""
+        raise UserError(f"{failed[0]}{kept}") from failed[0]
+    return written

@@ -28,6 +28,8 @@ from pytorch_lightning.utilities.exceptions import SIGTERMException
 from torch import distributed
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
+from dflows.cli.slurm import RequeueRequest
+
 __all__ = ["SignalConnector", "Together", "join", "stops_together"]
 
 LOOK_SECONDS = 1.0
@@ -64,6 +66,14 @@ class SignalConnector(_SignalConnector):
             self.received_sigterm = True
 
     def _note(self, signum: int, _: FrameType | None) -> None:
+        self.note(signum)
+
+    def note(self, signum: int) -> None:
+        """Notes a signal, which all processes will stop for.
+
+        Raises:
+            KeyboardInterrupt: If there was one before, and this interrupts.
+        """
         if self.noted is not None and signum == signal.SIGINT:
             raise KeyboardInterrupt  # the user does not want to wait
         self.noted = signum
@@ -124,12 +134,15 @@ class Together(Callback):
         Raises:
             KeyboardInterrupt: If one was interrupted, in all processes.
             SIGTERMException: If one is to terminate, likewise.
+            RequeueRequest: If the time of the job is up.
         """
         noted = torch.tensor([self._signals.noted or 0], device=self._trainer.strategy.root_device)
         distributed.all_reduce(noted, distributed.ReduceOp.MAX)
         if signum := int(noted):
             self.agreed = True
-            raise KeyboardInterrupt if signum == signal.SIGINT else SIGTERMException
+            raise {signal.SIGINT: KeyboardInterrupt, signal.SIGUSR1: RequeueRequest}.get(
+                signum, SIGTERMException
+            )
 
     def on_validation_batch_end(self, *_: Any) -> None:
         """Leaves a validation where there was a signal; the others are on their way, too."""

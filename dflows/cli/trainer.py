@@ -5,8 +5,11 @@ from typing import Any, Literal, TypeAlias
 import pytorch_lightning as pl
 from jsonargparse.typing import PositiveFloat
 from pytorch_lightning.accelerators import Accelerator
+from pytorch_lightning.trainer.connectors.checkpoint_connector import _CheckpointConnector
 
+from dflows.cli.loops import FitLoop
 from dflows.cli.together import join
+from dflows.errors import UserError
 from dflows.precision import trainer_precision
 
 __all__ = ["Trainer"]
@@ -29,6 +32,29 @@ Name: TypeAlias = Literal[
 ]
 
 
+class _Checkpoints(_CheckpointConnector):
+    """Creates what reads the checkpoints that it is given, and no others.
+
+    In a job of SLURM Lightning's takes any `hpc_ckpt_N.ckpt` in the working folder, whosever it is,
+    before all that is trained, validated or tested.
+    """
+
+    _hpc_resume_path = None
+
+
+LEAST = {
+    "accumulate_grad_batches": 1,
+    "check_val_every_n_epoch": 1,
+    "gradient_clip_val": 0,
+    "limit_train_batches": 0,
+    "log_every_n_steps": 1,
+    "min_steps": 0,
+    "num_sanity_val_steps": -1,
+    "val_check_interval": 0,
+}
+"""What numbers must be at least, where Lightning does not look."""
+
+
 class Trainer(pl.Trainer):
     """Creates Lightning's trainer, which may choose its precision.
 
@@ -39,6 +65,9 @@ class Trainer(pl.Trainer):
         collective_timeout: Seconds that a process waits for the others in any one place, such as
             the sum of gradients, before it takes them to be gone.
         kwargs: Lightning's other arguments.
+
+    Raises:
+        UserError: If a number is one that Lightning would divide by 0 with, or misread.
     """
 
     def __init__(
@@ -49,7 +78,20 @@ class Trainer(pl.Trainer):
         collective_timeout: PositiveFloat = 1800.0,
         **kwargs: Any,
     ) -> None:
+        for key, least in LEAST.items():
+            value = kwargs.get(key)
+            if isinstance(value, (int, float)) and not value >= least:
+                raise UserError(f"trainer.{key} is {value}: give at least {least}")
+        if kwargs.get("val_check_interval") == 0:
+            raise UserError(
+                "trainer.val_check_interval is 0: give the batches from one validation to the "
+                "next, or set limit_val_batches to 0 for none"
+            )
         if precision == "auto":
             precision = trainer_precision(accelerator)
         super().__init__(accelerator=accelerator, precision=precision, **kwargs)
         join(self, collective_timeout)
+        self._checkpoint_connector = _Checkpoints(self)
+        given = self.fit_loop
+        self.fit_loop = FitLoop(self, min_epochs=given.min_epochs, max_epochs=given.max_epochs)
+        self.fit_loop.epoch_loop = given.epoch_loop

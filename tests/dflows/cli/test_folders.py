@@ -1,0 +1,77 @@
+"""The folder of a run: no two runs share one."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from dflows.cli.folders import RunFolder, new_version
+from dflows.errors import UserError
+from tests.commands import environment, everything_in
+from tests.training import trainer as make_trainer
+
+
+def test_versions_go_on_from_the_greatest(tmp_path):
+    for name in ("version_0", "version_7", "version_x", "other"):
+        (tmp_path / name).mkdir()
+    assert [new_version(tmp_path).name for _ in range(2)] == ["version_8", "version_9"]
+
+
+def test_processes_that_begin_at_once_have_a_folder_each(tmp_path):
+    script = (
+        "import sys; from pathlib import Path; from dflows.cli.folders import new_version\n"
+        "sys.stdin.readline()\n"
+        "for _ in range(50): print(new_version(Path(sys.argv[1])).name)\n"
+    )
+    line = [sys.executable, "-c", script, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    started = [subprocess.Popen(line, env=environment(), **pipes) for _ in range(2)]
+    found = [name for process in started for name in process.communicate("\n")[0].split()]
+    assert len(set(found)) == len(found) == 100
+
+
+def claimed(tmp_path, **options):
+    folder = RunFolder("small", **options)
+    folder.claim(make_trainer(tmp_path))
+    return folder
+
+
+HOLD = (
+    "import sys; from pathlib import Path; from dflows.cli.folders import RunFolder\n"
+    "from tests.training import trainer\n"
+    "folder = RunFolder('small', Path(sys.argv[1]))\n"
+    "folder.claim(trainer(sys.argv[1])); print('held', flush=True); sys.stdin.read()\n"
+)
+
+
+def test_a_folder_that_another_run_is_at_work_in_is_refused_until_that_is_gone(tmp_path):
+    folder = tmp_path / "version_0"
+    folder.mkdir()
+    line = [sys.executable, "-c", HOLD, str(folder)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    other = subprocess.Popen(line, env=environment(), **pipes)
+    assert other.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=rf"process {other.pid} on .*is at work in {folder}: wait"):
+        claimed(tmp_path, resumed=folder)
+    other.kill()
+    other.communicate()
+    (folder / "last.ckpt").touch()
+    claimed(tmp_path, resumed=folder).leave()
+    assert everything_in(tmp_path) == ["version_0", "version_0/last.ckpt"]
+
+
+def test_an_unused_folder_is_removed_and_a_used_one_is_not(tmp_path):
+    claimed(tmp_path).leave()
+    assert everything_in(tmp_path) == []
+    folder = claimed(tmp_path)
+    (folder.path / "config.yaml").touch()
+    folder.leave()
+    assert everything_in(tmp_path / "runs" / "small") == ["version_0", "version_0/config.yaml"]
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="the superuser may write everywhere")
+def test_a_folder_that_cannot_be_written_in_is_named(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(UserError, match="Permission denied: give a folder that can be written in"):
+        claimed(tmp_path)
