@@ -49,8 +49,11 @@ class FitLoop(_FitLoop):
         return batches["ready"] == batches["processed"] and self._validation_is_due()
 
     def _validation_is_due(self) -> bool:
-        fetcher = self._data_fetcher
-        return fetcher is not None and self.epoch_loop._should_check_val_fx(fetcher)
+        """Says whether Lightning validates after the batch that it counts as the last, if ever."""
+        epochs = self.epoch_progress.state_dict()["current"]
+        if epochs["processed"] >= epochs["started"] or self._data_fetcher is None:
+            return False  # the epoch is over, and the next has no batch yet
+        return self.epoch_loop._should_check_val_fx(self._data_fetcher)
 
     def state_dict(self, destination: Any = None, prefix: str = "") -> dict[str, Any]:
         """Returns the state after the batches that are done."""

@@ -10,6 +10,7 @@ from typing import Any, cast
 import pytorch_lightning as pl
 from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from pytorch_lightning.callbacks import Callback
+from torch import distributed
 
 from dflows.cli.slurm import RequeueRequest
 from dflows.cli.together import SignalConnector
@@ -55,8 +56,10 @@ class StopBetweenSteps(Callback):
     def _hear(self, number: int, frame: FrameType | None) -> None:
         if self._ending:
             return
-        if self._trainer is not None and self._trainer.world_size > 1:
-            cast("SignalConnector", self._trainer._signal_connector).note(number)
+        trainer = self._trainer
+        several = distributed.is_initialized() and number == signal.SIGUSR1
+        if several and trainer is not None:
+            cast("SignalConnector", trainer._signal_connector).note(number)
         elif self._training and not self._asked:
             self._asked = number
         elif number == signal.SIGINT or not self._training:

@@ -140,9 +140,9 @@ class Together(Callback):
         distributed.all_reduce(noted, distributed.ReduceOp.MAX)
         if signum := int(noted):
             self.agreed = True
-            raise {signal.SIGINT: KeyboardInterrupt, signal.SIGUSR1: RequeueRequest}.get(
-                signum, SIGTERMException
-            )
+            if signum == signal.SIGUSR1:
+                raise RequeueRequest
+            raise KeyboardInterrupt if signum == signal.SIGINT else SIGTERMException
 
     def on_validation_batch_end(self, *_: Any) -> None:
         """Leaves a validation where there was a signal; the others are on their way, too."""

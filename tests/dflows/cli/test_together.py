@@ -20,8 +20,8 @@ CODES = {"raised": 1, "killed": 1, "terminated": 143, "interrupted": 130}
 LINES = {
     "raised": "RuntimeError: the loader broke",
     "killed": "another process is gone",
-    "terminated": "terminated: --ckpt_path with the last.ckpt of the run resumes it",
-    "interrupted": "interrupted: --ckpt_path with the last.ckpt of the run resumes it",
+    "terminated": "terminated: --ckpt_path runs/small/version_0/last.ckpt resumes it",
+    "interrupted": "interrupted: --ckpt_path runs/small/version_0/last.ckpt resumes it",
 }
 DRILLS = [
     ("raised", 1, "train", "lightning"),
