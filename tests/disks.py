@@ -3,6 +3,9 @@
 import errno
 import os
 
+from tensorboard.compat.tensorflow_stub.io.gfile import LocalFileSystem
+
+from dflows import files
 from dflows.cli import checkpoints
 
 
@@ -24,3 +27,30 @@ def fill_disk(monkeypatch, room):
             return super().write(data)
 
     monkeypatch.setattr(checkpoints, "_File", Full)
+
+
+def fill_for(monkeypatch, name, times=1):
+    """Leaves no room for one file of a run, from the n-th time on that it is written."""
+    real, left = files._flush, [times]
+
+    def flush(path):
+        if path.name.startswith(f".{name}."):
+            left[0] -= 1
+            if left[0] <= 0:
+                raise full()
+        real(path)
+
+    monkeypatch.setattr(files, "_flush", flush)
+
+
+def fill_for_log(monkeypatch, times):
+    """Leaves no room for the log, from the n-th time on that it is written."""
+    real, left = LocalFileSystem.append, [times]
+
+    def append(self, *arguments):
+        left[0] -= 1
+        if left[0] <= 0:
+            raise full()
+        real(self, *arguments)
+
+    monkeypatch.setattr(LocalFileSystem, "append", append)

@@ -20,7 +20,7 @@ from dflows.cli.summary import (
     stdout_console,
     trainer_device,
 )
-from dflows.errors import UserError
+from dflows.errors import UserError, chain_of
 from dflows.files import named, unwritable
 from dflows.provenance import describe_device, revision
 
@@ -70,18 +70,19 @@ def _note(error: BaseException, cli: FlowCLI) -> None:
     last = next(
         entry for entry in cli.trainer.checkpoint_callbacks if isinstance(entry, LastCheckpoint)
     )
-    kept = last.best_model_path
-    resumable = bool(kept) and Path(kept).is_file()
-    note = f"--ckpt_path {below_here(Path(kept))} resumes it" if resumable else ""
-    if isinstance(error, RequeueRequest):
-        if cli.trainer.is_global_zero and cli.folder.path is not None:
-            note = f"job {requeue()} is requeued, and goes on in {below_here(cli.folder.path)}"
-    elif isinstance(error, OSError) and unwritable(error):
-        raise named(error.filename or cli.folder.path or "the run", error) from error
-    elif isinstance(error, Exception) and not isinstance(error.__cause__, OSError):
-        return
-    if note:
-        error.add_note(note)
+    kept, folder = last.best_model_path, cli.folder.path
+    note = ""
+    if kept and Path(kept).is_file():
+        note = f"--ckpt_path {below_here(Path(kept))} resumes it"
+    if isinstance(error, RequeueRequest) and cli.trainer.is_global_zero and folder is not None:
+        note = f"job {requeue()} is requeued, and goes on in {below_here(folder)}"
+    full = isinstance(error, OSError) and unwritable(error)
+    said = named(error.filename or folder or "the run", error) if full else error
+    of_a_file = any(isinstance(cause, OSError) for cause in chain_of(error))
+    if note and (of_a_file or not isinstance(error, Exception)):
+        said.add_note(note)
+    if full:
+        raise said from error
 
 
 def _judge(cli: FlowCLI, code: str, begin: float) -> None:

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import threading
 import warnings
 
 __all__ = ["quiet"]
@@ -35,9 +36,20 @@ class _Advice(logging.Filter):
         return not any(advice in message for advice in _ADVICE)
 
 
+_raised = threading.excepthook
+
+
+def _raise_later(failure: threading.ExceptHookArgs) -> None:
+    """Says nothing of a log that cannot be written: what writes to it next raises the error."""
+    writes = type(failure.thread).__name__ == "_AsyncWriterThread"
+    if not (writes and issubclass(failure.exc_type, OSError)):
+        _raised(failure)
+
+
 def quiet() -> None:
     """Silences known warnings and tips of the libraries; what is unknown is shown."""
     # What is deprecated there is LightningCLI's to change.
+    threading.excepthook = _raise_later
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message=message)
