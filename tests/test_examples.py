@@ -1,10 +1,15 @@
 """The examples, run as an outsider would: in a folder of their own."""
 
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
+import torch
 
-from tests.commands import ROOT, run_apart
+from dflows.records import read_record
+from tests.commands import ROOT, environment, run_apart, small_config, write_text
 
 
 @pytest.fixture(scope="module")
@@ -33,3 +38,61 @@ def test_the_readme_names_what_there_is(folder):
     readme = (folder / "README.md").read_text(encoding="utf-8")
     assert "python -m dflows.fit --config neighbours.yaml" in readme
     assert "--allow neighbours" in readme
+
+
+class Cluster:
+    """Programs and variables of SLURM, of which a task of an array sees these."""
+
+    def __init__(self, folder):
+        self.folder, self.programs = folder, folder / "programs"
+        self.programs.mkdir()
+        for name, lines in {
+            "srun": 'exec "$@"',
+            "scontrol": f'echo "$@" >> {folder}/asked',
+            "python": f'exec {sys.executable} "$@"',
+        }.items():
+            (self.programs / name).write_text(f"#!/bin/sh\n{lines}\n")
+            (self.programs / name).chmod(0o755)
+
+    def run(self, *arguments, **variables):
+        job = {
+            "SLURM_JOB_ID": "81",
+            "SLURM_ARRAY_JOB_ID": "77",
+            "SLURM_ARRAY_TASK_ID": "3",
+            "SLURM_JOB_NAME": "dflows",
+            "SLURM_NTASKS": "1",
+            "SLURM_NTASKS_PER_NODE": "1",
+            "SLURM_NNODES": "1",
+            "SLURM_NODEID": "0",
+            "SLURM_PROCID": "0",
+            "SLURM_LOCALID": "0",
+            "PATH": f"{self.programs}:/usr/bin:/bin",
+            "CONFIG": "small.yaml",
+            **variables,
+        }
+        return subprocess.run(
+            ["bash", ROOT / "examples" / "slurm" / "fit.sh", *map(str, arguments)],
+            cwd=self.folder,
+            env=environment(**job),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=600,
+        )
+
+
+def test_the_job_script_is_requeued_and_goes_on_where_it_was(tmp_path):
+    cluster = Cluster(tmp_path)
+    small_config(tmp_path, write_text(tmp_path))
+    send = {"number": int(signal.SIGUSR1), "step": 4, "hook": "on_after_backward"}
+    more = [part for key, value in send.items() for part in (f"--trainer.callbacks.{key}", value)]
+    more = ("--trainer.callbacks", "tests.callbacks.Send", *more)
+    done = cluster.run(*more)
+    assert done.returncode == 128 + signal.SIGUSR1, done.stderr
+    assert (tmp_path / "asked").read_text() == "requeue 77_3\n"
+    run = tmp_path / "runs" / "small" / "version_0"
+    assert torch.load(run / "last.ckpt", weights_only=True)["global_step"] == 5
+    done = cluster.run(*more, SLURM_RESTART_COUNT="1")
+    assert done.returncode == 0, done.stderr
+    assert [path.name for path in run.parent.iterdir()] == ["version_0"]
+    assert read_record(run / "small-3.json").metrics["steps"] == 6

@@ -9,6 +9,8 @@ import pytest
 
 from dflows.cli.output import patient_output, plain_output
 from dflows.errors import UserError
+from dflows.records import read_record
+from tests.commands import run_here, small_config, write_text
 
 
 class Closed(io.StringIO):
@@ -61,3 +63,15 @@ def test_characters_that_a_terminal_has_not_are_escaped(monkeypatch):
     plain_output()
     print("Ça va", flush=True)
     assert raw.getvalue() == b"\\xc7a va\n"
+
+
+@pytest.mark.parametrize("kind", ["closed", "ascii"])
+def test_a_record_is_not_lost_over_what_is_printed(tmp_path, monkeypatch, capfd, kind):
+    config = small_config(tmp_path, write_text(tmp_path))
+    plain = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", Closed("write") if kind == "closed" else plain)
+    code = run_here("fit", "--config", config, "--trainer.limit_test_batches", 1)
+    assert code == (kind == "closed")
+    assert ("could not be printed" in capfd.readouterr().err) == (kind == "closed")
+    run = tmp_path / "runs" / "small" / "version_0"
+    assert read_record(run / "small-1.json").metrics["steps"] == 6
