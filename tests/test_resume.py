@@ -1,5 +1,7 @@
 """A run that is killed and resumed is the uninterrupted one; one that is interrupted says so."""
 
+import multiprocessing
+import random
 import shutil
 import signal
 import subprocess
@@ -7,6 +9,7 @@ import time
 
 import pytest
 import torch
+import yaml
 
 from dflows.records import read_record
 from tests.commands import (
@@ -18,6 +21,7 @@ from tests.commands import (
     write_text,
 )
 
+FORK = multiprocessing.get_context("fork")
 STEPS = 12
 # A level is drawn an example and step, and weights are dropped: all randomness there is in a step.
 MORE = (
@@ -207,19 +211,76 @@ def test_a_finished_run_without_its_best_checkpoint_is_refused(tmp_path, capsys)
     assert line.startswith(f"error: the best checkpoint of the run, {run / 'best.ckpt'}, is gone")
 
 
-@pytest.mark.parametrize(
-    ("number", "code", "said"),
-    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
-)
-def test_an_interrupted_run_saves_where_it_is_and_says_so(tmp_path, number, code, said):
-    config = small_config(tmp_path, write_text(tmp_path), max_steps=10_000, val_check_interval=4)
-    process, log = start(tmp_path, config)
-    last = tmp_path / "runs" / "small" / "version_0" / "last.ckpt"
-    wait_for(last, process, log)
-    process.send_signal(number)
-    assert process.wait(timeout=600) == code, log.read_text()
-    printed = log.read_text()
-    assert f"error: {said}" in printed
-    assert "Traceback" not in printed
-    assert torch.load(last, weights_only=True)["global_step"] > 0
-    assert not [name for name in everything_in(tmp_path) if name.endswith((".tmp", "small-1.json"))]
+LANGUAGE_MODEL = {
+    "class_path": "lightning_modules.LanguageModel",
+    "init_args": {
+        "flow": {
+            "class_path": "dflows.flows.language_model",
+            "init_args": {
+                "backbone": {"class_path": "dflows.backbones.LSTM", "init_args": {"width": 8}}
+            },
+        },
+        "stateful": True,
+    },
+}
+KILLED = {
+    "in memory": {},
+    "streamed": {"data": {"streaming": True, "num_workers": 1}},
+    "n-grams": {"flow": {"ngram_order": 3}},
+    "stateful": {"data": {"stateful": True}, "model": LANGUAGE_MODEL},
+}
+KILLS, LONG = 5, 60
+HOOKS = {
+    "on_train_batch_start": 1,
+    "on_after_backward": 1,
+    "on_train_batch_end": 1,
+    "on_validation_batch_start": 6,
+    "on_save_checkpoint": 4,
+}
+"""Where runs are killed, and after how many steps they come by there."""
+
+
+def config_of(folder, changes):
+    """Writes the configuration of a run that is to be killed, and returns its arguments."""
+    path = small_config(folder, write_text(folder), max_steps=LONG, val_check_interval=6)
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    config["model"] = changes.get("model", config["model"])
+    config["model"]["init_args"]["flow"]["init_args"] |= changes.get("flow", {})
+    config["data"]["init_args"] |= changes.get("data", {})
+    path.write_text(yaml.safe_dump(config, allow_unicode=True), encoding="utf-8")
+    more = () if "model" in changes else MORE[:-2]
+    return ("fit", "--config", path, *more, "--last_checkpoint.every_n_train_steps", 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KILLED)
+def test_a_run_that_is_killed_again_and_again_is_the_uninterrupted_one(tmp_path, kind):
+    folders = [tmp_path / "whole", tmp_path / "killed"]
+    for folder in folders:
+        folder.mkdir()
+    assert run_here(*config_of(folders[0], KILLED[kind])) == 0
+    arguments = config_of(folders[1], KILLED[kind])
+    whole, run = (folder / "runs" / "small" / "version_0" for folder in folders)
+    draw, step = random.Random(kind), 0
+    for _ in range(KILLS):
+        hook = draw.choice(list(HOOKS))
+        step += draw.randint(1, 6)
+        step += -step % HOOKS[hook]
+        resume = ("--ckpt_path", run) if (run / "last.ckpt").is_file() else ()
+        kill = ("--trainer.callbacks", "tests.callbacks.Send")
+        for key, value in {"number": int(signal.SIGKILL), "step": step, "hook": hook}.items():
+            kill += (f"--trainer.callbacks.{key}", value)
+        version = ("--trainer.logger.version", 0)
+        process = FORK.Process(target=run_here, args=(*arguments, *kill, *version, *resume))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+    assert run_here(*arguments, "--trainer.logger.version", 0, "--ckpt_path", run) == 0
+    for name in ("last.ckpt", "best.ckpt"):
+        found, expected = (torch.load(one / name, weights_only=True) for one in (run, whole))
+        assert found["global_step"] == expected["global_step"]
+        for key, weight in expected["state_dict"].items():
+            assert torch.equal(found["state_dict"][key], weight), (name, key)
+    found, expected = (read_record(one / "small-1.json").metrics for one in (run, whole))
+    for name in ("valid_bpc", "test_bpc", "steps", "characters"):
+        assert found[name] == expected[name], name
