@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 from dflows.cli import slurm
 from dflows.errors import UserError
 from dflows.records import read_record
-from tests.commands import run_here, small_config, write_text
+from tests.commands import command_line, environment, run_here, small_config, write_text
 
 JOB = {
     "SLURM_JOB_ID": "4242",
@@ -76,6 +77,31 @@ def test_a_requeued_job_goes_on_in_its_run_as_if_nothing_had_been(
     content = [torch.load(one / "best.ckpt", weights_only=True) for one in (run, whole)]
     for name, weight in content[1]["state_dict"].items():
         assert torch.equal(content[0]["state_dict"][name], weight), name
+
+
+@pytest.mark.slow
+def test_the_tasks_of_a_job_end_after_the_same_step_and_one_requeues_it(tmp_path, job):
+    config = small_config(tmp_path, write_text(tmp_path), max_steps=1000, val_check_interval=500)
+    more = ("--trainer.callbacks", "tests.callbacks.Send", "--trainer.callbacks.step", 7)
+    more += ("--trainer.callbacks.number", int(signal.SIGUSR1))
+    more += ("--trainer.callbacks.hook", "on_after_backward")
+    more += ("--trainer.devices", 2, "--trainer.strategy", "ddp")
+    variables = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "MASTER_ADDR": "127.0.0.1"}
+    tasks = [
+        subprocess.Popen(
+            command_line("fit", "--config", config, *more),
+            env=environment(**variables, SLURM_PROCID=rank, SLURM_LOCALID=rank),
+            cwd=tmp_path,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in "01"
+    ]
+    said = [task.communicate(timeout=600)[1] for task in tasks]
+    assert [task.returncode for task in tasks] == [128 + signal.SIGUSR1] * 2, said
+    assert asked(job) == ["requeue 4242"]
+    last = tmp_path / "runs" / "small" / "version_0" / "last.ckpt"
+    assert torch.load(last, weights_only=True)["global_step"] in (8, 9)
 
 
 def test_a_job_that_was_requeued_before_its_first_checkpoint_begins_in_its_folder(
