@@ -76,12 +76,13 @@ def _note(error: BaseException, cli: FlowCLI) -> None:
         note = f"--ckpt_path {below_here(Path(kept))} resumes it"
     if isinstance(error, RequeueRequest) and cli.trainer.is_global_zero and folder is not None:
         note = f"job {requeue()} is requeued, and goes on in {below_here(folder)}"
-    full = isinstance(error, OSError) and unwritable(error)
-    said = named(error.filename or folder or "the run", error) if full else error
+    said = error
+    if isinstance(error, OSError) and unwritable(error):
+        said = named(error.filename or folder or "the run", error)
     of_a_file = any(isinstance(cause, OSError) for cause in chain_of(error))
     if note and (of_a_file or not isinstance(error, Exception)):
         said.add_note(note)
-    if full:
+    if said is not error:
         raise said from error
 
 
