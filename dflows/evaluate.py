@@ -29,6 +29,7 @@ from dflows.cli.checkpoints import (
 )
 from dflows.cli.configs import Parser, resolved_arguments
 from dflows.cli.errors import run_command
+from dflows.cli.logs import Heartbeat, add_log_level, set_log_level
 from dflows.cli.noise import quiet
 from dflows.cli.progress import ProgressBar, ProgressLines
 from dflows.cli.recording import make_record
@@ -56,6 +57,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "--record", type=str | None, default=None, help="Folder that gets a record of the figures."
     )
+    add_log_level(parser)
     parser.add_lightning_class_args(Trainer, "trainer")
     parser.set_defaults(
         {
@@ -112,9 +114,17 @@ def evaluate(arguments: Sequence[str]) -> None:
         return
     checkpoint = read_checkpoint(path)
     module = load_model(checkpoint, allowed)
-    with tempfile.TemporaryDirectory() as folder, resolved_arguments(arguments) as resolved:
+    with (
+        Heartbeat() as heartbeat,
+        tempfile.TemporaryDirectory() as folder,
+        resolved_arguments(arguments) as resolved,
+    ):
         given = ["--config", str(_config_of(checkpoint, allowed, Path(folder))), *resolved]
         config = parser.parse_args(given)
+        set_log_level(config.log_level)
+        lines = ProgressLines()
+        if config.trainer.enable_progress_bar is not False:
+            heartbeat.start(lines.every_seconds)
         data_config = yaml.safe_load(parser.dump(config, skip_none=False))["data"]
         _put_back_vocabulary(data_config, checkpoint, Path(folder))
         made = parser.instantiate_classes(config)
@@ -137,7 +147,7 @@ def evaluate(arguments: Sequence[str]) -> None:
         shown: list[Callback] = []
         if made.trainer.enable_progress_bar is not False:
             own = any(isinstance(callback, AnyProgressBar) for callback in callbacks)
-            shown = [ProgressLines()] if own else [ProgressBar(), ProgressLines()]
+            shown = [lines] if own else [ProgressBar(), lines]
         trainer = Trainer(**made.trainer, callbacks=[Certificates(), *callbacks, *shown, stopwatch])
         run = trainer.test if split == "test" else trainer.validate
         run(module, datamodule=data, verbose=False)

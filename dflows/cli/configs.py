@@ -23,6 +23,7 @@ from datamodules.module import StreamDataModule
 from dflows.cli.callbacks import Certificates, SaveRun, Stopwatch, plain_config
 from dflows.cli.checkpoints import Checkpoint, WholeCheckpoints, read_checkpoint
 from dflows.cli.folders import RunFolder
+from dflows.cli.logs import Heartbeat, add_log_level, set_log_level
 from dflows.cli.progress import ProgressBar, ProgressLines
 from dflows.cli.recording import below_here
 from dflows.cli.saving import BestCheckpoint, LastCheckpoint
@@ -205,11 +206,18 @@ class FlowCLI(LightningCLI):
         arguments: The arguments of the command. Processes that Lightning starts read `sys.argv`,
             which must hold them too.
         stop: What listens to signals.
+        heartbeat: What tells that the command still runs, to be started with it.
     """
 
-    def __init__(self, arguments: Sequence[str], stop: StopBetweenSteps | None = None) -> None:
+    def __init__(
+        self,
+        arguments: Sequence[str],
+        stop: StopBetweenSteps | None = None,
+        heartbeat: Heartbeat | None = None,
+    ) -> None:
         self.arguments = list(arguments)
         self.stop = stop or StopBetweenSteps()
+        self._heartbeat = heartbeat
         program, *given = sys.argv
         with resolved_arguments(self.arguments) as resolved:
             # LightningCLI takes arguments from there alone without a warning.
@@ -260,6 +268,7 @@ class FlowCLI(LightningCLI):
             default=EXACT_STATES,
             help="Sum the likelihood of a known distribution over all of up to so many states.",
         )
+        add_log_level(parser)
         parser.add_lightning_class_args(ProgressBar, "progress_bar")
         parser.add_lightning_class_args(ProgressLines, "progress_lines")
         parser.add_lightning_class_args(BestCheckpoint, "best_checkpoint")
@@ -277,6 +286,9 @@ class FlowCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Sets the folder of the run: a new one, or that of the resumed run."""
         config = self.config
+        set_log_level(config.log_level)
+        if self._heartbeat is not None and config.trainer.enable_progress_bar is not False:
+            self._heartbeat.start(config.progress_lines.every_seconds)
         if config.name is None:
             config.name = self._default_name()
         self._check_config()

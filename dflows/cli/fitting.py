@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dflows.cli.configs import FlowCLI
+from dflows.cli.logs import Heartbeat
 from dflows.cli.noise import quiet
 from dflows.cli.output import patient_output
 from dflows.cli.recording import below_here, make_record, write_records
@@ -43,8 +44,8 @@ def fit(arguments: Sequence[str]) -> None:
     if not arguments:
         raise UserError("nothing is given to fit: add --config quickstart.yaml, or another")
     stop = StopBetweenSteps()
-    with stop.listening(), patient_output():
-        cli = FlowCLI(arguments, stop)
+    with Heartbeat() as heartbeat, stop.listening(), patient_output():
+        cli = FlowCLI(arguments, stop, heartbeat)
         try:
             cli.folder.claim(cli.trainer)
             cli.trainer.fit(

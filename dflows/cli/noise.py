@@ -23,13 +23,26 @@ _WARNINGS = (
     ".*`training_step` returned `None`.*",
     # One checkpoint, of the same name, is all that a run keeps.
     ".*Checkpoint directory .* exists and is not empty.*",
+    # Workers of a loader compute nothing that other threads could hold.
+    ".*multi-threaded, use of fork.*",
 )
 
-_ADVICE = ("💡", "TPU available", "HPU available", "GPU available", "Seed set to")
+_ADVICE = (
+    *("💡", "TPU available", "HPU available", "GPU available", "Seed set to"),
+    # dflows.cli.logs tells it on one line.
+    *("Initializing distributed: ", "distributed_backend="),
+)
+
+_TALKATIVE = (
+    "pytorch_lightning.utilities.rank_zero",
+    "lightning_fabric.utilities.rank_zero",
+    "lightning_fabric.utilities.distributed",
+    "lightning_fabric.utilities.seed",
+)
 
 
 class _Advice(logging.Filter):
-    """Creates a filter of Lightning's tips and of what it says of absent accelerators."""
+    """Creates a filter of Lightning's tips and of what it says of accelerators and processes."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         message = record.getMessage()
@@ -53,5 +66,5 @@ def quiet() -> None:
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message=message)
-    for name in ("pytorch_lightning.utilities.rank_zero", "lightning_fabric.utilities.seed"):
+    for name in _TALKATIVE:
         logging.getLogger(name).addFilter(_Advice())

@@ -4,15 +4,16 @@ import math
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, TextIO
+from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback, RichProgressBar, Timer
 
+from dflows.cli.logs import LOG, in_words
 from dflows.errors import UserError
 from lightning_modules import BaseModule
 
-__all__ = ["ProgressBar", "ProgressLines", "in_words"]
+__all__ = ["ProgressBar", "ProgressLines"]
 
 
 class ProgressBar(RichProgressBar):
@@ -55,32 +56,16 @@ class ProgressBar(RichProgressBar):
         return metrics
 
 
-def in_words(seconds: float) -> str:
-    """Returns a duration as people say it, in two units at the most.
-
-    Args:
-        seconds: Its seconds.
-
-    Example:
-        >>> in_words(42), in_words(3 * 60 + 5), in_words(26 * 3600 + 60)
-        ('42 s', '3 min 5 s', '26 h 1 min')
-    """
-    whole = max(0, round(seconds))
-    hours, minutes, rest = whole // 3600, whole // 60 % 60, whole % 60
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
-
-
 class ProgressLines(Callback):
     """Creates a line of progress from time to time, where the output is no terminal.
 
-    A line has the step, bits per character, characters a second and the time left, and no control
-    characters; it goes to the standard error.
+    A line has the step, bits per character, characters a second, the time left and the learning
+    rate, and no control characters; every validation and test has a line when it is done. Lines go
+    to the standard error, and come of the first process alone.
 
     Args:
         every_seconds: Seconds from one line to the next, at least; 0 writes none. Lines come after
-            batches, so that one that takes longer is waited for.
+            batches; where one takes long, a command tells once a minute that it still runs.
 
     Raises:
         UserError: If `every_seconds` is below 0.
@@ -91,9 +76,8 @@ class ProgressLines(Callback):
             raise UserError(f"progress_lines.every_seconds is {every_seconds}: give at least 0")
         self.every_seconds = every_seconds
         self.clock: Callable[[], float] = time.monotonic
-        self.output: TextIO | None = None
         self._on = False
-        self._begin = self._last = 0.0
+        self._begin = self._last = self._begin_evaluation = 0.0
         self._first_step = self._characters = 0
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -121,13 +105,20 @@ class ProgressLines(Callback):
             of = f" of {steps:,}" if 0 < steps < math.inf else ""
             self._write(trainer, f"step {trainer.global_step:,}{of}")
 
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begins to count the seconds of a validation."""
+        self._begin_evaluation = self.clock()
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begins to count the seconds of a test."""
+        self._begin_evaluation = self.clock()
+
     def on_validation_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *arguments: Any
     ) -> None:
         """Writes a line if it is time."""
-        if self._due():
-            done = f"validation after step {trainer.global_step:,}, batch {arguments[2] + 1:,}"
-            self._write(trainer, done)
+        if self._due() and not trainer.sanity_checking:
+            self._write(trainer, f"{_validation(trainer)}, batch {arguments[2] + 1:,}")
 
     def on_test_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *arguments: Any
@@ -136,23 +127,37 @@ class ProgressLines(Callback):
         if self._due():
             self._write(trainer, f"test, batch {arguments[2] + 1:,}")
 
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Writes what came of a validation."""
+        if not trainer.sanity_checking:
+            self._write_scores(trainer, "valid", _validation(trainer))
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Writes what came of a test."""
+        self._write_scores(trainer, "test", "test")
+
     def _due(self) -> bool:
         return self._on and self.clock() - self._last >= self.every_seconds
 
+    def _write_scores(self, trainer: pl.Trainer, split: str, what: str) -> None:
+        if self._on:
+            took = f"in {in_words(self.clock() - self._begin_evaluation)}"
+            LOG.info(", ".join([what, *_metrics(trainer, f"{split}_bpc"), took]))
+
     def _write(self, trainer: pl.Trainer, where: str) -> None:
         self._last = self.clock()
-        parts = [where]
-        for name in ("train_bpc", "valid_bpc"):
-            value = trainer.callback_metrics.get(name)
-            if value is not None:
-                parts.append(f"{name} {float(value):.4f}")
+        parts = [where, *_metrics(trainer, "train_bpc", "valid_bpc")]
         passed = self._last - self._begin
         if self._characters and passed > 0:
             parts.append(f"{self._characters / passed:,.0f} characters a second")
         if trainer.training or trainer.state.fn == "fit":
             left = self._left(trainer, passed)
             parts.append("end unknown" if left is None else f"{in_words(left)} left")
-        print(", ".join(parts), file=self.output or sys.stderr, flush=True)
+            rates = [
+                f"{group['lr']:.3g}" for one in trainer.optimizers for group in one.param_groups
+            ]
+            parts += [f"learning rate {' and '.join(dict.fromkeys(rates))}"] if rates else []
+        LOG.info(", ".join(parts))
 
     def _left(self, trainer: pl.Trainer, passed: float) -> float | None:
         """Returns the seconds until training ends by steps or by time, where that is known."""
@@ -163,3 +168,15 @@ class ProgressLines(Callback):
         timers = [entry for entry in trainer.callbacks if isinstance(entry, Timer)]  # type: ignore[attr-defined]
         ends += [left for timer in timers if (left := timer.time_remaining()) is not None]
         return min(ends, default=None)
+
+
+def _validation(trainer: pl.Trainer) -> str:
+    """Says which validation there is, one of a fit or another."""
+    during = f" after step {trainer.global_step:,}" if trainer.state.fn == "fit" else ""
+    return f"validation{during}"
+
+
+def _metrics(trainer: pl.Trainer, *names: str) -> list[str]:
+    """Returns the metrics of these names, as far as there are any."""
+    found = trainer.callback_metrics
+    return [f"{name} {float(found[name]):.4f}" for name in names if name in found]

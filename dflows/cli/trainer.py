@@ -7,6 +7,8 @@ from jsonargparse.typing import PositiveFloat
 from pytorch_lightning.accelerators import Accelerator
 from pytorch_lightning.trainer.connectors.checkpoint_connector import _CheckpointConnector
 
+from dflows.cli.launchers import check_devices, check_launcher, launched
+from dflows.cli.logs import Environment
 from dflows.cli.loops import FitLoop
 from dflows.cli.together import join
 from dflows.errors import UserError
@@ -56,10 +58,12 @@ LEAST = {
 
 
 class Trainer(pl.Trainer):
-    """Creates Lightning's trainer, which may choose its precision.
+    """Creates Lightning's trainer, which may choose its precision, and joins what torchrun started.
 
     Args:
         accelerator: As Lightning takes it.
+        devices: As Lightning takes them; under torchrun, `auto` is one for every process of a node.
+        num_nodes: Nodes; under torchrun, 1 is all that there are.
         precision: As Lightning takes it; or `auto`, which is bf16-mixed on a GPU or a processor
             with fast bfloat16, else 32-true (:func:`dflows.precision.trainer_precision`).
         collective_timeout: Seconds that a process waits for the others in any one place, such as
@@ -67,13 +71,16 @@ class Trainer(pl.Trainer):
         kwargs: Lightning's other arguments.
 
     Raises:
-        UserError: If a number is one that Lightning would divide by 0 with, or misread.
+        UserError: If a number is one that Lightning would divide by 0 with, or misread; if there
+            are not so many devices; if processes that the strategy starts would hand nothing back.
     """
 
     def __init__(
         self,
         *,
         accelerator: str | Accelerator = "auto",
+        devices: list[int] | str | int = "auto",
+        num_nodes: int = 1,
         precision: Name | Literal[64, 32, 16] | None = None,
         collective_timeout: PositiveFloat = 1800.0,
         **kwargs: Any,
@@ -89,7 +96,17 @@ class Trainer(pl.Trainer):
             )
         if precision == "auto":
             precision = trainer_precision(accelerator)
-        super().__init__(accelerator=accelerator, precision=precision, **kwargs)
+        devices, num_nodes = launched(devices, num_nodes)
+        check_devices(devices, accelerator)
+        super().__init__(
+            accelerator=accelerator,
+            devices=devices,
+            num_nodes=num_nodes,
+            precision=precision,
+            **kwargs,
+        )
+        check_launcher(self)
+        self.callbacks.insert(0, Environment())  # type: ignore[attr-defined]
         join(self, collective_timeout)
         self._checkpoint_connector = _Checkpoints(self)
         given = self.fit_loop

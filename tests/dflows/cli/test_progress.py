@@ -1,6 +1,5 @@
 """Lines of progress where there is no terminal."""
 
-import io
 import re
 from types import SimpleNamespace
 
@@ -8,7 +7,7 @@ import pytest
 import torch
 
 from dflows.cli import progress
-from dflows.cli.progress import ProgressLines, in_words
+from dflows.cli.progress import ProgressLines
 from dflows.errors import UserError
 from tests.training import trainer as make_trainer
 
@@ -29,25 +28,31 @@ def lines_of(tmp_path, monkeypatch, *, terminal=False, every_seconds=30.0, step=
 
     monkeypatch.setattr(progress.sys, "stdout", SimpleNamespace(isatty=lambda: terminal))
     lines = ProgressLines(every_seconds)
-    lines.clock, lines.output = Clock(step), io.StringIO()
+    lines.clock, said = Clock(step), []
+    monkeypatch.setattr(progress.LOG, "info", said.append)
     given = {"steps": 60, "val_check_interval": 20, **options}
     trainer = make_trainer(tmp_path, callbacks=[lines], **given)
     loader = torch.utils.data.DataLoader(batches(100), batch_size=None)
     trainer.fit(Unigram(), loader, torch.utils.data.DataLoader(batches(3), batch_size=None))
-    return lines.output.getvalue().splitlines()
+    return said
 
 
 def test_a_line_has_step_bits_speed_and_the_time_left(tmp_path, monkeypatch):
     found = lines_of(tmp_path, monkeypatch)
-    assert 2 <= len(found) <= 4
     pattern = (
         r"step \d+ of 60, train_bpc \d\.\d{4}(, valid_bpc \d\.\d{4})?, "
-        r"[\d,]+ characters a second, (\d+ min )?\d+ s left"
+        r"[\d,]+ characters a second, (\d+ min )?\d+ s left, learning rate 0\.\d+"
     )
     training = [line for line in found if line.startswith("step")]
-    assert training
+    assert 2 <= len(training) <= 4
     assert all(re.fullmatch(pattern, line) for line in training)
     assert all(line.isprintable() for line in found)
+
+
+def test_every_validation_has_a_line_when_it_is_done(tmp_path, monkeypatch):
+    found = lines_of(tmp_path, monkeypatch, every_seconds=1e9)
+    pattern = r"validation after step (\d+), valid_bpc \d\.\d{4}, in (\d+ min )?\d+ s"
+    assert [re.fullmatch(pattern, line)[1] for line in found] == ["20", "40", "60"]
 
 
 def test_a_line_comes_at_least_once_a_minute(tmp_path, monkeypatch):
@@ -76,10 +81,3 @@ def test_no_lines_are_written_on_a_terminal_or_where_none_are_wanted(
 def test_seconds_below_0_are_refused():
     with pytest.raises(UserError, match=r"progress_lines\.every_seconds is -1"):
         ProgressLines(-1)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"), [(0.4, "0 s"), (59.6, "1 min 0 s"), (3600, "1 h 0 min"), (-3, "0 s")]
-)
-def test_durations_are_said_in_two_units(seconds, words):
-    assert in_words(seconds) == words
