@@ -106,6 +106,9 @@ METRICS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "call_bytes": ("count", "peak memory of tensors that one call takes, bytes"),
         "seconds_ratio": ("number", "the opponent's seconds of one call over these"),
         "bytes_ratio": ("number", "the opponent's bytes of one call over these"),
+        # Drills.
+        "exit_codes": ("numbers", "of the processes that were started"),
+        "seconds_to_end": ("number", "seconds from a fault to the end of all processes"),
     }
 )
 """The metrics that a record may hold: the kind of each value, and what it means.

@@ -1,7 +1,7 @@
 """Makes tables and figures from records: ``python -m experiments.report``.
 
 The README gets the table of the text models, the pages in ``docs/experiments/`` those of
-each experiment that has run and of the benchmarks. Nothing is measured here.
+each experiment that has run, of the benchmarks and of the drills. Nothing is measured here.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from experiments.reports import (
     addition,
     benchmarks,
     curves,
+    drills,
     estimators,
     full_rank,
     language_modelling,
@@ -27,7 +28,7 @@ from experiments.reports.experiment import Experiment, read_experiment
 from experiments.reports.markdown import escaped, write_page
 from experiments.reports.text import render_table
 
-__all__ = ["DRAWERS", "RENDERERS", "main", "report"]
+__all__ = ["DRAWERS", "PAGES", "RENDERERS", "main", "report"]
 
 RENDERERS: Mapping[str, Callable[[Experiment], str]] = MappingProxyType(
     {
@@ -42,6 +43,11 @@ RENDERERS: Mapping[str, Callable[[Experiment], str]] = MappingProxyType(
     }
 )
 """The function that renders the tables of each experiment, by its name."""
+
+PAGES: Mapping[str, Callable[[Sequence[Record]], str]] = MappingProxyType(
+    {"benchmarks": benchmarks.render, "drills": drills.render}
+)
+"""The function that renders the tables of a page that is no experiment's, by its name."""
 
 DRAWERS: Mapping[str, Callable[[Experiment, Path], None]] = MappingProxyType(
     {
@@ -75,7 +81,7 @@ def report(arguments: Sequence[str]) -> None:
     options, unknown = parser.parse_known_args(arguments)
     if unknown:
         raise argparse.ArgumentError(None, f"unrecognized arguments: {' '.join(unknown)}")
-    names = ("text", *RENDERERS, "benchmarks")
+    names = ("text", *RENDERERS, *PAGES)
     found = [name for name in names if (options.results / name).is_dir()]
     if not found:
         raise UserError(

@@ -9,7 +9,7 @@ from dflows.records import read_records
 from experiments.overlays import config_diff, merge_configs
 from experiments.plan import reference_name
 from experiments.references import reference_settings
-from experiments.report import DRAWERS, RENDERERS
+from experiments.report import DRAWERS, PAGES, RENDERERS
 from experiments.report import main as report
 from experiments.reports import curves, estimators, mixture
 from experiments.reports.experiment import read_experiment
@@ -119,7 +119,7 @@ def reported(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in (*RENDERERS, "benchmarks") if (ROOT / "results" / name).is_dir()]
+    "name", [name for name in (*RENDERERS, *PAGES) if (ROOT / "results" / name).is_dir()]
 )
 def test_pages_and_records_agree(name, reported):
     page = f"docs/experiments/{name}.md"
