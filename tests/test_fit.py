@@ -75,6 +75,15 @@ def test_only_figures_are_printed_and_nothing_is_complained_of(finished):
     assert done.stderr.count(" 32-true; python 3") == 1
 
 
+@pytest.mark.parametrize("level", ["info", "warning"])
+def test_the_log_level_is_that_of_a_command(finished, level, capfd):
+    folder, _ = finished
+    run = folder / "runs" / "small" / "version_0"
+    assert run_here("evaluate", "--checkpoint", run, "--log_level", level) == 0
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == {"info": 2, "warning": 0}[level]
+
+
 def test_the_checkpoint_is_read_without_running_code_and_holds_the_vocabulary(finished):
     folder, _ = finished
     run = folder / "runs" / "small" / "version_0"

@@ -125,7 +125,9 @@ class Heartbeat:
         if every_seconds and not sys.stdout.isatty():
             _LINES.last = time.monotonic()
             seconds = max(MINUTE, 2 * every_seconds)
-            self._thread = Thread(target=self._beat, args=(seconds,), daemon=True)
+            self._thread = Thread(
+                target=self._beat, args=(seconds,), name="dflows-heartbeat", daemon=True
+            )
             self._thread.start()
 
     def _beat(self, seconds: float) -> None:

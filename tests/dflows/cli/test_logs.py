@@ -1,14 +1,21 @@
 """What a command tells: levels, a sign of life, and on what it runs."""
 
 import re
-import time
+import threading
 import warnings
 from types import SimpleNamespace
 
 import pytest
 
 from dflows.cli import logs
-from dflows.cli.logs import LOG, Heartbeat, describe_environment, in_words, set_log_level
+from dflows.cli.logs import (
+    LOG,
+    Heartbeat,
+    describe_environment,
+    in_words,
+    is_first_process,
+    set_log_level,
+)
 from dflows.cli.trainer import Trainer
 
 TIME = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d"
@@ -42,43 +49,46 @@ def test_a_level_leaves_away_what_is_below_it(level, told, capsys):
     assert len(caught) == (level != "error")
 
 
-@pytest.fixture
-def _impatient(monkeypatch):
-    """Takes a moment for a minute, where the output is no terminal."""
+def beats():
+    return [thread for thread in threading.enumerate() if thread.name == "dflows-heartbeat"]
+
+
+def test_silence_is_broken_until_the_command_ends(monkeypatch):
     monkeypatch.setattr(logs, "MINUTE", 0.02)
     monkeypatch.setattr(logs.sys, "stdout", SimpleNamespace(isatty=lambda: False))
+    said, thrice = [], threading.Event()
 
+    def tell(*words):
+        said.append(words)
+        if len(said) == 3:
+            thrice.set()
 
-@pytest.mark.usefixtures("_impatient")
-def test_silence_is_broken_until_the_command_ends(monkeypatch):
-    said = []
-    monkeypatch.setattr(LOG, "info", lambda *words: said.append(words))
+    monkeypatch.setattr(LOG, "info", tell)
     with Heartbeat() as heartbeat:
         heartbeat.start(0.001)
-        deadline = time.monotonic() + 60
-        while len(said) < 3 and time.monotonic() < deadline:
-            time.sleep(0.01)
+        assert thrice.wait(timeout=60)
+        assert beats()
     assert said[:3] == [("still running, %s after the last line", "0 s")] * 3
-    before = len(said)
-    time.sleep(0.1)
-    assert len(said) == before
+    assert not beats()
 
 
-@pytest.mark.usefixtures("_impatient")
-@pytest.mark.parametrize("why", ["a terminal", "no lines", "another process", "another node"])
-def test_silence_is_kept(why, monkeypatch):
-    said = []
-    monkeypatch.setattr(LOG, "info", lambda *words: said.append(words))
-    if why == "a terminal":
-        monkeypatch.setattr(logs.sys, "stdout", SimpleNamespace(isatty=lambda: True))
-    elif why == "another process":
-        monkeypatch.setattr(logs.rank_zero_only, "rank", 1)
-    elif why == "another node":
-        monkeypatch.setenv("NODE_RANK", "1")
+@pytest.mark.parametrize(("terminal", "every_seconds"), [(True, 30.0), (False, 0.0)])
+def test_silence_is_kept_on_a_terminal_and_where_no_lines_are_wanted(
+    terminal, every_seconds, monkeypatch
+):
+    monkeypatch.setattr(logs.sys, "stdout", SimpleNamespace(isatty=lambda: terminal))
     with Heartbeat() as heartbeat:
-        heartbeat.start(0.0 if why == "no lines" else 0.001)
-        time.sleep(0.2)
-    assert not said
+        heartbeat.start(every_seconds)
+        assert not beats()
+
+
+def test_the_first_process_of_the_first_node_tells(monkeypatch):
+    assert is_first_process()
+    monkeypatch.setenv("NODE_RANK", "1")
+    assert not is_first_process()
+    monkeypatch.delenv("NODE_RANK")
+    monkeypatch.setattr(logs.rank_zero_only, "rank", 1)
+    assert not is_first_process()
 
 
 def test_an_environment_has_devices_hosts_precision_and_versions():
