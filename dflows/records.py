@@ -106,6 +106,13 @@ METRICS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "call_bytes": ("count", "peak memory of tensors that one call takes, bytes"),
         "seconds_ratio": ("number", "the opponent's seconds of one call over these"),
         "bytes_ratio": ("number", "the opponent's bytes of one call over these"),
+        # Training on several devices, and what a step asks of one.
+        "step_seconds": ("number", "mean seconds of an optimizer step"),
+        "process_bytes": ("count", "peak memory of a process for training it, bytes"),
+        "link_bandwidth": ("number", "measured bytes a second from a process to another"),
+        "batch_characters": ("count", "characters of a device's batch"),
+        "batch_bytes": ("count", "bytes that its backward pass needs"),
+        "batch_operations": ("count", "its floating-point operations, forward and backward"),
         # Drills.
         "exit_codes": ("numbers", "of the processes that were started"),
         "seconds_to_end": ("number", "seconds from a fault to the end of all processes"),

@@ -1,7 +1,8 @@
 """Makes tables and figures from records: ``python -m experiments.report``.
 
 The README gets the table of the text models, the pages in ``docs/experiments/`` those of
-each experiment that has run, of the benchmarks and of the drills. Nothing is measured here.
+each experiment that has run and of the benchmarks and drills, and the guide its plan for several
+devices. Nothing is measured here.
 """
 
 import argparse
@@ -23,6 +24,7 @@ from experiments.reports import (
     language_modelling,
     mixture,
     potts,
+    scaling,
 )
 from experiments.reports.experiment import Experiment, read_experiment
 from experiments.reports.markdown import escaped, write_page
@@ -44,10 +46,14 @@ RENDERERS: Mapping[str, Callable[[Experiment], str]] = MappingProxyType(
 )
 """The function that renders the tables of each experiment, by its name."""
 
-PAGES: Mapping[str, Callable[[Sequence[Record]], str]] = MappingProxyType(
-    {"benchmarks": benchmarks.render, "drills": drills.render}
+PAGES: Mapping[str, tuple[str, Callable[[Sequence[Record]], str]]] = MappingProxyType(
+    {
+        "benchmarks": ("experiments/benchmarks.md", benchmarks.render),
+        "drills": ("experiments/drills.md", drills.render),
+        "scaling": ("guide/scaling.md", scaling.render),
+    }
 )
-"""The function that renders the tables of a page that is no experiment's, by its name."""
+"""The pages that are no experiment's, and the functions that render their tables, by folder."""
 
 DRAWERS: Mapping[str, Callable[[Experiment, Path], None]] = MappingProxyType(
     {
@@ -94,8 +100,10 @@ def report(arguments: Sequence[str]) -> None:
             print(f"{options.readme} is made from {count} records")
             continue
         page = options.docs / "experiments" / f"{name}.md"
-        if name == "benchmarks":
-            write_page(page, benchmarks.render(_records(options.results / name)))
+        if name in PAGES:
+            path, render = PAGES[name]
+            page = options.docs / path
+            write_page(page, render(_records(options.results / name)))
         else:
             experiment = read_experiment(name, options.results)
             write_page(page, RENDERERS[name](experiment.escaped()))

@@ -10,7 +10,7 @@ from dflows.errors import UserError
 from dflows.memory import check_memory, total_memory
 from lightning_modules.data import DataFacts
 
-__all__ = ["check_batch"]
+__all__ = ["check_batch", "saved_bytes"]
 
 BYTES = 8192
 """What a dimension of an example hardly takes: batches of fewer in all are not looked at."""
@@ -37,7 +37,7 @@ def check_batch(module: pl.LightningModule, data: DataFacts) -> None:
         y, context = next(data.training_batches(2))
         rows = y[:1] if context is None else (y[:1], context[:1])
         both = y if context is None else (y, context)
-        needed = size * (_saved(module, both) - _saved(module, rows))
+        needed = size * (saved_bytes(module, both) - saved_bytes(module, rows))
     except UserError:
         raise
     except Exception:  # noqa: BLE001 - what the objective cannot do with two examples, it need not
@@ -46,7 +46,7 @@ def check_batch(module: pl.LightningModule, data: DataFacts) -> None:
     check_memory(needed, what, "give a smaller data.batch_size", device)
 
 
-def _saved(module: Any, batch: Any) -> int:
+def saved_bytes(module: Any, batch: Any) -> int:
     """Returns the bytes that the backward pass of a batch needs, what all share included."""
     found: dict[int, Tensor] = {}
 
