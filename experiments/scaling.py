@@ -2,8 +2,8 @@
 
     python -m experiments.scaling --record results/scaling
 
-Each system trains for some steps as ``python -m dflows.fit`` does: in one process, and in two with
-a batch each, on a thread each. The seconds of a step and the memory that a process takes are
+Each system trains for some steps as ``python -m dflows.fit`` does: in one process, and in two, each
+with a batch and a thread of its own. The seconds of a step and the memory that a process takes are
 measured where they arise; ``python -m experiments.report`` compares them with the formula of
 :mod:`experiments.planning`, and makes the plan of `docs/guide/scaling.md` from it. Nothing else
 should run meanwhile.
@@ -58,6 +58,9 @@ PLANNED = (
     *("--trainer.accelerator", "cpu", "--trainer.precision", "bf16-mixed"),
 )
 """The configuration that the plan is of, as a GPU would compute it."""
+
+TRAIN = "train"
+"""The first argument of a process that trains, and evaluates nothing after it."""
 
 WARM = 4
 """Steps that are not counted: memory is taken and schedules begin."""
@@ -168,9 +171,9 @@ def _train(arguments: Sequence[str], processes: int, steps: int) -> list[dict[st
     """Returns what each process measured."""
     with tempfile.TemporaryDirectory() as folder:
         line = [
-            *(sys.executable, "-m", "dflows.fit", *arguments),
+            *(sys.executable, "-m", "experiments.scaling", TRAIN, *arguments),
             *("--trainer.max_steps", str(steps), "--trainer.max_time", "null"),
-            *("--trainer.limit_val_batches", "0", "--data.max_eval_characters", "2048"),
+            *("--trainer.limit_val_batches", "0"),
             *("--trainer.devices", str(processes)),
             *("--trainer.strategy", "auto" if processes == 1 else "ddp"),
             *("--trainer.callbacks", "experiments.scaling.Measure"),
@@ -203,6 +206,10 @@ def scaling(arguments: Sequence[str]) -> None:
         UserError: If a training fails.
     """
     quiet()
+    if arguments[:1] == [TRAIN]:
+        cli = FlowCLI(arguments[1:])
+        cli.trainer.fit(cli.model, datamodule=cli.datamodule)
+        return
     parser = Parser(prog="python -m experiments.scaling")
     parser.add_argument("--smoke", action="store_true", help="Measure a tiny network.")
     parser.add_argument("--steps", type=int, default=40, help="Steps of each training.")
