@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch.autograd.profiler import profile
 
+from dflows.memory import most_held
 from dflows.metrics import time_calls
 from dflows.provenance import describe_device
 from dflows.records import Record, write_record
@@ -50,13 +51,7 @@ def peak_bytes(function: Callable[[], Any], device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device) - before
     with profile(profile_memory=True) as profiled:
         function()
-    events = profiled.kineto_results.events()
-    held = most = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        if event.name() == "[memory]":
-            held += event.nbytes()
-            most = max(most, held)
-    return most
+    return most_held(profiled)
 
 
 def write(

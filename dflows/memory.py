@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd.profiler import profile
 from torch.overrides import TorchFunctionMode
 
 from dflows.errors import UserError
 
-__all__ = ["bounded", "check_memory", "total_memory"]
+__all__ = ["bounded", "check_memory", "most_held", "total_memory"]
 
 LIMITS = (
     Path("/sys/fs/cgroup/memory.max"),
@@ -115,3 +116,29 @@ class bounded(TorchFunctionMode):  # noqa: N801 - a context, like torch.no_grad
                     f"{self._what} has more than {MOST_TENSORS:,} tensors: {self._remedy}"
                 )
         return func(*args, **kwargs)
+
+
+def most_held(profiled: profile, since: str | None = None) -> int:
+    """Returns the bytes that tensors held at most on a CPU, of those made while it was profiled.
+
+    Args:
+        profiled: What `torch.autograd.profiler.profile(profile_memory=True)` saw.
+        since: The `torch.profiler.record_function` from which on they count at most; all is held
+            that was made before and is still there.
+
+    Example:
+        >>> with profile(profile_memory=True) as profiled:
+        ...     for _ in range(3):
+        ...         _ = torch.zeros(1000)
+        >>> 4000 <= most_held(profiled) < 12000
+        True
+    """
+    held = most = 0
+    counts = since is None
+    events = profiled.kineto_results.events()  # type: ignore[union-attr]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        counts |= event.name() == since
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held) if counts else 0
+    return most

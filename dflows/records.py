@@ -108,7 +108,7 @@ METRICS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "bytes_ratio": ("number", "the opponent's bytes of one call over these"),
         # Training on several devices, and what a step asks of one.
         "step_seconds": ("number", "mean seconds of an optimizer step"),
-        "process_bytes": ("count", "peak memory of a process for training it, bytes"),
+        "process_bytes": ("count", "peak memory of tensors that a process trains with, bytes"),
         "link_bandwidth": ("number", "measured bytes a second from a process to another"),
         "batch_characters": ("count", "characters of a device's batch"),
         "batch_bytes": ("count", "bytes that its backward pass needs"),

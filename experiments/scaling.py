@@ -24,6 +24,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Callback
 from torch import distributed
+from torch.autograd.profiler import profile, record_function
 from torch.utils.flop_counter import FlopCounterMode
 
 from dflows.cli.configs import FlowCLI, Parser
@@ -31,6 +32,7 @@ from dflows.cli.errors import run_command
 from dflows.cli.noise import quiet
 from dflows.errors import UserError
 from dflows.files import write_text
+from dflows.memory import most_held
 from dflows.provenance import describe_device
 from dflows.records import Record, write_record
 from experiments.planning import WEIGHT_BYTES
@@ -62,15 +64,16 @@ PLANNED = (
 TRAIN = "train"
 """The first argument of a process that trains, and evaluates nothing after it."""
 
-WARM = 4
-"""Steps that are not counted: memory is taken and schedules begin."""
+BEGIN = "training begins"
+
+PROFILED, WARM = 2, 4
+"""Steps of which memory is counted, and steps of which time is not."""
 
 
 class Measure(Callback):
-    """Creates what measures the steps of every process, and the memory that it takes for them.
+    """Creates what measures the steps of every process, and the memory that they take.
 
-    Memory is what the process had at most, beyond what it had before training, of which its
-    weights are a part. It takes Linux.
+    Memory is that of tensors, on a CPU: at most, in the first two steps.
 
     Args:
         folder: Where each process leaves what it measured, by its number.
@@ -79,12 +82,12 @@ class Measure(Callback):
     def __init__(self, folder: str) -> None:
         self.folder = folder
         self._ends: list[float] = []
-        self._before = self._batch = 0
+        self._profile = profile(profile_memory=True)
         self._link: float | None = None
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
-        """Sees what there is before gradients and moments."""
-        self._before = _status("VmRSS")
+        """Begins to count the memory of gradients, moments and what sends them."""
+        self._profile.__enter__()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: Any) -> None:
         """Measures how quickly gradients travel."""
@@ -98,13 +101,15 @@ class Measure(Callback):
             share = (trainer.world_size - 1) / trainer.world_size
             sent = 2 * share * WEIGHT_BYTES * gradients.numel()
             self._link = sent / statistics.median(seconds[1:])
-        # What was needed to get here does not count.
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        with record_function(BEGIN):
+            pass
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Takes the time."""
+        """Takes the time, and ends the count of memory."""
+        if batch_idx == PROFILED - 1:
+            self._profile.__exit__(None, None, None)
         self._ends.append(time.perf_counter())
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: Any) -> None:
@@ -116,18 +121,10 @@ class Measure(Callback):
         measured = {
             "precision": trainer.precision,
             "step_seconds": seconds,
-            "process_bytes": _status("VmHWM") - self._before + weights,
+            "process_bytes": most_held(self._profile, BEGIN) + weights,
             **({} if self._link is None else {"link_bandwidth": self._link}),
         }
         write_text(Path(self.folder) / f"{trainer.global_rank}.json", json.dumps(measured))
-
-
-def _status(key: str) -> int:
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        name, _, value = line.partition(":")
-        if name == key:
-            return int(value.split()[0]) * 1024
-    raise UserError(f"/proc/self/status does not tell {key}: measure on Linux")
 
 
 def _parameters(module: torch.nn.Module) -> int:
@@ -213,6 +210,9 @@ def scaling(arguments: Sequence[str]) -> None:
     parser = Parser(prog="python -m experiments.scaling")
     parser.add_argument("--smoke", action="store_true", help="Measure a tiny network.")
     parser.add_argument("--steps", type=int, default=40, help="Steps of each training.")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="Trainings, of which the median counts."
+    )
     parser.add_argument("--record", type=str, default="results/scaling", help="Folder of records.")
     given = parser.parse_args(list(arguments))
     torch.set_num_threads(1)
@@ -220,22 +220,36 @@ def scaling(arguments: Sequence[str]) -> None:
     for name, system in ({"smoke": SMOKE} if given.smoke else SYSTEMS).items():
         work = count_work(system)
         del work["batch_operations"]
+        begin = time.perf_counter()
+        # In turns, so that what else the machine does meets both.
+        rounds = [
+            {processes: _train(system, processes, given.steps) for processes in (1, 2)}
+            for _ in range(given.rounds)
+        ]
         for processes in (1, 2):
-            begin = time.perf_counter()
-            measured = _train(system, processes, given.steps)
-            metrics = {
-                key: max(one[key] for one in measured) for key in ("step_seconds", "process_bytes")
-            }
-            if processes > 1:
-                metrics["link_bandwidth"] = min(one["link_bandwidth"] for one in measured)
+            measured = [one[processes] for one in rounds]
+            metrics = {**work, "steps": given.steps, **_summarise(measured)}
             rate = processes * work["batch_characters"] / metrics["step_seconds"]
-            metrics |= {**work, "characters_per_second": rate, "steps": given.steps}
-            record = _record(name, processes, metrics, measured[0]["precision"], begin)
+            metrics["characters_per_second"] = rate
+            record = _record(name, processes, metrics, measured[0][0]["precision"], begin)
             write_record(folder, record)
             print(f"{name}: {rate:,.0f} characters a second with {processes} of 1 thread")
     begin = time.perf_counter()
     work = count_work(SMOKE if given.smoke else PLANNED)
     write_record(folder, _record("planned", 0, work, "bf16-mixed", begin))
+
+
+def _summarise(rounds: Sequence[Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
+    """Returns the metrics of all rounds: of the slowest process in each."""
+    slowest = [max(one["step_seconds"] for one in processes) for processes in rounds]
+    metrics: dict[str, Any] = {
+        "step_seconds": statistics.median(slowest),
+        "process_bytes": max(one["process_bytes"] for processes in rounds for one in processes),
+    }
+    if "link_bandwidth" in rounds[0][0]:
+        links = [min(one["link_bandwidth"] for one in processes) for processes in rounds]
+        metrics["link_bandwidth"] = statistics.median(links)
+    return metrics
 
 
 def _record(

@@ -149,7 +149,9 @@ class RunFolder(Callback):
                 empty.rmdir()
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Shares the folder between all processes, and tells checkpoints of it."""
+        """Claims the folder, if that is still to do; all processes share it, and checkpoints."""
+        if self.path is None:
+            self.claim(trainer)
         found = None if self.path is None else str(self.path)
         self.path = Path(str(trainer.strategy.broadcast(found)))
         for callback in trainer.checkpoint_callbacks:

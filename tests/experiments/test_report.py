@@ -6,7 +6,7 @@ import pytest
 
 from dflows.errors import UserError
 from dflows.records import Record, read_records, write_record
-from experiments.report import main
+from experiments.report import PAGES, main
 from experiments.reports.markdown import BEGIN, END, escape, escaped, update_page
 from experiments.reports.text import render_table
 
@@ -46,6 +46,14 @@ def test_readme_and_records_agree():
     table = render_table(read_records(ROOT / "results/text"), benchmarks)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert update_page(readme, table, "README.md") == readme, "run python -m experiments.report"
+
+
+@pytest.mark.parametrize("name", [name for name in PAGES if (ROOT / "results" / name).is_dir()])
+def test_a_page_of_its_own_is_made_from_its_records(name):
+    records = [escaped(found) for found in read_records(ROOT / "results" / name)]
+    path, render = PAGES[name]
+    page = (ROOT / "docs" / path).read_text(encoding="utf-8")
+    assert update_page(page, render(records), path) == page, "run python -m experiments.report"
 
 
 def test_a_line_of_the_table_is_a_record():

@@ -9,7 +9,7 @@ from dflows.records import read_records
 from experiments.overlays import config_diff, merge_configs
 from experiments.plan import reference_name
 from experiments.references import reference_settings
-from experiments.report import DRAWERS, PAGES, RENDERERS
+from experiments.report import DRAWERS, RENDERERS
 from experiments.report import main as report
 from experiments.reports import curves, estimators, mixture
 from experiments.reports.experiment import read_experiment
@@ -110,7 +110,7 @@ def test_an_overlay_changes_what_has_no_run_too(tmp_path, monkeypatch, capsys):
 def reported(tmp_path_factory):
     """The pages of experiments, made anew from the records."""
     folder = tmp_path_factory.mktemp("reported")
-    for part in ("docs/experiments", "docs/figures", "results"):
+    for part in ("docs/experiments", "docs/figures", "docs/guide", "results"):
         shutil.copytree(ROOT / part, folder / part)
     shutil.rmtree(folder / "results" / "text")
     options = ["--results", folder / "results", "--docs", folder / "docs"]
@@ -118,9 +118,7 @@ def reported(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in (*RENDERERS, *PAGES) if (ROOT / "results" / name).is_dir()]
-)
+@pytest.mark.parametrize("name", [name for name in RENDERERS if (ROOT / "results" / name).is_dir()])
 def test_pages_and_records_agree(name, reported):
     page = f"docs/experiments/{name}.md"
     ours = (ROOT / page).read_text(encoding="utf-8")

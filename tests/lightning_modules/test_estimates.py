@@ -43,7 +43,9 @@ def test_it_is_what_the_backward_pass_of_the_batch_needs(tmp_path, monkeypatch):
     one, many = (needed(tmp_path, monkeypatch, module, size) for size in (1, 1000))
     assert many == 1000 * one > 0
     y = torch.randint(5, (500, 5))
-    saved = estimates.saved_bytes(_attached(module), y) - estimates.saved_bytes(_attached(module), y[:1])
+    saved = estimates.saved_bytes(_attached(module), y) - estimates.saved_bytes(
+        _attached(module), y[:1]
+    )
     assert saved == pytest.approx(499 * one, rel=0.01)
 
 

@@ -37,6 +37,14 @@ def claimed(tmp_path, **options):
     return folder
 
 
+def test_a_trainer_that_fits_alone_has_one_too(tmp_path):
+    folder = RunFolder("small")
+    folder.setup(make_trainer(tmp_path), None, "fit")
+    assert folder.path == tmp_path / "runs" / "small" / "version_0"
+    folder.leave()
+    assert not folder.path.exists()
+
+
 HOLD = (
     "import sys; from pathlib import Path; from dflows.cli.folders import RunFolder\n"
     "from tests.training import trainer\n"
