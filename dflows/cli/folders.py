@@ -121,6 +121,7 @@ class RunFolder(Callback):
         self.command = command
         self.path: Path | None = None
         self._lock: _Lock | None = None
+        self._by_itself = False
 
     def claim(self, trainer: pl.Trainer) -> None:
         """Makes the folder, or keeps others out of the one that is gone on with.
@@ -152,6 +153,7 @@ class RunFolder(Callback):
         """Claims the folder, if that is still to do; all processes share it, and checkpoints."""
         if self.path is None:
             self.claim(trainer)
+            self._by_itself = True
         found = None if self.path is None else str(self.path)
         self.path = Path(str(trainer.strategy.broadcast(found)))
         for callback in trainer.checkpoint_callbacks:
@@ -159,6 +161,18 @@ class RunFolder(Callback):
                 callback.dirpath = callback.dirpath or str(self.path)
                 if self.checkpoint is not None:
                     callback.resumed_from = self.checkpoint.absolute().parent
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Leaves the folder, where nobody else does."""
+        if self._by_itself:
+            self.leave()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Leaves it likewise."""
+        if self._by_itself:
+            self.leave()
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Notes which job of SLURM works in the folder."""

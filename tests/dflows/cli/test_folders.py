@@ -41,7 +41,7 @@ def test_a_trainer_that_fits_alone_has_one_too(tmp_path):
     folder = RunFolder("small")
     folder.setup(make_trainer(tmp_path), None, "fit")
     assert folder.path == tmp_path / "runs" / "small" / "version_0"
-    folder.leave()
+    folder.teardown(None, None, "fit")
     assert not folder.path.exists()
 
 
