@@ -105,9 +105,9 @@ def test_installed_command_finds_a_shipped_config_by_name(installed, tmp_path):
 def test_import_is_quick_and_light():
     script = (
         "import sys, time, torch\n"
-        "start = time.perf_counter()\n"
+        "start = time.process_time()\n"  # others may use the machine, too
         "import dflows\n"
-        "print(time.perf_counter() - start, *{name.split('.')[0] for name in sys.modules})\n"
+        "print(time.process_time() - start, *{name.split('.')[0] for name in sys.modules})\n"
     )
     printed = [run("-c", script).split() for _ in range(3)]
     assert min(float(seconds) for seconds, *_ in printed) < 1

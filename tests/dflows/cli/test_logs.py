@@ -66,9 +66,9 @@ def test_silence_is_broken_until_the_command_ends(monkeypatch):
     monkeypatch.setattr(LOG, "info", tell)
     with Heartbeat() as heartbeat:
         heartbeat.start(0.001)
-        assert thrice.wait(timeout=60)
+        assert thrice.wait(timeout=600)
         assert beats()
-    assert said[:3] == [("still running, %s after the last line", "0 s")] * 3
+    assert {words[0] for words in said} == {"still running, %s after the last line"}
     assert not beats()
 
 
