@@ -1,8 +1,9 @@
-"""Faster ways to compute the same samples: compiled functions, and replayed CUDA graphs.
+"""Faster ways to compute the same: compiled functions, and replayed CUDA graphs.
 
 A level of generation is many small operations. ``torch.compile`` fuses those of the parts that run
 again and again, such as a block of a Transformer, each compiled once for all levels, flows and
-layers. A CUDA graph launches all operations of all levels at once.
+layers. A CUDA graph launches all operations of all levels at once. In a training step it is the
+evaluations of backbones that are compiled, with their gradients.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -15,9 +16,9 @@ from typing import Any, NamedTuple, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dflows.errors import UserError
+from dflows.errors import UserError, chain_of
 
-__all__ = ["Acceleration", "accelerated"]
+__all__ = ["Acceleration", "accelerated", "compiling"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -35,7 +36,7 @@ def _compiled(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
 
 
 def accelerated(function: Callable[P, R]) -> Callable[P, R]:
-    """Returns a part of generation, compiled if the flow is set to compile.
+    """Returns a part of what is computed, compiled within :func:`compiling`.
 
     Args:
         function: A function of modules, tensors and numbers, the same object at every call.
@@ -44,14 +45,35 @@ def accelerated(function: Callable[P, R]) -> Callable[P, R]:
 
 
 @contextmanager
-def _compiling() -> Iterator[None]:
+def compiling(wanted: bool = True) -> Iterator[None]:
+    """Compiles the parts that run within, or leaves them as they are.
+
+    Args:
+        wanted: Whether to compile.
+
+    Raises:
+        UserError: If there is no compiler.
+    """
+    if not wanted:
+        yield
+        return
     import torch._dynamo
+    import torch._inductor.exc as broken
 
     token = _compiles.set(True)
     try:
-        # Beyond the limit a function would silently run as it stands.
-        with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES):
+        # Beyond the limit a function would silently run as it stands. What several processes
+        # train is cut into no parts: the cuts cannot handle layers that are computed again.
+        with torch._dynamo.config.patch(recompile_limit=MOST_SHAPES, optimize_ddp=False):
             yield
+    except Exception as error:
+        for cause in chain_of(error):
+            if isinstance(cause, broken.InvalidCxxCompiler | broken.TritonMissing):
+                raise UserError(
+                    f"compile is set, and there is no compiler ({str(cause).splitlines()[0]}): "
+                    "install one, such as g++, or leave compile away"
+                ) from error
+        raise
     finally:
         _compiles.reset(token)
 
@@ -105,7 +127,7 @@ class Acceleration:
             UserError: If a graph is asked for and there is no CUDA device.
         """
         if self.compile:
-            with _compiling():
+            with compiling():
                 return self._compute(function, module, inputs, options)
         return self._compute(function, module, inputs, options)
 

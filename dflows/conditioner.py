@@ -337,7 +337,9 @@ class Conditioner(nn.Module):
         before = torch.where(starts, backbone.start, self.embedding.content(last.clamp(min=0)))
         if state is not None:
             state = tuple(part.masked_fill(starts, 0) for part in state)
-        features, state = backbone.resume(self.embedding.content(y), query, levels, before, state)
+        resume = accelerated(type(backbone).resume)
+        content = self.embedding.content(y)
+        features, state = resume(backbone, content, query, levels, before, state)
         return self._logits(features, y), state
 
     def layer_logits(self, y: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -359,7 +361,8 @@ class Conditioner(nn.Module):
                 "pass: choose a level-causal backbone"
             )
         query, levels, _ = self._causal_inputs(y.shape[1], y.device, None)
-        features = self.backbone.layer_features(self.embedding.content(y), query, levels)
+        layer_features = accelerated(type(self.backbone).layer_features)
+        features = layer_features(self.backbone, self.embedding.content(y), query, levels)
         return self._logits(features[-1], y), features
 
     def level_logits(self, y: Tensor, level: int, context: Tensor | None = None) -> Tensor:

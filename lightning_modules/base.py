@@ -12,6 +12,7 @@ from pytorch_lightning.callbacks import Callback
 from torch import Generator, Tensor, nn
 from torchmetrics import Metric
 
+from dflows.acceleration import compiling
 from dflows.errors import NonFiniteError, UserError
 from dflows.metrics import BitsPerCharacter, NatsPerExample
 from dflows.reporting import Report, Score
@@ -257,6 +258,7 @@ class BaseModule(OptimizedModule, ABC):
         Raises:
             UserError: If it has no steps, or a batch takes more than the memory.
         """
+        super().setup(stage)
         if stage == "fit":
             if self.trainer.max_steps == 0:
                 raise UserError("trainer.max_steps is 0: give at least 1, or -1 for no such end")
@@ -282,7 +284,7 @@ class BaseModule(OptimizedModule, ABC):
             NonFiniteError: If it is not finite.
         """
         try:
-            with self.located("training"):
+            with self.located("training"), compiling(self.optimization.compile):
                 loss = -self.evaluate_objective(batch).mean() / self.indices_of(batch).shape[-1]
                 self._check_loss(loss.detach())
         except NonFiniteError:

@@ -1,6 +1,7 @@
 """The optimizer's settings, and a schedule that a resumed run may change."""
 
 import math
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,7 +18,7 @@ __all__ = ["DEFAULT_OPTIMIZATION", "Optimization", "Schedule", "keep_settings"]
 
 @dataclass(frozen=True)
 class Optimization:
-    """Creates the settings of AdamW and of its learning-rate schedule.
+    """Creates the settings of AdamW, of its learning-rate schedule and of how a step is computed.
 
     A resumed run uses these settings, not those of the checkpoint.
 
@@ -37,6 +38,10 @@ class Optimization:
             schedule, warm-up included, as layerwise training needs it.
         hold_base_steps: First steps in which the base under flows is left as it is, and is not
             refitted either.
+        compile: Whether ``torch.compile`` compiles the backbones for training, in the first step.
+            What is evaluated is not compiled. It needs a C++ compiler, on a GPU Triton.
+        gradient_checkpointing: Whether the layers of backbones are computed a second time for the
+            gradient, in place of keeping what they computed: less memory, and more time.
 
     Raises:
         UserError: If a number is out of range.
@@ -50,6 +55,8 @@ class Optimization:
     schedule: Literal["constant", "cosine", "linear"] = "constant"
     cycles: int = 1
     hold_base_steps: int = 0
+    compile: bool = False
+    gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         for name, value in (
@@ -121,6 +128,16 @@ class Schedule(LambdaLR):
     def __init__(self, optimizer: Optimizer, factor: Callable[[int], float]) -> None:
         self._factor = factor
         super().__init__(optimizer, factor)
+
+    def step(self, epoch: int | None = None) -> None:
+        """Goes on by a step, which counts also where an overflow in float16 let it be skipped."""
+        if self._step_count > 1:
+            super().step(epoch)
+            return
+        with warnings.catch_warnings():
+            # Of the first step PyTorch takes it for a mistake.
+            warnings.filterwarnings("ignore", message="Detected call of .lr_scheduler.step")
+            super().step(epoch)
 
     def rebase(self, rates: Sequence[float]) -> None:
         """Changes the learning rates of the groups, before any factor."""

@@ -13,6 +13,7 @@ from pytorch_lightning.plugins import MixedPrecision, Precision
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dflows.backbones import Backbone
 from dflows.errors import UserError
 from lightning_modules.divergence import FiniteWatch, all_finite, located
 from lightning_modules.optimization import (
@@ -166,6 +167,31 @@ class OptimizedModule(pl.LightningModule):
             progress = max(progress, elapsed)
         return min(max(progress, 0.0), 1.0)
 
+    def setup(self, stage: str) -> None:
+        """Sets how backbones compute a step.
+
+        Raises:
+            UserError: If none can do so.
+        """
+        if stage != "fit":
+            return
+        backbones = [part for part in self.modules() if isinstance(part, Backbone)]
+        able = [backbone for backbone in backbones if backbone.checkpoints_gradients]
+        names = ", ".join(sorted({backbone.display_name for backbone in backbones})) or "none"
+        if self.optimization.compile and not backbones:
+            raise UserError(
+                "optimization.compile is set, and the model has no backbone that could be "
+                "compiled: leave it away"
+            )
+        if self.optimization.gradient_checkpointing and not able:
+            raise UserError(
+                "optimization.gradient_checkpointing is set, and no backbone of the model has "
+                f"layers that could be computed again ({names}): leave it away, or choose a "
+                "Transformer or convolutions"
+            )
+        for backbone in able:
+            backbone.gradient_checkpointing = self.optimization.gradient_checkpointing
+
     def on_train_epoch_start(self) -> None:
         """Puts learning rates right that a finder has set."""
         if self._rates_changed:
@@ -231,18 +257,21 @@ class OptimizedModule(pl.LightningModule):
             super().configure_gradient_clipping(
                 optimizer, gradient_clip_val, gradient_clip_algorithm
             )
-        # A loss that is scaled up for float16 overflows at first, and its scaler skips the step.
-        if parameters and not self._scaled and not self._in_range_test():
+        if self._scaler is not None:
+            # A loss that is scaled up for float16 overflows at times: its scaler skips the step,
+            # and scales less. It has not diverged before there is nothing left to scale less.
+            finite = finite | (self._scaler._get_scale_async() > 1)  # get_scale waits for a device
+        if parameters and not self._in_range_test():
             self._watch.note("a gradient", finite, self.trainer.global_step)
 
     @property
-    def _scaled(self) -> bool:
-        return getattr(self.trainer.precision_plugin, "scaler", None) is not None
+    def _scaler(self) -> torch.amp.GradScaler | None:
+        return getattr(self.trainer.precision_plugin, "scaler", None)
 
     def _clips(self, algorithm: str | None) -> bool:
         """Whether gradients are as they are, whole, and clipped by their norm."""
         whole = type(self.trainer.precision_plugin) in (Precision, MixedPrecision)
-        return whole and not self._scaled and algorithm in (None, "norm")
+        return whole and self._scaler is None and algorithm in (None, "norm")
 
     def located(self, part: str) -> AbstractContextManager[None]:
         """Returns a context that adds the part of a run and the step to non-finite errors."""

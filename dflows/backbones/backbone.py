@@ -3,7 +3,9 @@
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, TypeAlias
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dflows.arguments import check_positive
 
@@ -47,6 +49,9 @@ class Backbone(nn.Module, ABC):
         knows_levels: Whether it distinguishes levels by itself, so that it serves orderings of any
             number of levels. For a backbone that does not, the query has a learned embedding of
             levels.
+        checkpoints_gradients: Whether it can do without what its layers have computed until the
+            gradient needs it: it runs them by :meth:`run_layer`.
+        gradient_checkpointing: Whether it does, which takes less memory in training, and more time.
 
     Raises:
         UserError: If the width is below 1.
@@ -55,6 +60,8 @@ class Backbone(nn.Module, ABC):
     embeds: ClassVar[bool] = True
     knows_positions: ClassVar[bool] = True
     knows_levels: bool = False
+    checkpoints_gradients: ClassVar[bool] = False
+    gradient_checkpointing: bool = False
     width: int
     level_causal: bool
 
@@ -92,6 +99,20 @@ class Backbone(nn.Module, ABC):
             UserError: If there are more dimensions than the backbone can take, or the shapes do not
                 fit.
         """
+
+    def run_layer(self, layer: nn.Module, *arguments: Tensor | None) -> Tensor:
+        """Computes a layer, a second time for the gradient where that is chosen.
+
+        Both times it drops the same features, and computes in the same precision.
+
+        Args:
+            layer: The layer, one of several that are alike.
+            arguments: Its arguments.
+        """
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            computed: Tensor = checkpoint(layer, *arguments, use_reentrant=False)
+            return computed
+        return layer(*arguments)  # type: ignore[no-any-return]
 
     def features_at(
         self,

@@ -52,6 +52,8 @@ class DilatedConvolution(Backbone):
         torch.Size([2, 5, 8])
     """
 
+    checkpoints_gradients = True
+
     def __init__(
         self,
         width: int,
@@ -99,7 +101,7 @@ class DilatedConvolution(Backbone):
         check_features(self, content)
         features = content
         for n, layer in enumerate(self.layers, start=1):
-            features = layer(features, only if n == len(self.layers) else None)
+            features = self.run_layer(layer, features, only if n == len(self.layers) else None)
         normed: Tensor = self.norm(features)
         return normed
 

@@ -51,6 +51,8 @@ class LevelConvolution(SteppedBackbone):
         torch.Size([2, 12, 8])
     """
 
+    checkpoints_gradients = True
+
     def __init__(
         self,
         width: int,
@@ -98,7 +100,7 @@ class LevelConvolution(SteppedBackbone):
             # Before the first layer a row without content is empty.
             stream = stream + self.widen(_gather(narrow, torch.zeros_like(narrow), near))
         for layer in self.layers:
-            stream = layer(stream, content, sources)
+            stream = self.run_layer(layer, stream, content, sources)
         features: Tensor = self.norm(stream)
         return features
 

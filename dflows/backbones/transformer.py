@@ -82,6 +82,8 @@ class Transformer(SteppedBackbone):
         torch.Size([3, 5, 8])
     """
 
+    checkpoints_gradients = True
+
     def __init__(
         self,
         width: int,
@@ -216,7 +218,8 @@ class Transformer(SteppedBackbone):
         for n, block in enumerate(self.blocks):
             mask = None if block.locality is None else block.locality(content.shape[1])
             last = n + 1 == len(self.blocks)
-            h = block(add_positions(h, positions, n), None, mask, rotary, only if last else None)
+            h = add_positions(h, positions, n)
+            h = self.run_layer(block, h, None, mask, rotary, only if last else None)
             yield h
 
     def _causal(self, content: Tensor, query: Tensor, levels: Tensor) -> Tensor:
@@ -237,7 +240,7 @@ class Transformer(SteppedBackbone):
         rotary = self._rotary(torch.arange(len(levels), device=levels.device), query.dtype)
         for n, block in enumerate(self.blocks):
             mask = self._mask(block.locality, levels, visible)
-            h = block(add_positions(h, positions, n), content, mask, rotary)
+            h = self.run_layer(block, add_positions(h, positions, n), content, mask, rotary)
             yield h
 
     def _streams(self, query: Tensor, levels: Tensor) -> Tensor:
