@@ -9,7 +9,7 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import Timer
-from pytorch_lightning.plugins import MixedPrecision, Precision
+from pytorch_lightning.plugins import DoublePrecision, MixedPrecision, Precision
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -168,13 +168,15 @@ class OptimizedModule(pl.LightningModule):
         return min(max(progress, 0.0), 1.0)
 
     def setup(self, stage: str) -> None:
-        """Sets how backbones compute a step.
+        """Sets how a step is computed.
 
         Raises:
-            UserError: If none can do so.
+            UserError: If no backbone can do so.
         """
         if stage != "fit":
             return
+        if isinstance(self.trainer.precision_plugin, DoublePrecision):
+            self.double()  # Lightning does so when weights of a checkpoint have been rounded
         backbones = [part for part in self.modules() if isinstance(part, Backbone)]
         able = [backbone for backbone in backbones if backbone.checkpoints_gradients]
         names = ", ".join(sorted({backbone.display_name for backbone in backbones})) or "none"

@@ -22,6 +22,7 @@ from dflows.backbones import (
     Table,
     Transformer,
 )
+from dflows.backbones.attention import Block
 from dflows.errors import UserError
 from dflows.orderings import Natural, Strided
 
@@ -56,6 +57,9 @@ STATEFUL = [name for name, make in CAUSAL.items() if isinstance(make(), Stateful
 causal = pytest.mark.parametrize("name", CAUSAL)
 every = pytest.mark.parametrize("name", CAUSAL | OTHERS)
 stepped = pytest.mark.parametrize("name", STEPPED)
+CHECKPOINTING = [
+    name for name, make in (CAUSAL | OTHERS).items() if make().checkpoints_gradients
+]
 
 
 def make(name: str) -> Backbone:
@@ -441,3 +445,52 @@ def test_table_takes_values_where_others_take_features():
     levels = Strided(columns=2).levels(3)
     with pytest.raises(UserError, match="make one for each ordering"):
         table(torch.zeros(1, 3, dtype=torch.long), levels=levels)
+
+
+def step_of(name: str, checkpointing: bool, half: bool) -> tuple[list[Tensor], int]:
+    """The gradients of a training step that drops features, and the bytes kept for it."""
+    backbone = make(name).train()
+    for part in backbone.modules():
+        if isinstance(part, nn.Dropout):
+            part.p = 0.3
+        if isinstance(part, Block):
+            part.attention_dropout = 0.3
+    backbone.gradient_checkpointing = checkpointing
+    inputs = [part.requires_grad_(part.is_floating_point()) for part in arguments(backbone, LEVELS)]
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    torch.manual_seed(1)
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", torch.bfloat16, enabled=half),
+    ):
+        loss = backbone(*inputs).square().sum()
+    loss.backward()
+    learned = [*inputs, *backbone.parameters()]
+    # What goes into a layer that is computed again is kept beside what autograd saves.
+    layers = next(part for part in backbone.children() if isinstance(part, nn.ModuleList))
+    again = len(layers) * inputs[0].nbytes if checkpointing else 0
+    return [part.grad for part in learned if part.grad is not None], sum(kept.values()) + again
+
+
+LEVELS = torch.arange(LENGTH) % 4
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("name", CHECKPOINTING)
+def test_layers_that_are_computed_twice_have_the_same_gradients_in_less_memory(name, half):
+    (plain, all_of_it), (again, less) = (step_of(name, again, half) for again in (False, True))
+    assert len(plain) == len(again) > 8
+    assert all(torch.equal(first, second) for first, second in zip(plain, again, strict=True))
+    assert less < all_of_it / 2
+
+
+def test_who_computes_layers_twice():
+    stacks = {"convolution", "level-convolution"}
+    assert set(CHECKPOINTING) == {
+        name for name in CAUSAL | OTHERS if name in stacks or name.startswith("transformer")
+    }

@@ -7,9 +7,11 @@ import pytest
 import torch
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.loggers import Logger
+from pytorch_lightning.plugins import MixedPrecision
+from torch.amp import GradScaler
 
 from datamodules import LocalText, TextDataModule
-from dflows import flows
+from dflows import acceleration, flows
 from dflows.backbones import LSTM, DilatedConvolution
 from dflows.cli.callbacks import Stopwatch
 from dflows.cli.checkpoints import WholeCheckpoints
@@ -44,6 +46,15 @@ MODES = {
     "no validation": {"limit_val_batches": 0, "max_steps": 6},
     "overfit": {"overfit_batches": 2, "max_steps": 7, "val_check_interval": 2},
     "stateful": {"stateful": True},
+    "clipped by norm": {"gradient_clip_val": 0.01},
+    "clipped by value": {"gradient_clip_val": 1e-3, "gradient_clip_algorithm": "value"},
+    "bf16-mixed": {"precision": "bf16-mixed"},
+    "64-true": {"precision": "64-true"},
+    # Steps are skipped at first, and again whenever the scale has grown.
+    "16-mixed": {"scale": 2.0**27},
+    "16-mixed, clipped": {"scale": 2.0**27, "gradient_clip_val": 0.01},
+    "gradient checkpointing": {"settings": {"gradient_checkpointing": True}},
+    "compiled": {"settings": {"compile": True}},
 }
 HOOKS = (
     "on_train_batch_start",
@@ -91,9 +102,15 @@ class Log(Logger):
         pass
 
 
-def module_of(data, stateful):
+@pytest.fixture(autouse=True)
+def _without_a_compiler(monkeypatch):
+    """What is compiled is what dynamo and autograd make of it, with no compiler behind them."""
+    monkeypatch.setattr(acceleration, "BACKEND", "aot_eager")
+
+
+def module_of(data, stateful, settings):
     torch.manual_seed(3)
-    settings = Optimization(learning_rate=0.01, schedule="linear")
+    settings = Optimization(learning_rate=0.01, schedule="linear", **settings)
     if stateful:
         flow = flows.language_model(data.num_classes, data.length, partial(LSTM, width=4))
         return LanguageModel(flow, settings, stateful=True, restart=0.3)
@@ -103,12 +120,26 @@ def module_of(data, stateful):
     return FlowModule(flow, Local(subsample="levels"), settings, base_refit_every=3)
 
 
-def fit(folder, *, stop=None, resume=None, every=None, stateful=False, **options):
+def fit(
+    folder,
+    *,
+    stop=None,
+    resume=None,
+    every=None,
+    stateful=False,
+    scale=None,
+    settings=None,
+    **options,
+):
     """Trains for 12 steps, or as far as it may."""
     quiet()
     text = LocalText(path=write_text(folder).as_posix(), fractions=(0.8, 0.1, 0.1))
     data = TextDataModule(text, length=8, batch_size=4, eval_batch_size=20, stateful=stateful)
-    module, log = module_of(data, stateful), Log()
+    module, log = module_of(data, stateful, settings or {}), Log()
+    plugins = [WholeCheckpoints()]
+    if scale is not None:
+        scaler = GradScaler("cpu", init_scale=scale, growth_interval=2)
+        plugins.append(MixedPrecision("16-mixed", "cpu", scaler))
     kept = BestCheckpoint(dirpath=str(folder)), LastCheckpoint(every, dirpath=str(folder))
     usual = {
         "accelerator": "cpu",
@@ -121,7 +152,7 @@ def fit(folder, *, stop=None, resume=None, every=None, stateful=False, **options
         "log_every_n_steps": 1,
         "enable_progress_bar": False,
         "enable_model_summary": False,
-        "plugins": [WholeCheckpoints()],
+        "plugins": plugins,
         "callbacks": [*([StopAt(*stop)] if stop else []), Stopwatch(), *kept],
     }
     trainer = Trainer(**usual | options)
@@ -137,6 +168,7 @@ def fit(folder, *, stop=None, resume=None, every=None, stateful=False, **options
         weights=module.state_dict(),
         best=torch.load(best, weights_only=True)["state_dict"] if best.is_file() else {},
         log=log.values,
+        scaler=trainer.precision_plugin.state_dict(),
     )
 
 
@@ -167,11 +199,13 @@ def assert_exact(whole, folder, mode, hook, number):
             for name, weight in expected.items():
                 assert torch.equal(found[name], weight), name
         assert stopped.log | resumed.log == whole.log
+        assert resumed.scaler == whole.scaler
         assert torch.load(last, weights_only=True)["global_step"] == whole.step
     return True
 
 
 @pytest.mark.filterwarnings("ignore:.ModelCheckpoint.monitor:UserWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 @pytest.mark.parametrize(
     ("mode", "hook", "number"),
     [
@@ -188,6 +222,14 @@ def assert_exact(whole, folder, mode, hook, number):
         ("every other epoch", "on_train_epoch_start", 3),
         ("no validation", "on_after_backward", 4),
         ("stateful", "on_after_backward", 6),
+        ("clipped by value", "on_after_backward", 5),
+        ("bf16-mixed", "on_after_backward", 5),
+        ("64-true", "on_after_backward", 5),
+        ("16-mixed", "on_after_backward", 7),
+        ("16-mixed", "on_train_batch_start", 2),  # a step that was skipped is behind
+        ("16-mixed, clipped", "on_before_optimizer_step", 6),
+        ("gradient checkpointing", "on_after_backward", 5),
+        ("compiled", "on_after_backward", 5),
     ],
 )
 def test_a_run_that_stops_goes_on_exactly(whole, tmp_path, mode, hook, number):
@@ -204,6 +246,39 @@ def test_a_run_goes_on_exactly_wherever_it_stops(whole, tmp_path, mode, hook):
         folder.mkdir()
         if not assert_exact(whole(mode), folder, mode, hook, number):
             break
+
+
+CHANGES = {
+    "compiled from here on": ({}, {"compile": True}),
+    "compiled no more": ({"compile": True}, {}),
+    "layers computed twice from here on": ({}, {"gradient_checkpointing": True}),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.ModelCheckpoint.monitor:UserWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("change", CHANGES)
+def test_how_a_step_is_computed_may_change_on_the_way(whole, tmp_path, change):
+    before, after = CHANGES[change]
+    fit(tmp_path, settings=before, stop=("on_train_batch_start", 6))
+    resumed = fit(tmp_path, settings=after, resume=tmp_path / "last.ckpt")
+    assert resumed.step == 12
+    for name, weight in whole("steps").weights.items():
+        torch.testing.assert_close(resumed.weights[name], weight, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_steps_that_are_skipped_count_and_spoil_nothing(tmp_path):
+    run = fit(tmp_path, scale=2.0**27)
+    assert run.step == 12
+    assert run.scaler["scale"] < 2.0**27
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    (optimizer,) = state["optimizer_states"]
+    taken = {int(entry["step"]) for entry in optimizer["state"].values()}
+    assert len(taken) == 1
+    assert 0 < taken.pop() < 12  # Adam's own count, of those that were not skipped
+    assert state["lr_schedulers"][0]["last_epoch"] == 12
+    assert state["state_dict"]["base_refit.counts"].isfinite().all()
+    assert state["datamodule" if "datamodule" in state else "TextDataModule"]["row"] == 12 * 4
 
 
 def test_a_run_without_validations_leaves_a_last_checkpoint(tmp_path):
