@@ -290,7 +290,13 @@ class StreamDataModule(pl.LightningDataModule, ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns what a checkpoint keeps: a place of the training stream, and the vocabulary."""
-        return {**asdict(self._place()), "vocabulary": self.vocabulary.to_json()}
+        processes = self._process()[1]
+        return {
+            **asdict(self._place()),
+            "processes": processes,
+            "rows_of_batch": processes * self.batch_size,
+            "vocabulary": self.vocabulary.to_json(),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on where a checkpoint was written.
@@ -299,12 +305,30 @@ class StreamDataModule(pl.LightningDataModule, ABC):
             state_dict: What `state_dict` returned.
 
         Raises:
-            UserError: If the checkpoint's vocabulary is another one.
+            UserError: If the checkpoint's vocabulary is another one, or another number of processes
+                would train on other rows at a time.
         """
+        self._check_processes(state_dict)
         self.check_vocabulary(
             parse_vocabulary(state_dict["vocabulary"], "the checkpoint's vocabulary")
         )
         self._known = _Place(**{key: int(state_dict[key]) for key in asdict(self._known)})
+
+    def _check_processes(self, state_dict: dict[str, Any]) -> None:
+        """Refuses other rows at a time than before, where nobody can have wanted them."""
+        before, rows = (state_dict.get(key, 0) for key in ("processes", "rows_of_batch"))
+        processes = self._process()[1]
+        given = processes * self.batch_size
+        trains = self.trainer is not None and self.trainer.state.fn == "fit"
+        if not (trains and rows) or given == rows or (before == processes and not self.stateful):
+            return
+        remedy = f"set data.batch_size to {rows // processes}"
+        if rows % processes:
+            remedy = f"which {processes} processes cannot share equally: start {before}"
+        raise UserError(
+            f"data.batch_size is {self.batch_size} for each of {processes} processes, {given} rows "
+            f"at a time, and the run that is resumed had {rows}, with {before}: {remedy}"
+        )
 
     def check_vocabulary(self, vocabulary: Vocabulary) -> None:
         """Refuses the vocabulary of a checkpoint where it is another one.

@@ -21,7 +21,7 @@ from lightning_modules.data import DataFacts, unpack
 from lightning_modules.estimates import check_batch
 from lightning_modules.optimization import DEFAULT_OPTIMIZATION, Optimization
 from lightning_modules.optimized import OptimizedModule
-from lightning_modules.processes import SharedBuffers
+from lightning_modules.processes import SharedBuffers, mean_of_processes
 from lightning_modules.timing import report_generation
 
 __all__ = ["DEFAULT_OPTIMIZATION", "BaseModule", "Batch", "Method", "Optimization", "compute"]
@@ -292,7 +292,7 @@ class BaseModule(OptimizedModule, ABC):
                 raise
             self.trainer.should_stop = True
             return None
-        bits = loss.detach().float() / math.log(2)
+        bits = mean_of_processes(loss.detach().float()) / math.log(2)
         smoothed = bits if self._smoothed is None else self._smoothed.to(bits.device)
         self._smoothed = smoothed.lerp(bits, 1 - SMOOTHING)
         self.log("train_bpc", self._smoothed, prog_bar=True)

@@ -12,6 +12,7 @@ from dflows.experts import leave_one_out
 from dflows.flow import DiscreteFlow
 from lightning_modules.auxiliary import Auxiliary, AuxiliaryHeads
 from lightning_modules.base import DEFAULT_OPTIMIZATION, Batch, Optimization
+from lightning_modules.processes import share_of_process
 from lightning_modules.text import Overlapping, Score, TextModule
 
 __all__ = ["LanguageModel"]
@@ -195,9 +196,13 @@ class LanguageModel(TextModule):
         super().on_load_checkpoint(checkpoint)
         gathered = checkpoint.get("training", {}).get("states")
         ranks = 1 if self._trainer is None else self.trainer.world_size
-        if gathered is not None and len(gathered[0]) == ranks:
-            self._gathered = gathered
-            last, *state = (part[self.global_rank] for part in gathered)
+        if gathered is not None:
+            dims = -1, *(-2 for _ in gathered[1:])
+            self._gathered = [
+                share_of_process(part, dim, ranks)
+                for part, dim in zip(gathered, dims, strict=True)
+            ]
+            last, *state = (part[self.global_rank] for part in self._gathered)
             self._windows = _Windows(last, tuple(state))
 
     def text_score(self) -> Score | None:

@@ -1,5 +1,7 @@
 """What a datamodule asks a trainer, of any number of processes."""
 
+from types import SimpleNamespace
+
 import pytorch_lightning as pl
 
 
@@ -15,6 +17,7 @@ class Process:
         )
         self.global_rank = rank
         self.world_size = ranks
+        self.state = SimpleNamespace(fn="fit")
         self.fit_loop = trainer.fit_loop
         self.max_epochs = trainer.max_epochs
         self.max_steps = trainer.max_steps

@@ -164,6 +164,28 @@ class TestResume:
         assert torch.equal(torch.cat(resumed.seen["train"]), torch.cat(whole.seen["train"])[12:32])
         assert data.state_dict()["row"] == 32
 
+    @pytest.mark.parametrize(
+        ("ranks", "options", "message"),
+        [
+            (2, {}, "8 rows at a time, and the run .* had 4, with 1: set data.batch_size to 2"),
+            (3, {}, "had 4, with 1: which 3 processes cannot share equally: start 1"),
+            (1, {"stateful": True, "batch_size": 8}, "had 4, with 1: set data.batch_size to 4"),
+            (2, {"batch_size": 2}, None),
+            (1, {"batch_size": 8}, None),
+        ],
+    )
+    def test_processes_go_on_with_as_many_rows_or_are_refused(self, ranks, options, message):
+        state = TextDataModule(length=8, batch_size=4).state_dict()
+        data = TextDataModule(**{"length": 8, "batch_size": 4, **options})
+        data.trainer = Process(0, ranks)
+        if message is None:
+            data.load_state_dict(state)
+            return
+        with pytest.raises(UserError, match=message):
+            data.load_state_dict(state)
+        data.trainer.state.fn = "test"
+        data.load_state_dict(state)  # what is evaluated is the same
+
     def test_a_new_fit_begins_anew(self, tmp_path):
         data = text()
         whole, trainer = fit(data, tmp_path / "a", 4)
@@ -176,7 +198,7 @@ class TestResume:
         data = text()
         fit(data, tmp_path, 3)
         state = torch.load(tmp_path / "3.ckpt", weights_only=True)["TextDataModule"]
-        place = {"row": 12, "batches": 3, "of_epoch": 3}
+        place = {"row": 12, "batches": 3, "of_epoch": 3, "processes": 1, "rows_of_batch": 4}
         assert state == {**place, "vocabulary": data.vocabulary.to_json()}
 
     def test_another_vocabulary_is_refused(self):
@@ -364,18 +386,18 @@ torch.save((module.rows(), trainer.global_step), folder / f"rows{{trainer.global
 
 
 @pytest.mark.parametrize(
-    ("options", "steps"),
+    ("options", "steps", "before"),
     [
-        ({"max_epochs": 3}, 12),
-        ({"max_epochs": 3, "overfit_batches": 3}, 9),
+        ({"max_epochs": 3}, 12, "one"),
+        ({"max_epochs": 3, "overfit_batches": 3}, 9, "two"),
     ],
 )
-def test_two_processes_have_the_epochs_of_one(options, steps, tmp_path):
+def test_two_processes_have_the_epochs_of_one(options, steps, before, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT.format(root=str(ROOT)))
     whole, trainer = fit(pieces(4), tmp_path / "one", -1, **options)
     assert trainer.global_step == steps
     folders = {name: tmp_path / name for name in ("two", "resumed")}
-    for name, path in (("two", None), ("resumed", str(folders["two"] / "5.ckpt"))):
+    for name, path in (("two", None), ("resumed", str(tmp_path / before / "5.ckpt"))):
         folders[name].mkdir()
         arguments = repr((path, {**options, "strategy": "ddp", "devices": 2}))
         done = subprocess.run(
@@ -393,6 +415,9 @@ def test_two_processes_have_the_epochs_of_one(options, steps, tmp_path):
         )
         assert numbers == (steps, steps)
         assert torch.equal(torch.cat(parts, dim=1), whole.rows()[first:])
+    path = folders["two"] / "5.ckpt"
+    resumed, _ = fit(pieces(4), tmp_path / "last", -1, ckpt_path=path, **options)
+    assert torch.equal(resumed.rows(), whole.rows()[5:])
 
 
 def test_no_data_are_made_of_a_checkpoint(tmp_path):

@@ -425,12 +425,19 @@ def test_two_processes_train_as_one(name, tmp_path):
     runs = tmp_path / "runs" / "small"
     two = ("--trainer.devices", 2, "--trainer.strategy", "ddp", "--data.batch_size", 4)
     assert run_here("fit", "--config", config) == 0
-    stops = [()]
     if name == "stateful":
-        # The two stop half-way, and go on from what one of them has written.
-        stops = [("--trainer.max_steps", 3), ("--ckpt_path", runs / "version_1" / "last.ckpt")]
-    for more in stops:
-        done = run_apart("fit", "--config", config, *two, *more, cwd=tmp_path)
+        # The two stop, one goes on from what they have written, and then two again.
+        resume = ("--ckpt_path", runs / "version_1" / "last.ckpt")
+        for last in (2, 4, 6):
+            arguments = ("fit", "--config", config, "--trainer.max_steps", last)
+            if last == 4:
+                assert run_here(*arguments, *resume) == 0
+                continue
+            arguments += two if last == 2 else (*two, *resume)
+            done = run_apart(*arguments, cwd=tmp_path)
+            assert done.returncode == 0, done.stdout + done.stderr
+    else:
+        done = run_apart("fit", "--config", config, *two, cwd=tmp_path)
         assert done.returncode == 0, done.stdout + done.stderr
     checkpoints = [
         torch.load(runs / version / "last.ckpt", weights_only=True)
