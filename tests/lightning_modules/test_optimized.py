@@ -156,7 +156,7 @@ class TestCompile:
         states = []
         for compile in (False, True):
             model = module(compile=compile, gradient_checkpointing=compile and checkpointing)
-            run = trainer(tmp_path, STEPS, limit_val_batches=2)
+            run = trainer(tmp_path, 3, limit_val_batches=1)
             run.fit(model, datamodule=data())
             number = len(compiled)
             assert (number > 0) == compile
