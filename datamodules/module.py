@@ -308,27 +308,12 @@ class StreamDataModule(pl.LightningDataModule, ABC):
             UserError: If the checkpoint's vocabulary is another one, or another number of processes
                 would train on other rows at a time.
         """
-        self._check_processes(state_dict)
+        if self.trainer is not None and self.trainer.state.fn == "fit":
+            _check_rows(self, self._process()[1], state_dict)
         self.check_vocabulary(
             parse_vocabulary(state_dict["vocabulary"], "the checkpoint's vocabulary")
         )
         self._known = _Place(**{key: int(state_dict[key]) for key in asdict(self._known)})
-
-    def _check_processes(self, state_dict: dict[str, Any]) -> None:
-        """Refuses other rows at a time than before, where nobody can have wanted them."""
-        before, rows = (state_dict.get(key, 0) for key in ("processes", "rows_of_batch"))
-        processes = self._process()[1]
-        given = processes * self.batch_size
-        trains = self.trainer is not None and self.trainer.state.fn == "fit"
-        if not (trains and rows) or given == rows or (before == processes and not self.stateful):
-            return
-        remedy = f"set data.batch_size to {rows // processes}"
-        if rows % processes:
-            remedy = f"which {processes} processes cannot share equally: start {before}"
-        raise UserError(
-            f"data.batch_size is {self.batch_size} for each of {processes} processes, {given} rows "
-            f"at a time, and the run that is resumed had {rows}, with {before}: {remedy}"
-        )
 
     def check_vocabulary(self, vocabulary: Vocabulary) -> None:
         """Refuses the vocabulary of a checkpoint where it is another one.
@@ -423,6 +408,21 @@ class StreamDataModule(pl.LightningDataModule, ABC):
         if overfit and isinstance(overfit, float):
             raise UserError(f"trainer.overfit_batches is {overfit}: give a whole number of batches")
         return int(overfit)
+
+
+def _check_rows(data: StreamDataModule, processes: int, state_dict: dict[str, Any]) -> None:
+    """Refuses other rows at a time than a checkpoint's, where nobody can have wanted them."""
+    before, rows = (state_dict.get(key) for key in ("processes", "rows_of_batch"))
+    given = processes * data.batch_size
+    if rows is None or given == rows or (before == processes and not data.stateful):
+        return
+    remedy = f"set data.batch_size to {rows // processes}"
+    if rows % processes:
+        remedy = f"which {processes} processes cannot share equally: start {before}"
+    raise UserError(
+        f"data.batch_size is {data.batch_size} for each of {processes} processes, {given} rows at "
+        f"a time, and the run that is resumed had {rows}, with {before}: {remedy}"
+    )
 
 
 class _TrainingLoader(DataLoader[Tensor]):

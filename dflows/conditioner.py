@@ -16,7 +16,8 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TypeAlias
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,11 @@ def evaluated_by(shortcut: Shortcut) -> Iterator[None]:
 def _evaluate(network: nn.Module, *inputs: Tensor | None) -> Tensor:
     features: Tensor = network(*inputs)
     return features
+
+
+def _method(network: nn.Module, name: str) -> Callable[..., Any]:
+    """Returns a method of a backbone, compiled where that is wanted."""
+    return partial(accelerated(getattr(type(network), name)), network)
 
 
 def _affine(layer: nn.Linear, features: Tensor) -> Tensor:
@@ -262,8 +268,7 @@ class Conditioner(nn.Module):
             features = accelerated(_evaluate)(self.backbone, *inputs)[:, count:]
         else:
             dimensions = only + count if count else only
-            features_at = accelerated(type(self.backbone).features_at)
-            features = features_at(self.backbone, dimensions, *inputs)
+            features = _method(self.backbone, "features_at")(dimensions, *inputs)
         expected = (len(y), y.shape[1] if only is None else len(only), self.width)
         if features.shape != expected:
             raise UserError(
@@ -337,9 +342,8 @@ class Conditioner(nn.Module):
         before = torch.where(starts, backbone.start, self.embedding.content(last.clamp(min=0)))
         if state is not None:
             state = tuple(part.masked_fill(starts, 0) for part in state)
-        resume = accelerated(type(backbone).resume)
         content = self.embedding.content(y)
-        features, state = resume(backbone, content, query, levels, before, state)
+        features, state = _method(backbone, "resume")(content, query, levels, before, state)
         return self._logits(features, y), state
 
     def layer_logits(self, y: Tensor) -> tuple[Tensor, list[Tensor]]:
@@ -361,8 +365,8 @@ class Conditioner(nn.Module):
                 "pass: choose a level-causal backbone"
             )
         query, levels, _ = self._causal_inputs(y.shape[1], y.device, None)
-        layer_features = accelerated(type(self.backbone).layer_features)
-        features = layer_features(self.backbone, self.embedding.content(y), query, levels)
+        content = self.embedding.content(y)
+        features = _method(self.backbone, "layer_features")(content, query, levels)
         return self._logits(features[-1], y), features
 
     def level_logits(self, y: Tensor, level: int, context: Tensor | None = None) -> Tensor:

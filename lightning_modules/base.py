@@ -260,10 +260,6 @@ class BaseModule(OptimizedModule, ABC):
         """
         super().setup(stage)
         if stage == "fit":
-            if self.trainer.max_steps == 0:
-                raise UserError("trainer.max_steps is 0: give at least 1, or -1 for no such end")
-            if self.trainer.max_epochs == 0:
-                raise UserError("trainer.max_epochs is 0: give at least 1, or -1 for no such end")
             check_batch(self, self.data)
             self._seed = torch.initial_seed()
             with torch.random.fork_rng(devices=[]):

@@ -199,8 +199,7 @@ class LanguageModel(TextModule):
         if gathered is not None:
             dims = -1, *(-2 for _ in gathered[1:])
             self._gathered = [
-                share_of_process(part, dim, ranks)
-                for part, dim in zip(gathered, dims, strict=True)
+                share_of_process(part, dim, ranks) for part, dim in zip(gathered, dims, strict=True)
             ]
             last, *state = (part[self.global_rank] for part in self._gathered)
             self._windows = _Windows(last, tuple(state))

@@ -171,10 +171,14 @@ class OptimizedModule(pl.LightningModule):
         """Sets how a step is computed.
 
         Raises:
-            UserError: If no backbone can do so.
+            UserError: If there are no steps, or no backbone can compute them so.
         """
         if stage != "fit":
             return
+        if self.trainer.max_steps == 0:
+            raise UserError("trainer.max_steps is 0: give at least 1, or -1 for no such end")
+        if self.trainer.max_epochs == 0:
+            raise UserError("trainer.max_epochs is 0: give at least 1, or -1 for no such end")
         if isinstance(self.trainer.precision_plugin, DoublePrecision):
             self.double()  # Lightning does so when weights of a checkpoint have been rounded
         backbones = [part for part in self.modules() if isinstance(part, Backbone)]
@@ -259,10 +263,11 @@ class OptimizedModule(pl.LightningModule):
             super().configure_gradient_clipping(
                 optimizer, gradient_clip_val, gradient_clip_algorithm
             )
-        if self._scaler is not None:
+        scale = None if self._scaler is None else self._scaler._get_scale_async()
+        if scale is not None:
             # A loss that is scaled up for float16 overflows at times: its scaler skips the step,
             # and scales less. It has not diverged before there is nothing left to scale less.
-            finite = finite | (self._scaler._get_scale_async() > 1)  # get_scale waits for a device
+            finite = finite | (scale > 1)
         if parameters and not self._in_range_test():
             self._watch.note("a gradient", finite, self.trainer.global_step)
 

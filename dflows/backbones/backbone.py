@@ -112,7 +112,8 @@ class Backbone(nn.Module, ABC):
         if self.gradient_checkpointing and torch.is_grad_enabled():
             computed: Tensor = checkpoint(layer, *arguments, use_reentrant=False)
             return computed
-        return layer(*arguments)  # type: ignore[no-any-return]
+        features: Tensor = layer(*arguments)
+        return features
 
     def features_at(
         self,

@@ -30,7 +30,10 @@ def data(batch_size=4):
     return TextDataModule(length=D, batch_size=batch_size, max_eval_characters=16 * D)
 
 
-def module(backbone=partial(Transformer, width=8, heads=2, layers=2), **settings):
+TRANSFORMER = partial(Transformer, width=8, heads=2, layers=2)
+
+
+def module(backbone=TRANSFORMER, **settings):
     torch.manual_seed(0)
     flow = flows.language_model(K, D, backbone, ordering=Strided(4))
     found = FlowModule(flow, optimization=Optimization(RATE, schedule="linear", **settings))
@@ -138,7 +141,7 @@ def test_a_training_in_float16_that_diverged_ends(tmp_path):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 class TestCompile:
-    """What dynamo makes of the backbones, and autograd of that, run without a compiler behind it."""
+    """What dynamo makes of backbones, and autograd of that, run without a compiler behind it."""
 
     @pytest.fixture
     def compiled(self, monkeypatch):
@@ -154,12 +157,12 @@ class TestCompile:
     @pytest.mark.parametrize("checkpointing", [False, True])
     def test_a_step_is_the_same(self, compiled, checkpointing, tmp_path):
         states = []
-        for compile in (False, True):
-            model = module(compile=compile, gradient_checkpointing=compile and checkpointing)
+        for wanted in (False, True):
+            model = module(compile=wanted, gradient_checkpointing=wanted and checkpointing)
             run = trainer(tmp_path, 3, limit_val_batches=1)
             run.fit(model, datamodule=data())
             number = len(compiled)
-            assert (number > 0) == compile
+            assert (number > 0) == wanted
             run.test(model, datamodule=data(), verbose=False)
             assert len(compiled) == number  # what is judged is not compiled
             states.append(model.state_dict())
@@ -174,7 +177,9 @@ class TestCompile:
 
         monkeypatch.setattr(acceleration, "BACKEND", backend)
         run = trainer(tmp_path, STEPS, limit_val_batches=0)
-        with pytest.raises(UserError, match=r"compile is set, and there is no compiler \(No working"):
+        with pytest.raises(
+            UserError, match=r"compile is set, and there is no compiler \(No working"
+        ):
             run.fit(module(compile=True), datamodule=data())
 
 

@@ -57,9 +57,7 @@ STATEFUL = [name for name, make in CAUSAL.items() if isinstance(make(), Stateful
 causal = pytest.mark.parametrize("name", CAUSAL)
 every = pytest.mark.parametrize("name", CAUSAL | OTHERS)
 stepped = pytest.mark.parametrize("name", STEPPED)
-CHECKPOINTING = [
-    name for name, make in (CAUSAL | OTHERS).items() if make().checkpoints_gradients
-]
+CHECKPOINTING = [name for name, make in (CAUSAL | OTHERS).items() if make().checkpoints_gradients]
 
 
 def make(name: str) -> Backbone:
