@@ -365,9 +365,8 @@ class Conditioner(nn.Module):
                 "pass: choose a level-causal backbone"
             )
         query, levels, _ = self._causal_inputs(y.shape[1], y.device, None)
-        content = self.embedding.content(y)
-        features = _method(self.backbone, "layer_features")(content, query, levels)
-        return self._logits(features[-1], y), features
+        layers = _method(self.backbone, "layer_features")(self.embedding.content(y), query, levels)
+        return self._logits(layers[-1], y), layers
 
     def level_logits(self, y: Tensor, level: int, context: Tensor | None = None) -> Tensor:
         """Computes the logits (N, n, num_logits) of the n dimensions of one level.
