@@ -66,5 +66,7 @@ def quiet() -> None:
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
     for message in _WARNINGS:
         warnings.filterwarnings("ignore", message=message)
+    # What is worked out once of an ordering is not compiled, and need not be.
+    logging.getLogger("torch._dynamo.variables.tensor").setLevel(logging.ERROR)
     for name in _TALKATIVE:
         logging.getLogger(name).addFilter(_Advice())

@@ -11,7 +11,7 @@ from dflows import Context, flows, memory
 from dflows.backbones import LSTM, DilatedConvolution
 from dflows.encoders import SequenceEncoder
 from dflows.errors import UserError
-from lightning_modules import FlowModule, LanguageModel, NGramModule, estimates
+from lightning_modules import FlowModule, LanguageModel, NGramModule, Optimization, estimates
 from lightning_modules.estimates import BYTES
 from tests.commands import ROOT
 from tests.training import trainer
@@ -47,6 +47,18 @@ def test_it_is_what_the_backward_pass_of_the_batch_needs(tmp_path, monkeypatch):
         _attached(module), y[:1]
     )
     assert saved == pytest.approx(499 * one, rel=0.01)
+
+
+def test_layers_that_are_computed_twice_need_less(tmp_path, monkeypatch):
+    plain, again = (
+        FlowModule(
+            flows.bipartite(5, 5, partial(DilatedConvolution, width=8)),
+            optimization=Optimization(gradient_checkpointing=wanted),
+        )
+        for wanted in (False, True)
+    )
+    least, most = (needed(tmp_path, monkeypatch, module, 1000) for module in (again, plain))
+    assert 0 < least < most / 2
 
 
 def _attached(module):
