@@ -218,8 +218,9 @@ class TestSteps:
         assert BaseModule.context_of(indices) is None
 
 
-def test_the_state_of_training_is_kept():
+def test_the_state_of_training_is_kept(tmp_path):
     module, other = Silent(), Silent()
+    module.trainer, other.trainer = trainer(tmp_path), trainer(tmp_path)
     module.training_step(batches(1)[0], 0)
     checkpoint = {}
     module.on_save_checkpoint(checkpoint)
