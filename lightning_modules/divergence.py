@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dflows.errors import NonFiniteError
+from lightning_modules.sharding import full
 
 __all__ = ["FiniteWatch", "all_finite", "located"]
 
@@ -25,7 +26,7 @@ def located(part: str, step: int) -> Iterator[None]:
 
 def all_finite(tensors: Iterable[Tensor]) -> Tensor:
     """Returns whether tensors are finite everywhere, a scalar on their device."""
-    return torch.nn.utils.get_total_norm(list(tensors)).isfinite()
+    return full(torch.nn.utils.get_total_norm(list(tensors))).isfinite()
 
 
 class FiniteWatch:

@@ -26,6 +26,7 @@ from lightning_modules.base import DEFAULT_OPTIMIZATION, BaseModule, Batch, Opti
 from lightning_modules.counting import Counting, unseen_residual
 from lightning_modules.passes import PassesCurve
 from lightning_modules.refit import ClosedFormRefit
+from lightning_modules.sharding import whole
 
 __all__ = ["FlowModule"]
 
@@ -283,7 +284,8 @@ class FlowModule(BaseModule):
         return None if found is None else [part for part in found if part is not None]
 
     def _certify_untrained(self, batch: Batch) -> None:
-        self.certify(batch, trained=False)
+        with whole(self):
+            self.certify(batch, trained=False)
         self._certified = True
 
     def certify(self, batch: Batch | None = None, *, trained: bool = True) -> None:
@@ -356,10 +358,10 @@ class FlowModule(BaseModule):
         if refit is None or step == self._step_before or step % refit.every:
             return
         if step > self.optimization.hold_base_steps:
-            with self.located("the refit of the base"):
+            with whole(self), self.located("the refit of the base"):
                 x = unseen_residual(self.flow, self.indices_of(batch), self.context_of(batch))
-            counts = self.trainer.strategy.reduce(refit.count(self.flow, x), reduce_op="sum")
-            refit.update(self.flow, counts)
+                counts = self.trainer.strategy.reduce(refit.count(self.flow, x), reduce_op="sum")
+                refit.update(self.flow, counts)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Adds a batch to the test metrics, those of every transform included."""

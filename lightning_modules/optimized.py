@@ -22,6 +22,7 @@ from lightning_modules.optimization import (
     Schedule,
     keep_settings,
 )
+from lightning_modules.sharding import full, part_like
 
 __all__ = ["OptimizedModule"]
 
@@ -211,12 +212,17 @@ class OptimizedModule(pl.LightningModule):
         batches = trainer.fit_loop.epoch_loop.batch_progress.state_dict()
         waiting = batches["current"]["processed"] % trainer.accumulate_grad_batches
         if waiting and not batches["is_last_batch"]:
-            alone = trainer.world_size == 1
             checkpoint["gradients"] = {
-                name: parameter.grad.unsqueeze(0) if alone else self.all_gather(parameter.grad)
+                name: self._of_each_process(parameter.grad)
                 for name, parameter in self.named_parameters()
                 if parameter.grad is not None
             }
+
+    def _of_each_process(self, gradient: Tensor) -> Any:
+        """Returns the gradients of all processes, or the one that is their mean already."""
+        mean = full(gradient)
+        alone = self.trainer.world_size == 1 or mean is not gradient
+        return mean.unsqueeze(0) if alone else self.all_gather(gradient)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Takes up what :meth:`on_save_checkpoint` added."""
@@ -229,7 +235,7 @@ class OptimizedModule(pl.LightningModule):
             whole = len(parts) == self.trainer.world_size
             gradient = parts[self.global_rank] if whole else parts.mean(dim=0)
             parameter = self.get_parameter(name)
-            parameter.grad = gradient.to(parameter)
+            parameter.grad = part_like(gradient.to(parameter.dtype), parameter)
         self._gradients = {}
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
@@ -257,7 +263,8 @@ class OptimizedModule(pl.LightningModule):
         ]
         if gradient_clip_val and self._clips(gradient_clip_algorithm):
             # As Lightning does it, but the norm that this takes is looked at.
-            finite = nn.utils.clip_grad_norm_(parameters, gradient_clip_val).isfinite()
+            norm = full(nn.utils.clip_grad_norm_(parameters, gradient_clip_val))
+            finite = norm.isfinite()
         else:
             finite = all_finite([parameter.grad for parameter in parameters])
             super().configure_gradient_clipping(

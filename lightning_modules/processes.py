@@ -6,6 +6,8 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor, distributed
 from torch.nn.parallel import DistributedDataParallel
 
+from lightning_modules.sharding import FullySharded
+
 __all__ = ["SharedBuffers", "mean_of_processes", "share_of_process"]
 
 
@@ -53,6 +55,8 @@ class SharedBuffers(Callback):
         self._share(trainer)
 
     def _share(self, trainer: pl.Trainer) -> None:
+        if isinstance(trainer.strategy, FullySharded):
+            trainer.strategy.evaluates()
         model = trainer.strategy.model
         if isinstance(model, DistributedDataParallel) and model.will_sync_module_buffers():
             model._sync_buffers()  # it has no public name

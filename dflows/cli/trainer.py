@@ -5,11 +5,13 @@ from typing import Any, Literal, TypeAlias
 import pytorch_lightning as pl
 from jsonargparse.typing import PositiveFloat
 from pytorch_lightning.accelerators import Accelerator
+from pytorch_lightning.strategies import Strategy
 from pytorch_lightning.trainer.connectors.checkpoint_connector import _CheckpointConnector
 
 from dflows.cli.launchers import check_devices, check_launcher, launched
 from dflows.cli.logs import Environment
 from dflows.cli.loops import FitLoop
+from dflows.cli.strategies import chosen_strategy
 from dflows.cli.together import join
 from dflows.errors import UserError
 from dflows.precision import trainer_precision
@@ -64,6 +66,8 @@ class Trainer(pl.Trainer):
         accelerator: As Lightning takes it.
         devices: As Lightning takes them; under torchrun, `auto` is one for every process of a node.
         num_nodes: Nodes; under torchrun, 1 is all that there are.
+        strategy: As Lightning takes it; `fsdp` is
+            :class:`lightning_modules.sharding.FullySharded`.
         precision: As Lightning takes it; or `auto`, which is bf16-mixed on a GPU or a processor
             with fast bfloat16, else 32-true (:func:`dflows.precision.trainer_precision`).
         collective_timeout: Seconds that a process waits for the others in any one place, such as
@@ -72,7 +76,8 @@ class Trainer(pl.Trainer):
 
     Raises:
         UserError: If a number is one that Lightning would divide by 0 with, or misread; if there
-            are not so many devices; if processes that the strategy starts would hand nothing back.
+            are not so many devices; if no module trains by the strategy, or processes that it starts
+            would hand nothing back.
     """
 
     def __init__(
@@ -81,6 +86,7 @@ class Trainer(pl.Trainer):
         accelerator: str | Accelerator = "auto",
         devices: list[int] | str | int = "auto",
         num_nodes: int = 1,
+        strategy: str | Strategy = "auto",
         precision: Name | Literal[64, 32, 16] | None = None,
         collective_timeout: PositiveFloat = 1800.0,
         **kwargs: Any,
@@ -102,6 +108,7 @@ class Trainer(pl.Trainer):
             accelerator=accelerator,
             devices=devices,
             num_nodes=num_nodes,
+            strategy=chosen_strategy(strategy),
             precision=precision,
             **kwargs,
         )
