@@ -6,12 +6,14 @@ from lightning_modules.flow import FlowModule
 from lightning_modules.language_model import LanguageModel
 from lightning_modules.latent_flow import LatentFlowModule
 from lightning_modules.ngram import NGramModule
+from lightning_modules.sharding import FullySharded
 
 __all__ = [
     "Auxiliary",
     "BaseModule",
     "Batch",
     "FlowModule",
+    "FullySharded",
     "LanguageModel",
     "LatentFlowModule",
     "NGramModule",

@@ -2,12 +2,16 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import pytorch_lightning as pl
 import torch
-from lightning_fabric.plugins.collectives.torch_collective import default_pg_timeout
+from lightning_utilities.core.apply_func import apply_to_collection
+from pytorch_lightning.callbacks import (
+    BatchSizeFinder,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+)
 from pytorch_lightning.overrides.distributed import _sync_module_states
 from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, distributed, nn
@@ -15,7 +19,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
-from torch.utils import _pytree as pytree
 
 from dflows.conditioner import Conditioner
 from dflows.errors import UserError
@@ -24,6 +27,9 @@ __all__ = ["FullySharded", "full", "part_like", "whole"]
 
 STEPS = ("training_step", "log_prob", "sample")
 """Methods of a module that gather its parameters while they run."""
+
+ALONE = (LearningRateFinder, BatchSizeFinder, StochasticWeightAveraging)
+"""Callbacks that train, change or keep the weights of a module, and know of no parts."""
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -114,20 +120,23 @@ class FullySharded(DDPStrategy):
 
     Args:
         blocks: Whether the layers of a backbone, as entries of an `nn.ModuleList`, are gathered one
-            by one. It saves memory of large networks, whose layers must be called, and in every
-            process as often.
-        timeout: How long a process waits for the others in any one place.
+            by one. It saves memory of large networks; but a step must call them, all layers in
+            all processes as often: one network, that is, and no objective that leaves parts out.
 
     Example:
         >>> trainer = pl.Trainer(strategy=FullySharded(), devices=2)  # doctest: +SKIP
     """
 
-    def __init__(self, blocks: bool = False, timeout: timedelta = default_pg_timeout) -> None:
-        super().__init__(timeout=timeout)
+    def __init__(self, blocks: bool = False) -> None:
+        super().__init__()
         self.blocks = blocks
         self._covers: list[_Cover] = []
         self._parts: dict[str, nn.Parameter] = {}
         self.is_whole = True
+
+    @property
+    def _own(self) -> pl.LightningModule:
+        return cast("pl.LightningModule", self.lightning_module)
 
     def setup(self, trainer: pl.Trainer) -> None:
         """Shards the module of a fit, which is whole again until the first step."""
@@ -138,10 +147,16 @@ class FullySharded(DDPStrategy):
         """Shards the module, before it has an optimizer.
 
         Raises:
-            UserError: If a parameter has no dimension that could be shared out.
+            UserError: If a parameter has no dimension that could be shared out, or a callback
+                trains, changes or keeps weights by itself.
         """
-        module = self.lightning_module
-        assert module is not None  # noqa: S101 - Lightning has attached it
+        module = self._own
+        for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, ALONE):
+                raise UserError(
+                    f"trainer.strategy is fsdp, and a {type(callback).__name__} needs whole "
+                    "weights between steps: leave it away, or give ddp"
+                )
         scalars = [name for name, parameter in module.named_parameters() if not parameter.ndim]
         if scalars:
             raise UserError(
@@ -167,7 +182,7 @@ class FullySharded(DDPStrategy):
         """Makes the module whole, in all processes at once."""
         if self.is_whole:
             return
-        module = self.lightning_module
+        module = self._own
         self._parts = dict(module.named_parameters())
         with torch.inference_mode(mode=False), torch.no_grad():
             for part in _sharded(module):
@@ -179,7 +194,7 @@ class FullySharded(DDPStrategy):
     def scatter(self) -> None:
         """Leaves the process its part of the module again, changes to the whole included."""
         if self.is_whole and self._covers:
-            module = self.lightning_module
+            module = self._own
             with torch.inference_mode(mode=False), torch.no_grad():
                 for name, parameter in module.named_parameters():
                     self._parts[name].copy_(part_like(parameter, self._parts[name]))
@@ -192,8 +207,24 @@ class FullySharded(DDPStrategy):
     def evaluates(self) -> None:
         """Gathers the module for an evaluation, with the buffers of the first process."""
         self.gather()
-        for buffer in self.lightning_module.buffers():
+        for buffer in self._own.buffers():
             distributed.broadcast(buffer, 0)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        """Trains on a batch.
+
+        Raises:
+            UserError: If it takes parameters of a layer that it does not call.
+        """
+        try:
+            return super().training_step(*args, **kwargs)
+        except RuntimeError as error:
+            if self.blocks and "DTensor" in str(error):
+                raise UserError(
+                    "blocks of trainer.strategy is set, and the training step takes parameters of "
+                    "a layer of a backbone that it does not call: unset blocks"
+                ) from error
+            raise
 
     def on_train_start(self) -> None:
         """Leaves the process its part: the steps begin."""
@@ -201,7 +232,7 @@ class FullySharded(DDPStrategy):
 
     def on_validation_end(self) -> None:
         """Leaves the process its part: the steps go on."""
-        if not self.lightning_module.trainer.sanity_checking:
+        if not self._own.trainer.sanity_checking:
             self.scatter()
 
     def on_train_end(self) -> None:
@@ -214,24 +245,24 @@ class FullySharded(DDPStrategy):
         self.scatter()
         if self.is_whole:
             return super().lightning_module_state_dict()
-        state = self.lightning_module.state_dict(keep_vars=True)
-        return self._collected({name: value.detach() for name, value in state.items()})
+        return self._collected(self._own.state_dict(keep_vars=True))
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Returns the states of an optimizer of the whole module, in the first process."""
         return self._collected(super().optimizer_state(optimizer))
 
+    @torch.no_grad()
     def _collected(self, state: dict[str, Any]) -> dict[str, Any]:
         """Returns a state with whole tensors, in the first process."""
+        found: dict[int, Tensor | None] = {}  # what has two names is gathered and saved once
 
-        def collect(value: Any) -> Any:
-            if not isinstance(value, DTensor):
-                return value
-            found = value.full_tensor()
-            return found.cpu() if self.is_global_zero else None
+        def collect(value: DTensor) -> Tensor | None:
+            if id(value) not in found:
+                gathered = value.full_tensor()
+                found[id(value)] = gathered.cpu() if self.is_global_zero else None
+            return found[id(value)]
 
-        collected: dict[str, Any] = pytree.tree_map(collect, state)
-        return collected
+        return cast("dict[str, Any]", apply_to_collection(state, DTensor, collect))
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Takes of the states of whole parameters the parts of this process."""

@@ -1,7 +1,5 @@
 """The strategies by which several processes train one model."""
 
-from typing import Any
-
 from pytorch_lightning.strategies import (
     DDPStrategy,
     SingleDeviceStrategy,
@@ -32,7 +30,7 @@ def chosen_strategy(strategy: str | Strategy) -> str | Strategy:
         name = strategy.lower()
         if name == "fsdp":
             return FullySharded()
-        whole = name == "auto" or name.startswith("ddp") and name in StrategyRegistry
+        whole = name == "auto" or (name.startswith("ddp") and name in StrategyRegistry)
         if whole or name == "single_device":
             return strategy
     elif isinstance(strategy, DDPStrategy) or type(strategy) is SingleDeviceStrategy:

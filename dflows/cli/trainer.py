@@ -76,8 +76,8 @@ class Trainer(pl.Trainer):
 
     Raises:
         UserError: If a number is one that Lightning would divide by 0 with, or misread; if there
-            are not so many devices; if no module trains by the strategy, or processes that it starts
-            would hand nothing back.
+            are not so many devices; if no module trains by the strategy, or the processes that it
+            starts would hand nothing back.
     """
 
     def __init__(
