@@ -4,10 +4,11 @@
     python -m experiments.drills --only torchrun
 
 Each drill is a run of two processes on the CPU, with a small flow on the King James text, started
-by Lightning, by torchrun, or as two nodes. In some, one process or both meet an error or a signal,
-at a step, in a validation, or before the first step. What came of it is told in a table, and
-recorded; ``python -m experiments.report`` puts it into `docs/experiments/drills.md`. A drill is an
-entry of :data:`DRILLS`. It takes Linux: processes are looked for in `/proc`.
+by Lightning, by torchrun, or as two nodes, or with a part of the parameters in each process. In
+some, one process or both meet an error or a signal, at a step, in a validation, or before the first
+step. What came of it is told in a table, and recorded; ``python -m experiments.report`` puts it into
+`docs/experiments/drills.md`. A drill is an entry of :data:`DRILLS`. It takes Linux: processes are
+looked for in `/proc`.
 """
 
 import signal
@@ -50,6 +51,10 @@ def _lightning(*arguments: object) -> list[Start]:
     return [Start(fit("--trainer.devices", 2, "--trainer.strategy", "ddp", *arguments))]
 
 
+def _sharded(*arguments: object) -> list[Start]:
+    return [Start(fit("--trainer.devices", 2, "--trainer.strategy", "fsdp", *arguments))]
+
+
 def _torchrun(*arguments: object) -> list[Start]:
     options = ("--nproc-per-node", "2", "--standalone")
     return [Start(["-m", "torch.distributed.run", *options, *fit(*arguments)])]
@@ -67,8 +72,9 @@ LAUNCHERS: dict[str, Callable[..., list[Start]]] = {
     "lightning": _lightning,
     "torchrun": _torchrun,
     "nodes": _two_nodes,
+    "fsdp": _sharded,
 }
-"""How two processes are started."""
+"""How two processes are started, and what they share."""
 
 
 CODES = {"raised": 1, "killed": 1, "terminated": 143, "interrupted": 130}
@@ -200,6 +206,22 @@ DRILLS: Sequence[Drill] = (
         "ddp_find_unused_parameters_true",
         _torchrun,
         *("--trainer.strategy", "ddp_find_unused_parameters_true"),
+    ),
+    _whole("fsdp", "fsdp", _sharded),
+    *(
+        _refused(
+            strategy,
+            f"trainer.strategy {strategy}",
+            f"trainer.strategy is {strategy}, by which dflows does not train: give {instead}",
+            *("--trainer.devices", 2, "--trainer.strategy", strategy),
+        )
+        for strategy, instead in (
+            ("deepspeed", "fsdp"),
+            ("deepspeed_stage_3_offload", "fsdp"),
+            ("fsdp_cpu_offload", "fsdp"),
+            ("xla", "ddp"),
+            ("colossalai", "ddp"),
+        )
     ),
     *(
         _refused(

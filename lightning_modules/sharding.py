@@ -7,11 +7,6 @@ from typing import Any, cast
 import pytorch_lightning as pl
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
-from pytorch_lightning.callbacks import (
-    BatchSizeFinder,
-    LearningRateFinder,
-    StochasticWeightAveraging,
-)
 from pytorch_lightning.overrides.distributed import _sync_module_states
 from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor, distributed, nn
@@ -28,8 +23,8 @@ __all__ = ["FullySharded", "full", "part_like", "whole"]
 STEPS = ("training_step", "log_prob", "sample")
 """Methods of a module that gather its parameters while they run."""
 
-ALONE = (LearningRateFinder, BatchSizeFinder, StochasticWeightAveraging)
-"""Callbacks that train, change or keep the weights of a module, and know of no parts."""
+ALONE = {"LearningRateFinder", "BatchSizeFinder", "StochasticWeightAveraging", "WeightAveraging"}
+"""Callbacks that train, change or keep weights, and know of no parts; some Lightnings lack some."""
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -152,7 +147,7 @@ class FullySharded(DDPStrategy):
         """
         module = self._own
         for callback in module.trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, ALONE):
+            if ALONE & {base.__name__ for base in type(callback).__mro__}:
                 raise UserError(
                     f"trainer.strategy is fsdp, and a {type(callback).__name__} needs whole "
                     "weights between steps: leave it away, or give ddp"
@@ -166,7 +161,13 @@ class FullySharded(DDPStrategy):
         _sync_module_states(module)
         self._covers = [_Cover(part) for part in module.modules()]
         mesh = init_device_mesh(self.root_device.type, (self.world_size,))
-        for block in _blocks(module) if self.blocks else ():
+        blocks = _blocks(module) if self.blocks else []
+        if self.blocks and not blocks:
+            raise UserError(
+                "blocks of trainer.strategy is set, and no backbone of the model has layers in an "
+                "nn.ModuleList: unset it"
+            )
+        for block in blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(module, mesh=mesh)
         for name in STEPS:

@@ -16,6 +16,7 @@ BY_DEFAULT = {
     "lightning-raised-train-1",
     "lightning-terminated-train-1",
     "lightning-interrupted-valid-1",
+    "fsdp-terminated-valid-1",
 }
 
 

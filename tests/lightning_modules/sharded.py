@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.plugins import MixedPrecision
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -98,6 +99,13 @@ class Seen(Callback):
     def on_exception(self, trainer, pl_module, exception):
         traceback.print_exception(exception)  # the process may not come to tell
 
+    def __init__(self, path=None, batches=0):
+        self.path, self.batches = path, batches
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if self.path is not None and batch_idx == self.batches:
+            trainer.save_checkpoint(self.path)
+
     def on_train_end(self, trainer, pl_module):
         (optimizer,) = trainer.optimizers
         self.optimizer = trainer.strategy.optimizer_state(optimizer)
@@ -115,26 +123,35 @@ def held(tensors):
 
 
 class Rows(IterableDataset):
-    """The rows of a text in batches, of which each process has its own part."""
+    """The rows of a text in batches, of which each process has its own part.
+
+    Those of training go on where a checkpoint was written.
+    """
 
     def __init__(self, trainer, rows):
         self.trainer, self.rows = trainer, rows
 
     def __iter__(self):
         rank, world = self.trainer.global_rank, self.trainer.world_size
-        for batch in self.rows.split(BATCH):
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.processed
+        for batch in self.rows.split(BATCH)[done if self.trainer.training else 0 :]:
             if part := list(batch.chunk(world)[rank : rank + 1]):
                 yield part[0]
 
 
-def fitted(kind, strategy, steps=4, **options):
-    """Trains a module of a kind, and returns what a checkpoint of it has and what was found."""
+def fitted(kind, strategy, *, save=None, after=5, resume=None, **options):
+    """Trains a module of a kind, and returns what a checkpoint of it has and what was found.
+
+    It saves a checkpoint after so many batches, or resumes from one.
+    """
     torch.manual_seed(1)
     module = KINDS[kind]()
+    if isinstance(module, FlowModule):
+        module.initialised.fill_(True)  # a process alone counts other rows than one of several
     keys = {
         "accelerator": "cpu",
         "strategy": strategy,
-        "max_steps": steps,
+        "max_steps": 4,
         "max_epochs": -1,
         "val_check_interval": 2,
         "gradient_clip_val": 0.1,
@@ -144,13 +161,16 @@ def fitted(kind, strategy, steps=4, **options):
         "enable_model_summary": False,
         "use_distributed_sampler": False,
     }
-    seen = Seen()
+    if options.get("precision") == "16-mixed":  # by name, Lightning allows it on a GPU alone
+        del options["precision"]
+        options["plugins"] = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    seen = Seen(save, after)
     trainer = Trainer(**keys | options, callbacks=[seen])
     loaders = [
         DataLoader(Rows(trainer, text(number, seed)), batch_size=None)
         for number, seed in ((96, 1), (14, 2))
     ]
-    trainer.fit(module, *loaders)
+    trainer.fit(module, *loaders, ckpt_path=resume)
     found = {"state": module.state_dict(), "optimizer": seen.optimizer, "bytes": seen.bytes}
     logged = trainer.logged_metrics
     # The smoothed loss is that of a process.

@@ -13,7 +13,11 @@ from dflows.errors import UserError
 from lightning_modules import FullySharded
 from tests.commands import run_here, small_config, write_text
 
-SHARED_OUT = [name for name in StrategyRegistry if "deepspeed" in name] + ["fsdp_cpu_offload"]
+SHARED_OUT = [
+    *(name for name in StrategyRegistry if "deepspeed" in name),
+    *("deepspeed_stage_9", "fsdp_cpu_offload", "model_parallel"),
+    *(FSDPStrategy, ModelParallelStrategy),
+]
 OTHERS = ["xla", "xla_debug", "single_xla", "single_tpu", "colossalai", "horovod", "dpp", ""]
 
 
@@ -30,7 +34,8 @@ def test_fsdp_is_that_of_dflows():
 
 
 @pytest.mark.parametrize(
-    "given", [*SHARED_OUT, "deepspeed_stage_9", "model_parallel", FSDPStrategy, ModelParallelStrategy]
+    "given",
+    [*SHARED_OUT, "deepspeed_stage_9", "model_parallel", FSDPStrategy, ModelParallelStrategy],
 )
 def test_others_that_share_out_are_refused_for_fsdp(given):
     with pytest.raises(UserError, match=r"^trainer\.strategy is .*: give fsdp, which shares out"):
