@@ -6,9 +6,9 @@
 Each drill is a run of two processes on the CPU, with a small flow on the King James text, started
 by Lightning, by torchrun, or as two nodes, or with a part of the parameters in each process. In
 some, one process or both meet an error or a signal, at a step, in a validation, or before the first
-step. What came of it is told in a table, and recorded; ``python -m experiments.report`` puts it into
-`docs/experiments/drills.md`. A drill is an entry of :data:`DRILLS`. It takes Linux: processes are
-looked for in `/proc`.
+step. What came of it is told in a table, and recorded; ``python -m experiments.report`` puts it
+into `docs/experiments/drills.md`. A drill is an entry of :data:`DRILLS`. It takes Linux: processes
+are looked for in `/proc`.
 """
 
 import signal

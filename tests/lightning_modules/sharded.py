@@ -89,7 +89,14 @@ KINDS = {
     "shared backbone": shared,
     "latent": latent,
 }
-DRAWS = {"one transform a process", "end to end", "lanes", "several passes", "latent"}
+DRAWS = {
+    "one transform a process",
+    "refitted base",
+    "end to end",
+    "lanes",
+    "several passes",
+    "latent",
+}
 """Kinds whose training draws what differs from process to process."""
 
 

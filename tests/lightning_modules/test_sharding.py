@@ -144,7 +144,7 @@ WAITING = {"accumulate_grad_batches": 2, **EXACT}
 """After 5 batches gradients wait for those of the sixth."""
 
 
-def stopped_and_resumed(folder, processes):
+def stopped_and_resumed(folder):
     """What runs find that are resumed, by the strategies before and after."""
     quiet()
     runs = {}
