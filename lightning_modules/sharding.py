@@ -1,5 +1,6 @@
 """Parameters and optimizer states that processes share out, so that each holds a part."""
 
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
@@ -25,6 +26,9 @@ STEPS = ("training_step", "log_prob", "sample")
 
 ALONE = {"LearningRateFinder", "BatchSizeFinder", "StochasticWeightAveraging", "WeightAveraging"}
 """Callbacks that train, change or keep weights, and know of no parts; some Lightnings lack some."""
+
+_OF_PARTS = re.compile("DTensor|sharding strategy")
+"""What PyTorch says where a part is taken for the whole."""
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -220,7 +224,7 @@ class FullySharded(DDPStrategy):
         try:
             return super().training_step(*args, **kwargs)
         except RuntimeError as error:
-            if self.blocks and "DTensor" in str(error):
+            if self.blocks and _OF_PARTS.search(str(error)):
                 raise UserError(
                     "blocks of trainer.strategy is set, and the training step takes parameters of "
                     "a layer of a backbone that it does not call: unset blocks"
