@@ -11,6 +11,7 @@ import torch
 from pytorch_lightning.callbacks import Timer
 from pytorch_lightning.plugins import DoublePrecision, MixedPrecision, Precision
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from dflows.backbones import Backbone
@@ -231,10 +232,11 @@ class OptimizedModule(pl.LightningModule):
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """Gives the parameters of a resumed run the gradients that waited."""
         for name, parts in self._gradients.items():
-            # Those of all processes are averaged before the step.
-            whole = len(parts) == self.trainer.world_size
-            gradient = parts[self.global_rank] if whole else parts.mean(dim=0)
             parameter = self.get_parameter(name)
+            # Those of all processes are averaged: before the step, or at once where each holds a
+            # part of the parameter.
+            own = len(parts) == self.trainer.world_size and not isinstance(parameter, DTensor)
+            gradient = parts[self.global_rank] if own else parts.mean(dim=0)
             parameter.grad = part_like(gradient.to(parameter.dtype), parameter)
         self._gradients = {}
 

@@ -160,8 +160,7 @@ def stopped_and_resumed(folder):
 def test_a_checkpoint_goes_on_in_any_way(tmp_path):
     runs, _ = together(stopped_and_resumed, tmp_path, folder=tmp_path)
     for key in (key for key in runs if isinstance(key, tuple)):
-        first, second = key
-        assert_equal(runs[key], runs[first], 0.0 if first == second else 1e-10)
+        assert_equal(runs[key], runs[key[0]], 0.0 if key[0] == key[1] else 1e-10)
 
 
 def resumed_together(path):
