@@ -1,6 +1,7 @@
 """What every test runs under: no network, no display, a fixed seed, one thread."""
 
 import os
+import signal
 import tempfile
 
 # Read by the libraries when they are imported, hence before any of them is.
@@ -14,6 +15,10 @@ os.environ["MPLBACKEND"] = "Agg"
 # What runs tests in several processes sets 80, where tables break their lines.
 os.environ["COLUMNS"] = "120"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # In the background of a shell; tests, and the commands that they start, are interrupted.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 from collections.abc import Iterator
 
