@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 import tempfile
 
 # Read by the libraries when they are imported, hence before any of them is.
@@ -44,6 +45,15 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _moderate() -> Iterator[None]:
+    """Machines that run tests are small: no process of the tests takes more than 2 GB."""
+    yield
+    resource = pytest.importorskip("resource", reason="not a system that tells")
+    unit = 1 if sys.platform == "darwin" else 1024
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit < 2 * 1024**3
 
 
 @pytest.fixture(autouse=True)

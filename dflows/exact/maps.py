@@ -124,13 +124,14 @@ def maps_of(bijection: Bijection) -> Maps:
     """Finds the maps of a bijection by asking it for those of many logits."""
     num_classes, num_logits = bijection.num_classes, bijection.num_logits
 
+    @torch.no_grad()
     def evaluate(logits: Tensor) -> Tensor:
-        classes = torch.arange(num_classes).expand(len(logits), -1)
-        with torch.no_grad():
-            maps: Tensor = bijection.inverse(
-                classes, logits.unsqueeze(1).expand(-1, num_classes, -1)
-            )
-        return maps
+        maps = []
+        for part in logits.split(max(BLOCK // (num_classes * num_logits), 1)):
+            classes = torch.arange(num_classes).expand(len(part), -1)
+            alike = part.unsqueeze(1).expand(-1, num_classes, -1)
+            maps.append(bijection.inverse(classes, alike))
+        return torch.cat(maps)
 
     generator = Generator().manual_seed(0)
     some = torch.rand(64, num_classes, generator=generator).argsort(dim=-1)
