@@ -111,6 +111,7 @@ def test_modular(tmp_path):
     assert f"| transformer-rank | {row} {1 / flow.metrics['seconds_ratio']:.2f} |" in text
 
 
+@pytest.mark.slow
 def test_throughput(tmp_path):
     records = run("throughput", tmp_path, "--steps", "10", "--repeats", "1")
     assert set(records) == {"throughput-lightning", "throughput-plain"}

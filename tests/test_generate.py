@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import sys
 from functools import partial
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from dflows.errors import UserError
 from dflows.orderings import Parity
 from lightning_modules import FlowModule, LanguageModel, NGramModule
 from lightning_modules.checkpoints import KEY
-from tests.commands import ODD, run_apart, run_here, small_config, write_text
+from tests.commands import ODD, run_here, small_config, write_text
 
 
 @pytest.fixture(scope="module")
@@ -312,7 +313,7 @@ class Unigram(BaseModule):
 """
 
 
-def test_a_module_of_the_users_own_works_from_its_checkpoint(tmp_path):
+def test_a_module_of_the_users_own_works_from_its_checkpoint(tmp_path, monkeypatch, capsys):
     # Its constructor takes neither num_classes nor length.
     (tmp_path / "own_module.py").write_text(OWN_MODULE, encoding="utf-8")
     (tmp_path / "text.txt").write_text("abcabdabe" * 40, encoding="utf-8")
@@ -330,19 +331,23 @@ def test_a_module_of_the_users_own_works_from_its_checkpoint(tmp_path):
         """,
         encoding="utf-8",
     )
-    fitted = run_apart("fit", "--config", "own.yaml", cwd=tmp_path)
-    assert fitted.returncode == 0, fitted.stderr
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "own_module", raising=False)
+    assert run_here("fit", "--config", "own.yaml") == 0
     asked = ("--checkpoint", "runs/own/version_0", "--allow", "own_module")
-    generated = run_apart("generate", *asked, "--num_samples", "1", cwd=tmp_path)
-    assert generated.returncode == 0, generated.stderr
-    assert len(generated.stdout.rstrip("\n")) == 16
-    refused = run_apart("generate", *asked, "--prompt", "ab", cwd=tmp_path)
-    assert refused.stderr == "error: a prompt was given, and a Unigram takes none: leave it away\n"
-    draft = ("--method", "fixed_point", "--draft", "runs/own/version_0")
-    refused = run_apart("generate", *asked, *draft, cwd=tmp_path)
-    assert refused.stderr.startswith("error: the draft is a Unigram, and no base alone: give an")
-    refused = run_apart("generate", *asked, "--compile", cwd=tmp_path)
-    assert "compile is set, and a Unigram is computed in one way" in refused.stderr
-    evaluated = run_apart("evaluate", *asked, cwd=tmp_path)
-    assert evaluated.returncode == 0, evaluated.stderr
-    assert "360 characters" in evaluated.stdout
+    capsys.readouterr()
+    assert run_here("generate", *asked, "--num_samples", "1") == 0
+    assert len(capsys.readouterr().out.rstrip("\n")) == 16
+    for arguments, line in (
+        (("--prompt", "ab"), "error: a prompt was given, and a Unigram takes none: leave it away"),
+        (
+            ("--method", "fixed_point", "--draft", "runs/own/version_0"),
+            "error: the draft is a Unigram, and no base alone: give an",
+        ),
+        (("--compile",), "error: compile is set, and a Unigram is computed in one way"),
+    ):
+        assert run_here("generate", *asked, *arguments) == 1
+        assert capsys.readouterr().err.startswith(line)
+    assert run_here("evaluate", *asked) == 0
+    assert "360 characters" in capsys.readouterr().out

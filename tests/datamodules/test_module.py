@@ -389,7 +389,7 @@ torch.save((module.rows(), trainer.global_step), folder / f"rows{{trainer.global
     ("options", "steps", "before"),
     [
         ({"max_epochs": 3}, 12, "one"),
-        ({"max_epochs": 3, "overfit_batches": 3}, 9, "two"),
+        pytest.param({"max_epochs": 3, "overfit_batches": 3}, 9, "two", marks=pytest.mark.slow),
     ],
 )
 def test_two_processes_have_the_epochs_of_one(options, steps, before, tmp_path):

@@ -412,7 +412,7 @@ PROCESSES = {
 }
 
 
-@pytest.mark.parametrize("name", PROCESSES)
+@pytest.mark.parametrize("name", ["stateful", pytest.param("auxiliary", marks=pytest.mark.slow)])
 def test_two_processes_train_as_one(name, tmp_path):
     config = small_config(tmp_path, write_text(tmp_path), max_steps=6, val_check_interval=6)
     content = yaml.safe_load(config.read_text(encoding="utf-8"))
