@@ -13,11 +13,10 @@ WEIGHT_BYTES = 4
 
 _KEPT = 4  # weight, gradient, two moments
 
-_TRAVELS = MappingProxyType({"auto": 0, "ddp": 2, "fsdp": 3})
+_TRAVELS = MappingProxyType({"auto": 0, "ddp": 2, "fsdp": 2})
 """How often the bytes of all weights pass a device's link in a step, but for its own share.
 
-`ddp` sums gradients in a ring, there and back; `fsdp` gathers weights forward and backward, and
-scatters gradients.
+`ddp` sums gradients in a ring, there and back; `fsdp` gathers weights, and scatters gradients.
 """
 
 
@@ -64,8 +63,9 @@ class Cost:
     def bytes(self, devices: int, strategy: Strategy) -> int:
         """Returns the bytes of memory that a device needs.
 
-        Those of weights, gradients and moments, of which `fsdp` leaves each device its share and
-        `ddp` adds a second copy of the gradients, to send; and those of the batch.
+        Those of weights, gradients and moments; with `ddp` a second copy of the gradients, to send;
+        with `fsdp` a share of all, and in a step whole weights and gradients; and those of the
+        batch.
 
         Args:
             devices: How many there are.
@@ -74,11 +74,11 @@ class Cost:
         Example:
             >>> cost = Cost(1_000_000_000, 1.0, 0, 8192)
             >>> cost.bytes(1, "auto"), cost.bytes(8, "ddp"), cost.bytes(8, "fsdp")
-            (16000000000, 20000000000, 2000000000)
+            (16000000000, 20000000000, 10000000000)
         """
         kept = _KEPT * self.weight_bytes
         if strategy == "fsdp":
-            kept //= devices
+            kept = kept // devices + 2 * self.weight_bytes
         elif strategy == "ddp":
             kept += self.weight_bytes
         return kept + self.batch_bytes
