@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from dflows.records import Record
-from experiments.reports.markdown import escaped, table
+from experiments.reports.markdown import table
 
 __all__ = ["render"]
 
@@ -12,13 +12,13 @@ def render(records: Sequence[Record]) -> str:
     """Renders the records of `python -m experiments.drills`.
 
     Args:
-        records: The records, of drills that ended as promised.
+        records: The records, escaped, of drills that ended as promised.
 
     Returns:
         Markdown: a table of what happened, with all drills of one kind in one row.
     """
     kinds: dict[str, list[Record]] = {}
-    for record in map(escaped, sorted(records, key=lambda record: record.config["number"])):
+    for record in sorted(records, key=lambda record: record.config["number"]):
         kinds.setdefault(record.config["happens"], []).append(record)
     rows = []
     for happens, some in kinds.items():
@@ -28,5 +28,5 @@ def render(records: Sequence[Record]) -> str:
         shown = (len(some), ", ".join(map(str, sorted(codes))), f"{last:.1f}", f"{allowed:.0f}")
         rows.append([f"{happens}: {some[0].config['promise']}", *map(str, shown)])
     head = ("what happens: what is promised", "drills", "exit codes", "seconds, at most", "allowed")
-    devices = ", ".join(dict.fromkeys(record.device for record in map(escaped, records)))
+    devices = ", ".join(dict.fromkeys(record.device for record in records))
     return f"{len(records)} drills ended as promised ({devices}).\n\n{table(head, rows)}"
