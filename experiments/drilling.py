@@ -13,11 +13,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
+from experiments.children import environment
 from experiments.faults import MOMENT
 
 __all__ = ["ERRORS", "PATIENCE", "Drill", "Ended", "Start", "run_drill", "running", "said_once"]
-
-ROOT = Path(__file__).parents[1]
 
 PATIENCE = 300.0
 """Seconds after which a drill counts as hanging: far more than it takes, on a busy machine too."""
@@ -99,8 +98,7 @@ def run_drill(drill: Drill, folder: Path) -> tuple[list[int], float, list[str]]:
         that they started, was left; and what was not as promised, however long it took.
     """
     mark = uuid.uuid4().hex
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", MARK: mark}
+    variables = environment(OMP_NUM_THREADS="1", **{MARK: mark})
     begin = time.time()
     with ExitStack() as stack:
         outputs = [stack.enter_context((folder / name).open("w")) for name in (PRINTED, ERRORS)]
@@ -108,7 +106,7 @@ def run_drill(drill: Drill, folder: Path) -> tuple[list[int], float, list[str]]:
             subprocess.Popen(  # noqa: S603 - our own commands
                 [sys.executable, *start.arguments],
                 cwd=folder,
-                env={**environment, **start.environment},
+                env={**variables, **start.environment},
                 stdout=outputs[0],
                 stderr=outputs[1],
                 start_new_session=True,

@@ -30,12 +30,12 @@ from dflows.cli.noise import quiet
 from dflows.cli.summary import stdout_console
 from dflows.errors import UserError
 from dflows.provenance import describe_device
+from experiments.children import ROOT, environment
 from experiments.overlays import merge_configs
 from experiments.plan import PLANS, read_plan
 
 __all__ = ["Step", "hardware", "main", "run_step", "steps"]
 
-ROOT = Path(__file__).parents[1]
 PLAN, TASK = "language-modelling-gpu", "king-james"
 
 TEST_SECONDS, TRAIN_SECONDS = 100.0, 300.0
@@ -135,11 +135,10 @@ def run_step(step: Step) -> str:
     Returns:
         What went wrong, or an empty string.
     """
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     process = subprocess.Popen(  # noqa: S603 - our own commands
         [sys.executable, *step.arguments],
         cwd=step.folder,
-        env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
+        env=environment(HF_HUB_OFFLINE="1"),
         start_new_session=True,
     )
     try:

@@ -10,7 +10,6 @@ should run meanwhile.
 """
 
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -35,12 +34,11 @@ from dflows.files import write_text
 from dflows.memory import most_held
 from dflows.provenance import describe_device
 from dflows.records import Record, write_record
+from experiments.children import environment
 from experiments.planning import WEIGHT_BYTES
 from lightning_modules.estimates import saved_bytes
 
 __all__ = ["PLANNED", "SYSTEMS", "Measure", "count_work", "main", "scaling"]
-
-ROOT = Path(__file__).parents[1]
 
 SYSTEMS: Mapping[str, tuple[str, ...]] = {
     "lanes": ("--config", "text/lanes.yaml"),
@@ -176,11 +174,10 @@ def _train(arguments: Sequence[str], processes: int, steps: int) -> list[dict[st
             *("--trainer.callbacks", "experiments.scaling.Measure"),
             *("--trainer.callbacks.folder", folder),
         ]
-        path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         done = subprocess.run(  # noqa: S603 - our own command
             line,
             cwd=folder,
-            env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
+            env=environment(OMP_NUM_THREADS="1"),
             capture_output=True,
             text=True,
             check=False,

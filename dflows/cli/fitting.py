@@ -9,7 +9,7 @@ from dflows.cli.logs import Heartbeat
 from dflows.cli.noise import quiet
 from dflows.cli.output import patient_output
 from dflows.cli.recording import below_here, make_record, write_records
-from dflows.cli.saving import BestCheckpoint, LastCheckpoint
+from dflows.cli.saving import BestCheckpoint
 from dflows.cli.slurm import RequeueRequest, requeue
 from dflows.cli.stopping import StopBetweenSteps
 from dflows.cli.summary import (
@@ -68,10 +68,7 @@ def _note(error: BaseException, cli: FlowCLI) -> None:
     Raises:
         UserError: If a file could not be written, and the error does not say which.
     """
-    last = next(
-        entry for entry in cli.trainer.checkpoint_callbacks if isinstance(entry, LastCheckpoint)
-    )
-    kept, folder = last.best_model_path, cli.folder.path
+    kept, folder = cli.config_init.last_checkpoint.best_model_path, cli.folder.path
     note = ""
     if kept and Path(kept).is_file():
         note = f"--ckpt_path {below_here(Path(kept))} resumes it"
@@ -99,9 +96,7 @@ def _judge(cli: FlowCLI, code: str, begin: float) -> None:
         UserError: If the best checkpoint is gone, or the record cannot be written.
     """
     trainer, module, data = cli.trainer, cli.model, cli.datamodule
-    best = next(
-        entry for entry in trainer.checkpoint_callbacks if isinstance(entry, BestCheckpoint)
-    )
+    best: BestCheckpoint = cli.config_init.best_checkpoint
     steps = trainer.global_step
     if best.best_model_path:
         if not Path(best.best_model_path).is_file():

@@ -1,7 +1,6 @@
 """Tables of training on several devices: what was measured, and what the formula plans."""
 
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from dflows.records import Record
@@ -38,9 +37,9 @@ CLUSTERS = ((1, 1), (8, 1), (16, 2), (32, 4))
 SIZES = (100_000_000, 1_000_000_000, 7_000_000_000)
 """Parameters of models whose weights are planned."""
 
-STRATEGIES: Mapping[int, tuple[Strategy, ...]] = MappingProxyType(
-    {devices: ("auto",) if devices == 1 else ("ddp", "fsdp") for devices, _ in CLUSTERS}
-)
+
+def _strategies(devices: int) -> tuple[Strategy, ...]:
+    return ("auto",) if devices == 1 else ("ddp", "fsdp")
 
 
 def cost_of(record: Record, seconds: float | None = None) -> Cost:
@@ -113,7 +112,7 @@ def _planned(record: Record) -> str:
     rows = []
     for devices, nodes in CLUSTERS:
         link = DEVICE.link if nodes == 1 else DEVICE.network
-        for strategy in STRATEGIES[devices]:
+        for strategy in _strategies(devices):
             rate = cost.rate(devices, strategy, link)
             alone = devices * cost.rate(1, "auto", link)
             row = (
@@ -135,23 +134,12 @@ def _planned(record: Record) -> str:
 
 
 def _weights() -> str:
-    head = (
-        "parameters",
-        *(
-            f"{strategy}, {devices} GPU{'s' if devices > 1 else ''}"
-            for devices in (1, 8, 32)
-            for strategy in STRATEGIES[devices]
-        ),
-    )
-    rows = []
-    for parameters in SIZES:
-        cost = Cost(parameters, 0.0, 0, 0)
-        entries = [
-            _gigabytes(cost.bytes(devices, strategy))
-            for devices in (1, 8, 32)
-            for strategy in STRATEGIES[devices]
-        ]
-        rows.append((f"{parameters:,}", *entries))
+    ways = [(devices, strategy) for devices in (1, 8, 32) for strategy in _strategies(devices)]
+    head = ("parameters", *(f"{way}, {n} GPU{'s' if n > 1 else ''}" for n, way in ways))
+    rows = [
+        (f"{number:,}", *(_gigabytes(Cost(number, 0.0, 0, 0).bytes(*way)) for way in ways))
+        for number in SIZES
+    ]
     have = f"{DEVICE.memory / 1e9:.0f}"
     said = f"**Planned: GB a GPU for weights, gradients and moments, of {have} that it has**"
     return f"{said}\n\n{table(head, rows)}"
