@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from datamodules.symbols import ByteSymbols, CharacterSymbols
 from dflows.errors import UserError
 from dflows.files import make_folder, write_text
 from dflows.memory import check_memory
@@ -87,6 +88,17 @@ class Vocabulary(ABC):
                     f"the vocabulary has the classes 0 to {self.num_classes - 1}"
                 )
         return self._join(classes)
+
+    def text_symbols(self) -> ByteSymbols | CharacterSymbols:
+        """Returns the symbols as any file is made of them.
+
+        Raises:
+            UserError: If they are no symbols of texts.
+        """
+        raise UserError(
+            f"the classes stand for the symbols of {self!r}, and a text has characters or bytes: "
+            "use dflows.codec.compress(flow, indices) in Python"
+        )
 
     def save(self, folder: str | Path) -> Path:
         """Writes tokenizer.json into a folder, whole or not at all, and returns its path.
@@ -218,6 +230,10 @@ class CharacterVocabulary(Vocabulary):
             raise unknown_symbol(text[offset], place, self.num_classes, "remove it")
         return self.lookup(codes)
 
+    def text_symbols(self) -> CharacterSymbols:
+        """Returns the symbols; see the base class."""
+        return CharacterSymbols(self.symbols, self.unknown)
+
     def _join(self, indices: list[int]) -> str:
         return "".join([self.symbols[index] for index in indices])
 
@@ -263,6 +279,10 @@ class ByteVocabulary(Vocabulary):
     def encode(self, text: str, source: str = "the text") -> NDArray[np.integer]:
         """Returns the classes of a text's bytes; see the base class."""
         return self.codes(text)
+
+    def text_symbols(self) -> ByteSymbols:
+        """Returns the symbols; see the base class."""
+        return ByteSymbols()
 
     def _join(self, indices: list[int]) -> str:
         return bytes(indices).decode("utf-8", errors="replace")

@@ -27,18 +27,26 @@ from dflows.cli.checkpoints import (
     load_model,
     read_checkpoint,
 )
+from dflows.cli.coding import exact_flow
 from dflows.cli.configs import Parser, resolved_arguments
 from dflows.cli.errors import run_command
 from dflows.cli.logs import Heartbeat, add_log_level, set_log_level
 from dflows.cli.noise import quiet
 from dflows.cli.progress import ProgressBar, ProgressLines
+from dflows.cli.proofs import prove
 from dflows.cli.recording import make_record
-from dflows.cli.summary import end_processes, judge, print_report, stdout_console
+from dflows.cli.split import config_of
+from dflows.cli.summary import (
+    end_processes,
+    judge,
+    print_report,
+    stdout_console,
+    trainer_device,
+)
 from dflows.cli.trainer import Trainer
 from dflows.errors import UserError
 from dflows.provenance import revision
 from dflows.records import check_folder, check_name, write_record
-from lightning_modules.descriptions import check_description
 
 __all__ = ["evaluate", "main"]
 
@@ -53,6 +61,9 @@ def _parser() -> Parser:
         "--passes", type=int | None, default=None, help="Passes to generate; the model's own."
     )
     parser.add_argument("--split", type=Literal["test", "valid"], default="test")
+    parser.add_argument(
+        "--archive", action="store_true", help="Encode the split and decode it, as a proof."
+    )
     parser.add_argument("--name", type=str | None, default=None, help="Name of the record.")
     parser.add_argument(
         "--record", type=str | None, default=None, help="Folder that gets a record of the figures."
@@ -73,12 +84,7 @@ def _parser() -> Parser:
 
 def _config_of(checkpoint: Checkpoint, allowed: Sequence[str], folder: Path) -> Path:
     """Writes the configuration that the arguments are laid over."""
-    described: Any = checkpoint.config.get("data")
-    check_description(StreamDataModule, described, allowed, checkpoint.path)
-    data = dict(described)
-    if "vocabulary" in data.get("init_args", {}):
-        vocabulary = checkpoint.vocabulary.save(folder)
-        data["init_args"] = {**data["init_args"], "vocabulary": str(vocabulary)}
+    data = config_of(checkpoint, allowed, folder)
     trainer = checkpoint.config.get("trainer")
     precision = trainer.get("precision") if isinstance(trainer, dict) else None
     file = folder / "checkpoint.yaml"
@@ -150,10 +156,19 @@ def evaluate(arguments: Sequence[str]) -> None:
             shown = [lines] if own else [ProgressBar(), lines]
         trainer = Trainer(**made.trainer, callbacks=[Certificates(), *callbacks, *shown, stopwatch])
         run = trainer.test if split == "test" else trainer.validate
+        if config.archive:
+            exact_flow(module)
+            if trainer.world_size > 1:
+                raise UserError(
+                    f"archive is set, and {trainer.world_size} processes evaluate: one encodes "
+                    "alone, set trainer.devices to 1"
+                )
         run(module, datamodule=data, verbose=False)
         end_processes()
         if trainer.is_global_zero:
             report = judge(module, data, [split], stopwatch)
+            if config.archive:
+                report += prove(module.to(trainer_device(trainer)).eval(), data, split)
             print_report(report, stdout_console(), str(checkpoint.path))
             if config.record is not None:
                 record = make_record(

@@ -25,6 +25,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from dflows.cli.checkpoints import add_checkpoint_arguments, load_model, read_checkpoint
+from dflows.cli.coding import find_device
 from dflows.cli.configs import Parser, check_seed
 from dflows.cli.errors import run_command
 from dflows.cli.noise import quiet
@@ -91,10 +92,7 @@ def generate(arguments: Sequence[str]) -> None:
             f"the model in {checkpoint.path} is conditional, and this command has no context to "
             "give it: use dflows.load(path).sample(context=context) in Python"
         )
-    try:
-        module.to(_device(config.device))
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {config.device} is not available: {error}") from None
+    module.to(find_device(config.device))
     module.resize(passes=config.passes, length=config.window)
     module.accelerate(compile=config.compile, cuda_graph=config.cuda_graph)
     prompt = None
@@ -160,12 +158,6 @@ class _Watch:
         mean = sum(self.evaluations) / len(self.evaluations)
         passes = self.module.passes
         return f"the fixed point took {mean:.4g} iterations a batch; level by level it is {passes}"
-
-
-def _device(name: str) -> torch.device:
-    if name != "auto":
-        return torch.device(name)
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

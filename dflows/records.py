@@ -46,6 +46,8 @@ METRICS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "standard_error_nats": ("number", "standard error of test_nats, where examples are draws"),
         "characters": ("counts", "characters scored, by split"),
         "examples": ("counts", "examples scored, by split"),
+        "archive_bpc": ("number", "bits per character of the split's archive, which decodes"),
+        "archive_bytes": ("count", "bytes of that archive"),
         # What they are compared with.
         "unigram_bpc": ("number", "unigram entropy of the test split"),
         "valid_unigram_bpc": ("number", "unigram entropy of the validation split"),
@@ -90,6 +92,8 @@ METRICS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "generation_seconds_32": ("number", "median seconds to generate 32 sequences at once"),
         "generation_seconds_32_p95": ("number", "95th percentile of the same"),
         "passes_seconds_1": ("mapping", "generation_seconds_1 by number of passes"),
+        "archive_seconds": ("number", "seconds to encode the archive"),
+        "archive_seconds_back": ("number", "seconds to decode it"),
         "generation_bytes_1": ("count", "peak device memory generating 1 sequence, bytes"),
         "generation_bytes_32": ("count", "peak device memory generating 32 sequences, bytes"),
         # Speed in benchmarks, of an opponent too, and what the device can do.

@@ -7,10 +7,13 @@ from pathlib import Path
 
 import yaml
 
-from dflows import evaluate, fit, generate
+from dflows import compress, decompress, evaluate, fit, generate
 
 ROOT = Path(__file__).parents[1]
-MAINS = {"fit": fit.main, "evaluate": evaluate.main, "generate": generate.main}
+MAINS = {
+    command.__name__.removeprefix("dflows."): command.main
+    for command in (compress, decompress, evaluate, fit, generate)
+}
 
 # Combining accents, all kinds of line ends, a character beyond the first plane, a null.
 ODD = "Ça va?\r\nCa\u0327 va!\u2028ß\t𝒳\0 naïve “oui”\r"

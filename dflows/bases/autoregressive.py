@@ -6,7 +6,7 @@ from torch import Generator, Tensor
 from dflows.bases.base import Base
 from dflows.categorical import inverse_cdf, select_log_prob
 from dflows.conditioner import Conditioner
-from dflows.decoding import decide_levels, solve_fixed_point
+from dflows.decoding import Decide, decide_levels, solve_fixed_point
 from dflows.errors import UserError
 from dflows.orderings import Ordering
 from dflows.representations import check_logits, is_one_hot
@@ -124,26 +124,21 @@ class AutoregressiveBase(Base):
         draft: Base | None = None,
     ) -> tuple[Tensor, int]:
         def decide(dimensions: Tensor, logits: Tensor) -> Tensor:
-            logits = check_logits(logits, type(self).__name__)
             return inverse_cdf(noise[:, dimensions], logits=logits, temperature=temperature)
 
-        x = torch.zeros(noise.shape, dtype=torch.long, device=noise.device)
-        known = 0
-        if prefix is not None:
-            known = prefix.shape[1]
-            x[:, :known] = prefix
-        if fixed_point:
-            drafts = self.conditioner.expert if draft is None else draft
-            return solve_fixed_point(
-                self.conditioner,
-                x,
-                decide,
-                context,
-                prefix_length=known,
-                drafter=None if drafts is None else drafts.drafter(noise, temperature),
-            )
-        x = decide_levels(self.conditioner, x, decide, context, prefix_length=known)
-        return x, self.passes
+        number, length = noise.shape
+        if not fixed_point:
+            return self.decode(decide, number, length, context, prefix=prefix), self.passes
+        x, known = self._begin(number, length, prefix)
+        drafts = self.conditioner.expert if draft is None else draft
+        return solve_fixed_point(
+            self.conditioner,
+            x,
+            self._checked(decide),
+            context,
+            prefix_length=known,
+            drafter=None if drafts is None else drafts.drafter(noise, temperature),
+        )
 
     def supports_prefix(self, number: int, length: int) -> bool:
         return self.conditioner.supports_prefix(number, length)
@@ -152,13 +147,34 @@ class AutoregressiveBase(Base):
     def greedy_is_mode(self) -> bool:
         return self.passes == 1
 
-    def greedy(self, num_values: int, length: int, context: Tensor | None = None) -> Tensor:
-        def decide(_: Tensor, logits: Tensor) -> Tensor:
-            return check_logits(logits, type(self).__name__).argmax(dim=-1)
+    def decode(
+        self,
+        decide: Decide,
+        num_values: int,
+        length: int,
+        context: Tensor | None = None,
+        *,
+        prefix: Tensor | None = None,
+    ) -> Tensor:
+        x, known = self._begin(num_values, length, prefix)
+        return decide_levels(
+            self.conditioner, x, self._checked(decide), context, prefix_length=known
+        )
 
+    def _begin(self, num_values: int, length: int, prefix: Tensor | None) -> tuple[Tensor, int]:
+        """Returns values to decide (N, d), and how many of the first are decided."""
         device = self.conditioner.head.weight.device
         x = torch.zeros(num_values, length, dtype=torch.long, device=device)
-        return decide_levels(self.conditioner, x, decide, context)
+        if prefix is None:
+            return x, 0
+        known = prefix.shape[1]
+        x[:, :known] = prefix
+        return x, known
+
+    def _checked(self, decide: Decide) -> Decide:
+        return lambda dimensions, logits: decide(
+            dimensions, check_logits(logits, type(self).__name__)
+        )
 
     @torch.no_grad()
     def init_from_counts(self, counts: Tensor) -> None:

@@ -7,6 +7,7 @@ from typing import ClassVar
 from torch import Generator, Tensor, nn
 
 from dflows.arguments import check_dimensions
+from dflows.decoding import Decide
 from dflows.drafting import Drafter
 from dflows.errors import UserError
 from dflows.orderings import Ordering
@@ -195,6 +196,29 @@ class Base(nn.Module, ABC):
         """Whether :meth:`greedy` is the mode, as it is of independent dimensions."""
 
     @abstractmethod
+    def decode(
+        self,
+        decide: Decide,
+        num_values: int,
+        length: int,
+        context: Tensor | None = None,
+        *,
+        prefix: Tensor | None = None,
+    ) -> Tensor:
+        """Decides values level by level, with one evaluation each.
+
+        Args:
+            decide: Decides the values of a level, given its dimensions and the logits (N, n, K) of
+                their distributions given all lower levels. It is asked once for every dimension.
+            num_values: N.
+            length: Dimensions d of an event.
+            context: Vectors (N, C) or sequences (N, S, C).
+            prefix: As in :meth:`from_noise`.
+
+        Returns:
+            Indices (N, d).
+        """
+
     def greedy(self, num_values: int, length: int, context: Tensor | None = None) -> Tensor:
         """Returns the most likely value of every dimension, given those decided before it.
 
@@ -206,6 +230,7 @@ class Base(nn.Module, ABC):
         Returns:
             Indices (N, d), the mode where :attr:`greedy_is_mode`.
         """
+        return self.decode(lambda _, logits: logits.argmax(dim=-1), num_values, length, context)
 
     @abstractmethod
     def init_from_counts(self, counts: Tensor) -> None:

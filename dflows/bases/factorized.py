@@ -8,6 +8,7 @@ from torch import Generator, Tensor, nn
 
 from dflows.bases.base import Base, ClosedFormBase
 from dflows.categorical import inverse_cdf, select_log_prob
+from dflows.decoding import Decide
 from dflows.errors import UserError
 from dflows.orderings import Ordering, alike, untransformed
 from dflows.representations import check_logits, full_precision, is_one_hot
@@ -132,9 +133,21 @@ class FactorizedBase(ClosedFormBase):
     def greedy_is_mode(self) -> bool:
         return True
 
-    def greedy(self, num_values: int, length: int, context: Tensor | None = None) -> Tensor:
-        logits = check_logits(self.logits, type(self).__name__)
-        return logits.argmax(dim=-1)[self.groups[:length]].expand(num_values, -1)
+    def decode(
+        self,
+        decide: Decide,
+        num_values: int,
+        length: int,
+        context: Tensor | None = None,
+        *,
+        prefix: Tensor | None = None,
+    ) -> Tensor:
+        logits = check_logits(full_precision(self.logits), type(self).__name__)
+        known = 0 if prefix is None else prefix.shape[1]
+        dimensions = torch.arange(known, length, device=logits.device)
+        rows = logits[self.groups[known:length]].expand(num_values, -1, -1)
+        x = decide(dimensions, rows)
+        return x if prefix is None else torch.cat([prefix, x], dim=1)
 
     @torch.no_grad()
     def init_from_counts(self, counts: Tensor) -> None:

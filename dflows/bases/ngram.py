@@ -7,6 +7,7 @@ import torch
 from torch import Generator, Tensor
 
 from dflows.bases.base import Base
+from dflows.decoding import Decide
 from dflows.drafting import Drafter
 from dflows.ngrams import NGrams, decide_left_to_right, drafter, draw_left_to_right
 from dflows.representations import to_indices
@@ -92,11 +93,7 @@ class NGramBase(Base):
         prefix: Tensor | None = None,
         draft: Base | None = None,
     ) -> tuple[Tensor, int]:
-        values, places = self._all(len(noise), noise.shape[1])
-        if prefix is not None:
-            known = prefix.shape[1]
-            values[:, :known] = prefix
-            places = places[:, known:]
+        values, places = self._begin(len(noise), noise.shape[1], prefix)
         return draw_left_to_right(self.ngrams, values, places, noise, temperature), 0
 
     def drafter(self, noise: Tensor, temperature: float = 1.0) -> Drafter:
@@ -109,16 +106,31 @@ class NGramBase(Base):
     def greedy_is_mode(self) -> bool:
         return self.ngrams.order == 1
 
-    def greedy(self, num_values: int, length: int, context: Tensor | None = None) -> Tensor:
-        values, places = self._all(num_values, length)
-        return decide_left_to_right(
-            self.ngrams, values, places, lambda _, probs: probs.argmax(dim=-1)
-        )
+    def decode(
+        self,
+        decide: Decide,
+        num_values: int,
+        length: int,
+        context: Tensor | None = None,
+        *,
+        prefix: Tensor | None = None,
+    ) -> Tensor:
+        values, places = self._begin(num_values, length, prefix)
 
-    def _all(self, num_values: int, length: int) -> tuple[Tensor, Tensor]:
-        """Returns values (N, d) to decide, and all their dimensions (N, d)."""
+        def decide_one(place: Tensor, probs: Tensor) -> Tensor:
+            return decide(place[:1], probs.log().unsqueeze(1)).squeeze(1)
+
+        return decide_left_to_right(self.ngrams, values, places, decide_one)
+
+    def _begin(self, num_values: int, length: int, prefix: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Returns values to decide (N, d), and the dimensions (N, n) that are not decided yet."""
         places = torch.arange(length, device=self.ngrams.keys.device).repeat(num_values, 1)
-        return torch.zeros_like(places), places
+        values = torch.zeros_like(places)
+        if prefix is None:
+            return values, places
+        known = prefix.shape[1]
+        values[:, :known] = prefix
+        return values, places[:, known:]
 
     def init_from_counts(self, counts: Tensor) -> None:
         """Does nothing: :meth:`count` finds the whole distribution."""

@@ -45,6 +45,13 @@ class Composition(DiscreteTransform):
             y = transform.inverse(y, context)
         return y
 
+    def by_levels(
+        self, value: Tensor, context: Tensor | None = None, *, inverse: bool = False
+    ) -> Tensor:
+        for transform in reversed(self.transforms) if inverse else self.transforms:
+            value = transform.by_levels(value, context, inverse=inverse)
+        return value
+
     def supports_prefix(self, number: int, length: int) -> bool:
         return all(transform.supports_prefix(number, length) for transform in self.transforms)
 

@@ -114,6 +114,24 @@ class ConditionalTransform(DiscreteTransform):
         x = y.index_copy(1, dimensions, part.to(y.dtype))
         return x.reshape(shape + x.shape[1:])
 
+    def by_levels(
+        self, value: Tensor, context: Tensor | None = None, *, inverse: bool = False
+    ) -> Tensor:
+        flat, context, shape = flatten_batch(value, context)
+        mapped = flat.clone()
+        bijection = self.bijection.inverse if inverse else self.bijection
+
+        def decide(dimensions: Tensor, logits: Tensor) -> Tensor:
+            part = flat[:, dimensions]
+            image: Tensor = bijection(part, logits)
+            mapped[:, dimensions] = image
+            return part if inverse else image
+
+        # In neither direction does the network see a value of this or of a higher level.
+        y = flat.index_fill(1, self.transformed(flat), 0)
+        decide_levels(self.conditioner, y, decide, context, first_level=1)
+        return mapped.reshape(shape + mapped.shape[1:])
+
     def supports_prefix(self, number: int, length: int) -> bool:
         return self.conditioner.supports_prefix(number, length)
 

@@ -88,6 +88,25 @@ class DiscreteTransform(nn.Module, ABC):
             y = torch.cat([prefix, y[..., prefix.shape[-1] :]], dim=-1)
         return y, self.passes
 
+    def by_levels(
+        self, value: Tensor, context: Tensor | None = None, *, inverse: bool = False
+    ) -> Tensor:
+        """Maps base → data, or data → base, with the same computations in both directions.
+
+        One evaluation of all levels and one a level agree to round-off alone. What has to come back
+        whatever the round-off, an archive say, is mapped in this way.
+
+        Args:
+            value: Indices (…, D).
+            context: As in :meth:`forward`.
+            inverse: Whether to map data → base.
+
+        Returns:
+            Indices (…, D).
+        """
+        mapped: Tensor = self.inverse(value, context) if inverse else self(value, context)
+        return mapped
+
 
 class Inverse(DiscreteTransform):
     """Creates the inverse of a transform.
@@ -118,6 +137,11 @@ class Inverse(DiscreteTransform):
     def inverse(self, y: Tensor, context: Tensor | None = None) -> Tensor:
         x: Tensor = self.transform(y, context)
         return x
+
+    def by_levels(
+        self, value: Tensor, context: Tensor | None = None, *, inverse: bool = False
+    ) -> Tensor:
+        return self.transform.by_levels(value, context, inverse=not inverse)
 
     def supports_prefix(self, number: int, length: int) -> bool:
         return self.transform.supports_prefix(number, length)

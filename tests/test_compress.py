@@ -1,0 +1,211 @@
+"""``python -m dflows.compress`` and ``dflows.decompress`` from a checkpoint alone."""
+
+import io
+import math
+import shlex
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from dflows.cli.compressors import compressors, measure
+from dflows.records import read_record
+from tests.commands import command_line, environment, run_here, small_config, write_text
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a finished run."""
+    folder = tmp_path_factory.mktemp("compress")
+    assert run_here("fit", "--config", small_config(folder, write_text(folder))) == 0
+    return folder / "runs" / "small" / "version_0"
+
+
+@pytest.fixture
+def text(tmp_path):
+    return write_text(tmp_path, 700)
+
+
+def told(capsys):
+    return capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_file_comes_back(run, text, capsys):
+    content = text.read_bytes()
+    assert run_here("compress", "--checkpoint", run, text) == 0
+    archive = text.with_name("odd.txt.dfl")
+    size = len(archive.read_bytes())
+    line = told(capsys)
+    assert f"{len(content):,} bytes, 700 characters; {archive}: {size:,} bytes" in line
+    assert f"{8 * size / 700:.4f} bits each" in line
+    text.unlink()
+    assert run_here("decompress", "--checkpoint", run, archive) == 0
+    assert text.read_bytes() == content
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.slow
+def test_the_commands_stand_in_a_pipe(run, text):
+    one, other = (
+        command_line(name, "--checkpoint", run, "-") for name in ("compress", "decompress")
+    )
+    back = subprocess.run(
+        ["bash", "-o", "pipefail", "-c", f"{shlex.join(one)} | {shlex.join(other)}"],
+        input=text.read_bytes(),
+        capture_output=True,
+        env=environment(),
+        check=True,
+        timeout=300,
+    )
+    assert back.stdout == text.read_bytes()
+
+
+def test_the_standard_streams(run, text, monkeypatch, tmp_path):
+    output = SimpleNamespace(
+        buffer=io.BytesIO(), isatty=lambda: False, write=print, flush=lambda: None
+    )
+    monkeypatch.setattr(sys, "stdout", output)
+    assert run_here("compress", "--checkpoint", run, text, "-o", "-") == 0
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(buffer=io.BytesIO(output.buffer.getvalue())))
+    assert run_here("decompress", "--checkpoint", run, "-", "-o", tmp_path / "back") == 0
+    assert (tmp_path / "back").read_bytes() == text.read_bytes()
+
+
+@pytest.mark.parametrize("content", [b"", b"a", b"\xff\0\r\n", "Ça va? 漢字".encode()])
+def test_any_content_comes_back(run, tmp_path, content):
+    file, back = tmp_path / "any", tmp_path / "back"
+    file.write_bytes(content)
+    assert run_here("compress", "--checkpoint", run, file) == 0
+    assert run_here("decompress", "--checkpoint", run, tmp_path / "any.dfl", "-o", back) == 0
+    assert back.read_bytes() == content
+
+
+class TestRefusals:
+    """One line, a code that is not 0, and nothing written."""
+
+    def refused(self, capsys, folder, *arguments):
+        before = {path: path.read_bytes() for path in folder.iterdir()}
+        assert run_here(*arguments) == 1
+        assert {path: path.read_bytes() for path in folder.iterdir()} == before
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        lines = [line for line in captured.err.splitlines() if line.startswith("error")]
+        assert len(lines) == 1
+        return lines[0]
+
+    @pytest.fixture
+    def archive(self, run, text, capsys):
+        assert run_here("compress", "--checkpoint", run, text, "-o", text.with_name("a.dfl")) == 0
+        capsys.readouterr()
+        return text.with_name("a.dfl")
+
+    def test_a_damaged_archive(self, run, archive, capsys, tmp_path):
+        content = bytearray(archive.read_bytes())
+        content[len(content) // 2] ^= 4
+        archive.write_bytes(content)
+        line = self.refused(capsys, tmp_path, "decompress", "--checkpoint", run, archive)
+        assert line == f"error: {archive} is damaged: take it from its source again"
+
+    def test_another_checkpoint(self, tmp_path_factory, archive, capsys, tmp_path):
+        folder = tmp_path_factory.mktemp("other")
+        config = small_config(folder, write_text(folder), max_steps=1)
+        assert run_here("fit", "--config", config) == 0
+        capsys.readouterr()
+        other = folder / "runs" / "small" / "version_0" / "last.ckpt"
+        arguments = ("decompress", "--checkpoint", other, archive)
+        assert "was written by a model of other weights" in self.refused(
+            capsys, tmp_path, *arguments
+        )
+
+    def test_a_text(self, run, text, capsys, tmp_path):
+        arguments = ("decompress", "--checkpoint", run, text, "-o", tmp_path / "back")
+        assert "odd.txt is no archive of dflows" in self.refused(capsys, tmp_path, *arguments)
+
+    def test_a_name_without_the_suffix(self, run, text, capsys, tmp_path):
+        line = self.refused(capsys, tmp_path, "decompress", "--checkpoint", run, text)
+        assert "does not end in .dfl" in line
+
+    def test_an_output_that_is_there(self, run, archive, text, capsys, tmp_path):
+        archive.rename(archive.with_name("odd.txt.dfl"))
+        for command, file in (("compress", text), ("decompress", text.with_name("odd.txt.dfl"))):
+            line = self.refused(capsys, tmp_path, command, "--checkpoint", run, file)
+            assert "is there already: give it by -o to replace it" in line
+
+    def test_a_file_that_is_missing(self, run, capsys, tmp_path):
+        arguments = ("compress", "--checkpoint", run, tmp_path / "none")
+        assert "none: No such file or directory: give a file" in self.refused(
+            capsys, tmp_path, *arguments
+        )
+
+    @pytest.mark.parametrize("output", ["missing/a.dfl", "."])
+    def test_an_output_in_no_folder(self, run, text, capsys, tmp_path, output):
+        arguments = ("compress", "--checkpoint", run, text, "-o", tmp_path / output)
+        assert ": give a file" in self.refused(capsys, tmp_path, *arguments)
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (("--passes", 0), "passes is 0: give at least 1"),
+            (("--passes", 2), "2 passes were asked for"),
+            (("--window", 8), "8 dimensions were asked for"),
+            (("--batch_size", 0), "batch_size is 0"),
+            (("--threads", 0), "threads is 0"),
+            (("--device", "gpu"), "device gpu is not available"),
+            (("--benchmark", "-o", "-"), "benchmark reads the file again"),
+        ],
+    )
+    def test_numbers_that_cannot_be(self, run, text, capsys, tmp_path, arguments, message):
+        line = self.refused(capsys, tmp_path, "compress", "--checkpoint", run, text, *arguments)
+        assert message in line
+
+    def test_a_terminal(self, run, text, capsys, tmp_path, monkeypatch):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+        line = self.refused(capsys, tmp_path, "compress", "--checkpoint", run, text, "-o", "-")
+        assert "the output would go to the terminal: give -o FILE" in line
+
+
+def test_an_archive_that_does_not_decode_gets_no_name(run, text, capsys, monkeypatch):
+    from dflows.codec import texts
+
+    plain = texts.written
+    monkeypatch.setattr(
+        texts, "written", lambda flow, groups, crc, **rest: plain(flow, groups, crc ^ 1, **rest)
+    )
+    assert run_here("compress", "--checkpoint", run, text) == 1
+    assert "the new archive cannot be decoded here" in told(capsys)
+    assert not text.with_name("odd.txt.dfl").exists()
+    assert run_here("compress", "--checkpoint", run, text, "--verify=false") == 0
+
+
+def test_a_benchmark_prints_all_compressors(run, text, capsys):
+    assert run_here("compress", "--checkpoint", run, text, "--benchmark") == 0
+    out = capsys.readouterr().out
+    for name in ("dflows, 3 passes", "gzip -9", "bzip2 -9", "xz -9e", "zstd", "PPMd, order"):
+        assert name in out
+    assert "is not installed" not in out
+    assert "not on this machine" not in out
+
+
+@pytest.mark.parametrize("compressor", [*compressors()], ids=lambda each: each.name)
+def test_other_compressors_give_the_text_back(compressor):
+    content, primer = b"the cat sat on the mat " * 50, b"a cat sat there " * 50
+    line = measure(compressor, content, primer)
+    assert len(compressor.compress(content)) == line.size < len(content)
+    assert line.primed < line.size + 10
+
+
+def test_the_archive_of_a_split_is_its_code_length(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arguments = ("--checkpoint", run, "--archive", "--record", "records")
+    assert run_here("evaluate", *arguments) == 0
+    metrics = read_record(tmp_path / "records" / "small-test-1.json").metrics
+    bits = metrics["test_bpc"] * 300
+    assert bits <= 8 * metrics["archive_bytes"] <= bits + 8 * 220
+    assert metrics["archive_bpc"] == 8 * metrics["archive_bytes"] / 300
+    assert f"{metrics['archive_bpc']:.4f}" in capsys.readouterr().out
+    assert run_here("evaluate", *arguments, "--split", "valid", "--data.length", 8) == 0
+    metrics = read_record(tmp_path / "records" / "small-valid-1.json").metrics
+    bits = metrics["valid_bpc"] * 300
+    assert bits <= 8 * metrics["archive_bytes"] <= bits + 8 * 400
+    assert math.isfinite(metrics["archive_seconds"] + metrics["archive_seconds_back"])
