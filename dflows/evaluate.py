@@ -27,13 +27,12 @@ from dflows.cli.checkpoints import (
     load_model,
     read_checkpoint,
 )
-from dflows.cli.coding import exact_flow
 from dflows.cli.configs import Parser, resolved_arguments
 from dflows.cli.errors import run_command
 from dflows.cli.logs import Heartbeat, add_log_level, set_log_level
 from dflows.cli.noise import quiet
 from dflows.cli.progress import ProgressBar, ProgressLines
-from dflows.cli.proofs import prove
+from dflows.cli.proofs import check_provable, prove
 from dflows.cli.recording import make_record
 from dflows.cli.split import config_of
 from dflows.cli.summary import (
@@ -157,12 +156,7 @@ def evaluate(arguments: Sequence[str]) -> None:
         trainer = Trainer(**made.trainer, callbacks=[Certificates(), *callbacks, *shown, stopwatch])
         run = trainer.test if split == "test" else trainer.validate
         if config.archive:
-            exact_flow(module)
-            if trainer.world_size > 1:
-                raise UserError(
-                    f"archive is set, and {trainer.world_size} processes evaluate: one encodes "
-                    "alone, set trainer.devices to 1"
-                )
+            check_provable(module, trainer.world_size)
         run(module, datamodule=data, verbose=False)
         end_processes()
         if trainer.is_global_zero:

@@ -195,6 +195,15 @@ def test_other_compressors_give_the_text_back(compressor):
     assert line.primed < line.size + 10
 
 
+def test_a_run_proves_its_own_figure(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = small_config(tmp_path, write_text(tmp_path))
+    assert run_here("fit", "--config", config, "--archive=true", "--record", "records") == 0
+    metrics = read_record(tmp_path / "records" / "small-1.json").metrics
+    bits = metrics["test_bpc"] * 300
+    assert bits <= 8 * metrics["archive_bytes"] <= bits + 8 * 220
+
+
 def test_the_archive_of_a_split_is_its_code_length(run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     arguments = ("--checkpoint", run, "--archive", "--record", "records")

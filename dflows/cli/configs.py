@@ -268,6 +268,12 @@ class FlowCLI(LightningCLI):
             default=EXACT_STATES,
             help="Sum the likelihood of a known distribution over all of up to so many states.",
         )
+        parser.add_argument(
+            "--archive",
+            type=bool,
+            default=False,
+            help="Encode the test split and decode it, as a proof of its likelihood.",
+        )
         add_log_level(parser)
         parser.add_lightning_class_args(ProgressBar, "progress_bar")
         parser.add_lightning_class_args(ProgressLines, "progress_lines")

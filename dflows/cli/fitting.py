@@ -8,6 +8,7 @@ from dflows.cli.configs import FlowCLI
 from dflows.cli.logs import Heartbeat
 from dflows.cli.noise import quiet
 from dflows.cli.output import patient_output
+from dflows.cli.proofs import check_provable, prove
 from dflows.cli.recording import below_here, make_record, write_records
 from dflows.cli.saving import BestCheckpoint
 from dflows.cli.slurm import RequeueRequest, requeue
@@ -47,6 +48,8 @@ def fit(arguments: Sequence[str]) -> None:
     with Heartbeat() as heartbeat, stop.listening(), patient_output():
         cli = FlowCLI(arguments, stop, heartbeat)
         try:
+            if cli.config.archive:
+                check_provable(cli.model, cli.trainer.world_size)
             cli.folder.claim(cli.trainer)
             cli.trainer.fit(
                 cli.model,
@@ -120,6 +123,8 @@ def _judge(cli: FlowCLI, code: str, begin: float) -> None:
     module.to(trainer_device(trainer)).eval()
     exact_states = cli.config.exact_states
     report = judge(module, data, splits, cli.stopwatch, steps=steps, exact_states=exact_states)
+    if cli.config.archive:
+        report += prove(module, data, "test")
     device = describe_device(trainer_device(trainer), trainer.world_size)
     report.row("precision of training", trainer.precision, device)
     report += module.report_generation(data.length)

@@ -18,7 +18,21 @@ from dflows.reporting import Report
 from lightning_modules import BaseModule
 from lightning_modules.data import unpack
 
-__all__ = ["prove"]
+__all__ = ["check_provable", "prove"]
+
+
+def check_provable(module: BaseModule, processes: int) -> None:
+    """Refuses what cannot be proved by an archive, before anything is done.
+
+    Raises:
+        UserError: If the likelihood is a bound, or several processes evaluate.
+    """
+    exact_flow(module)
+    if processes > 1:
+        raise UserError(
+            f"archive is set, and {processes} processes evaluate, of which one encodes: set "
+            "trainer.devices to 1, or archive to false and use python -m dflows.evaluate --archive"
+        )
 
 
 def prove(module: BaseModule, data: Any, split: str) -> Report:

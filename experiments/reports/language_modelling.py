@@ -12,11 +12,13 @@ from experiments.reports.markdown import number, table
 
 __all__ = ["render"]
 
+ARCHIVE = "archive, bpc"
 HEAD = (
     "system",
     "published bpc",
     "published, s",
     "test bpc, windows",
+    ARCHIVE,
     "test bpc, stateful",
     "importance-weighted",
     "passes",
@@ -85,7 +87,14 @@ def _task(task: str, shown: Sequence[Shown]) -> str:
     caption += f". A sequence is a window of {windows} characters." if windows else "."
     budgets = sorted({one.record.budget for one in shown if one.record.budget})
     caption += f" Budget: {'; '.join(budgets)}." if budgets else ""
-    return f"{caption}\n\n{table(HEAD, [_line(task, one) for one in shown])}"
+    proved = any("archive_bpc" in one.record.metrics for one in shown)
+    lines = [HEAD, *(_line(task, one) for one in shown)]
+    if not proved:  # records of a plan without archives
+        lines = [
+            [cell for name, cell in zip(HEAD, line, strict=True) if name != ARCHIVE]
+            for line in lines
+        ]
+    return f"{caption}\n\n{table(lines[0], lines[1:])}"
 
 
 def _line(task: str, shown: Shown) -> list[str]:
@@ -96,6 +105,7 @@ def _line(task: str, shown: Shown) -> list[str]:
         number(row.published.get(task), ".2f"),
         number(row.published_seconds.get(task), ".3g"),
         bits(record, metrics.get("test_bpc")),
+        number(metrics.get("archive_bpc"), ".3f"),
         bits(record, metrics.get("test_bpc_stateful")),
         bits(record, metrics.get("test_bpc_importance")),
         number(metrics.get("passes"), "d"),

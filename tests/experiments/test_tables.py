@@ -284,6 +284,23 @@ def test_few_passes_are_compared_with_many_and_flows_with_the_recipe():
     assert f"| plain, 128 passes | 2.000 | {quickest}" in lines
 
 
+@pytest.mark.parametrize("proved", [True, False])
+def test_archives_stand_beside_the_likelihoods_that_they_prove(proved):
+    plan = Plan(
+        "language-modelling", {"ptb": {}}, {"a": Row("a"), "b": Row("b")}, Smoke(["ptb"], ["a"])
+    )
+    metrics = RUN | {"test_bpc": 1.5}
+    records = {
+        "a-ptb": [record("a-ptb", metrics | ({"archive_bpc": 1.5055} if proved else {}))],
+        "b-ptb": [record("b-ptb", metrics)],
+    }
+    lines = RENDERERS["language-modelling"](Experiment(plan, records)).splitlines()
+    (head,) = (line for line in lines if line.startswith("| system | published"))
+    row = next(line for line in lines if line.startswith("| a |"))
+    assert ("| test bpc, windows | archive, bpc |" in head) is proved
+    assert ("| 1.500 | 1.505 |" in row or "| 1.500 | 1.506 |" in row) is proved
+
+
 HOSTILE = (
     "a | b <script>\n# `c` [d](http://e) ![f](g) $h$ &amp; _i_ **j** ~~k~~ {l}`m` www.n.o \\<p>"
 )
