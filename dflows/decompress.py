@@ -53,12 +53,13 @@ def decompress(arguments: Sequence[str]) -> None:
     parser.add_argument("--device", type=str, default="cpu", help="What it was compressed on.")
     config = parser.parse_args(list(arguments))
     target = target_of(config.output, config.input, _without_suffix)
+    checkpoint = read_checkpoint(config.checkpoint)
     with seekable(config.input) as source:
         name = "the standard input" if config.input == STANDARD else config.input
         archive = ArchiveReader(source, name)
         archive.check()
         codec = text_codec(
-            read_checkpoint(config.checkpoint),
+            checkpoint,
             allow=config.allow,
             device=config.device,
             archive=archive,

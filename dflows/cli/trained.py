@@ -1,5 +1,6 @@
 """A trained model in Python: its module, its vocabulary, samples and scores."""
 
+import io
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -12,6 +13,9 @@ from torch import Tensor, nn
 from datamodules.vocabulary import Vocabulary
 from dflows.bases import Base
 from dflows.cli.checkpoints import load_model, read_checkpoint
+from dflows.cli.coding import exact_flow
+from dflows.codec import TextCodec
+from dflows.codec.archive import ArchiveReader
 from dflows.errors import UserError
 from dflows.flow import DiscreteFlow
 from dflows.memory import check_memory
@@ -165,6 +169,37 @@ class TrainedModel:
                 "counted on the model's data"
             )
         return flow.base.to(model.module.device)
+
+    def compress(self, text: bytes, *, batch_size: int | None = None) -> bytes:
+        """Encodes a text into an archive, as `python -m dflows.compress` does.
+
+        Args:
+            text: Any bytes; a file of text is UTF-8.
+            batch_size: Windows that are encoded together, 65,536 symbols by default.
+
+        Returns:
+            The archive.
+
+        Raises:
+            UserError: If the likelihood is no exact one, or the model is conditional.
+        """
+        file = io.BytesIO()
+        self._codec().compress(io.BytesIO(text), file, batch_size=batch_size)
+        return file.getvalue()
+
+    def decompress(self, archive: bytes) -> bytes:
+        """Decodes a text that this model has encoded, in as many passes.
+
+        Raises:
+            ArchiveError: If it is damaged, or was written by another model, or where this one
+                computes other numbers.
+        """
+        reader = ArchiveReader(io.BytesIO(archive))
+        reader.check()
+        return b"".join(self._codec().decompress(reader))
+
+    def _codec(self) -> TextCodec:
+        return TextCodec(exact_flow(self.module), self.vocabulary.text_symbols())
 
     def encode(self, text: str) -> Tensor:
         """Returns the classes (n,) of a text, on the device of the model."""

@@ -119,3 +119,11 @@ def test_the_core_stays_light():
         [sys.executable, "-c", code], env=environment(), capture_output=True, text=True, check=True
     )
     assert done.stdout == "[]\n"
+
+
+def test_a_text_comes_back_from_its_archive(model):
+    text = ODD.encode() * 9 + b"\xff"
+    archive = model.compress(text, batch_size=4)
+    assert model.decompress(archive) == text
+    with pytest.raises(UserError, match="damaged"):
+        model.decompress(archive[:-1] + b"\0")
