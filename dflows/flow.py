@@ -212,6 +212,29 @@ class DiscreteFlow(nn.Module):
         """
         return self._log_prob(self.check_indices(y), self.encode_context(context))
 
+    @torch.no_grad()
+    def log_prob_terms(self, y: Tensor, context: Tensor | None = None) -> Tensor:
+        """Computes the log-probability of every dimension, in nats; their sum is :meth:`log_prob`.
+
+        Without transforms, a term is the log-probability of y_d given the dimensions of lower
+        levels. With them it is that of x_d, the value that the transforms leave at its place: the
+        sum is exact, and a single term tells how surprising the value was to all parts together.
+
+        Args:
+            y: Indices (…, d).
+            context: As in :meth:`log_prob`.
+
+        Returns:
+            Log-probabilities (…, d).
+
+        Raises:
+            UserError: If `y` holds no indices, or more dimensions than the flow.
+        """
+        flat, context, shape = flatten_batch(self.check_indices(y), self.encode_context(context))
+        with exactly(y.device):
+            terms = self.base.log_prob(self.inverse(flat, context), context)
+        return terms.reshape(shape + terms.shape[1:])
+
     def _log_prob(self, y: Tensor, context: Tensor | None) -> Tensor:
         y, context, shape = flatten_batch(y, context)
         with exactly(y.device), example_weights() as weights:

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import yaml
 
-from dflows import compress, decompress, evaluate, fit, generate
+from dflows import compress, decompress, evaluate, fit, generate, score
 
 ROOT = Path(__file__).parents[1]
 MAINS = {
     command.__name__.removeprefix("dflows."): command.main
-    for command in (compress, decompress, evaluate, fit, generate)
+    for command in (compress, decompress, evaluate, fit, generate, score)
 }
 
 # Combining accents, all kinds of line ends, a character beyond the first plane, a null.

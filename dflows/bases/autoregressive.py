@@ -161,6 +161,11 @@ class AutoregressiveBase(Base):
             self.conditioner, x, self._checked(decide), context, prefix_length=known
         )
 
+    def conditionals(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        if not self.conditioner.one_pass:
+            return super().conditionals(x, context)
+        return check_logits(self.conditioner(x, context), type(self).__name__).log_softmax(dim=-1)
+
     def _begin(self, num_values: int, length: int, prefix: Tensor | None) -> tuple[Tensor, int]:
         """Returns values to decide (N, d), and how many of the first are decided."""
         device = self.conditioner.head.weight.device

@@ -4,6 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import ClassVar
 
+import torch
 from torch import Generator, Tensor, nn
 
 from dflows.arguments import check_dimensions
@@ -218,6 +219,26 @@ class Base(nn.Module, ABC):
         Returns:
             Indices (N, d).
         """
+
+    def conditionals(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Computes the distribution of every dimension, given those of lower levels.
+
+        Args:
+            x: Indices (N, d).
+            context: As in :meth:`log_prob`.
+
+        Returns:
+            Log-probabilities (N, d, K), in nats; those of `x` are :meth:`log_prob`.
+        """
+        places, found = [], []
+
+        def decide(dimensions: Tensor, logits: Tensor) -> Tensor:
+            places.append(dimensions)
+            found.append(logits.log_softmax(dim=-1))
+            return x[:, dimensions]
+
+        self.decode(decide, len(x), x.shape[1], context)
+        return torch.cat(found, dim=1)[:, torch.cat(places).argsort()]
 
     def greedy(self, num_values: int, length: int, context: Tensor | None = None) -> Tensor:
         """Returns the most likely value of every dimension, given those decided before it.

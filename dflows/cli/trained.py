@@ -14,6 +14,7 @@ from datamodules.vocabulary import Vocabulary
 from dflows.bases import Base
 from dflows.cli.checkpoints import load_model, read_checkpoint
 from dflows.cli.coding import exact_flow
+from dflows.cli.scoring import Scored, score
 from dflows.codec import TextCodec
 from dflows.codec.archive import ArchiveReader
 from dflows.errors import UserError
@@ -169,6 +170,23 @@ class TrainedModel:
                 "counted on the model's data"
             )
         return flow.base.to(model.module.device)
+
+    def score(self, text: str | bytes, *, overlap: int = 0) -> Scored:
+        """Scores every character of a text, as `python -m dflows.score` does.
+
+        Args:
+            text: The text, or its UTF-8. Characters without a class have no bits.
+            overlap: Characters of each window that are known from the window before.
+
+        Returns:
+            The bits of the characters, the lines, and what the model held likelier.
+
+        Raises:
+            UserError: If the likelihood is no exact one, the model is conditional, or windows
+                cannot overlap.
+        """
+        content = text.encode() if isinstance(text, str) else text
+        return score(exact_flow(self.module), self.vocabulary, content, overlap=overlap)
 
     def compress(self, text: bytes, *, batch_size: int | None = None) -> bytes:
         """Encodes a text into an archive, as `python -m dflows.compress` does.

@@ -47,6 +47,18 @@ def autoregressive_base(num_classes, length, backbone="causal", ordering=None, *
         )
 
 
+@pytest.mark.parametrize("orderings", [[], [Natural()], [Parity(), Natural()]])
+def test_terms_of_a_log_probability_sum_to_it_in_any_shape(orderings):
+    flow = make_flow(3, 4, orderings, "rank", "causal")
+    y = torch.randint(3, (2, 5, 3))
+    terms = flow.log_prob_terms(y)
+    assert terms.shape == y.shape
+    torch.testing.assert_close(terms.sum(-1), flow.log_prob(y).detach())
+    assert flow.log_prob_terms(y[0, 0]).shape == (3,)
+    with pytest.raises(UserError, match="a value of 3 lies outside"):
+        flow.log_prob_terms(torch.full((4,), 3))
+
+
 class TestLogProb:
     @pytest.mark.parametrize("bijection", BIJECTIONS)
     @pytest.mark.parametrize("ordering", ORDERINGS.values(), ids=ORDERINGS)

@@ -127,3 +127,9 @@ def test_a_text_comes_back_from_its_archive(model):
     assert model.decompress(archive) == text
     with pytest.raises(UserError, match="damaged"):
         model.decompress(archive[:-1] + b"\0")
+
+
+def test_a_text_is_scored_character_by_character(model):
+    scored = model.score(ODD)
+    assert scored.text == ODD
+    assert scored.bits_per_character == pytest.approx(model.bits_per_character(ODD))

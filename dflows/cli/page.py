@@ -1,0 +1,88 @@
+"""The score of a text as one HTML page, which opens without a network."""
+
+import base64
+import html
+import json
+import re
+from collections.abc import Sequence
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dflows.cli.scoring import Line, Scored
+
+__all__ = ["render_page"]
+
+MOST, NONE, NO_LEVEL = 254, 255, 65535
+WORST = 20
+SNIPPET = 120
+
+
+def render_page(scored: Sequence[Scored], names: Sequence[str], title: str) -> str:
+    """Renders a page in which each character has the colour of its bits.
+
+    A character under the pointer shows its bits, when it was drawn, and what the model held
+    likelier. Characters off the screen are plain text, so that a megabyte scrolls as a page does.
+
+    Args:
+        scored: The score of the text by one model, or by two, which are compared.
+        names: What the models are called.
+        title: What the text is called.
+    """
+    first = scored[0]
+    data = {
+        # Bytes that are no UTF-8 are halves of surrogate pairs, which no page can hold.
+        "text": re.sub("[\ud800-\udfff]", "\ufffd", first.text),
+        "exact": all(one.exact_terms for one in scored),
+        "models": [_model(one, name) for one, name in zip(scored, names, strict=True)],
+        "worst": [_line(first, line) for line in first.surprising_lines(WORST)],
+    }
+    written = json.dumps(data, ensure_ascii=True)
+    for sign in "<>&":  # in JSON, all that HTML could take for markup can be escaped
+        written = written.replace(sign, f"\\u{ord(sign):04x}")
+    page = files("dflows.cli").joinpath("page.html").read_text(encoding="utf-8")
+    shown = "".join(sign if sign.isprintable() else "\ufffd" for sign in title)
+    parts = {"title": html.escape(shown), "data": written}
+    return re.sub(r"\{\{(\w+)\}\}", lambda found: parts[found[1]], page)
+
+
+def _packed(values: NDArray[Any], dtype: str) -> str:
+    return base64.b64encode(values.astype(dtype).tobytes()).decode("ascii")
+
+
+def _model(scored: Scored, name: str) -> dict[str, Any]:
+    tenths = np.minimum(np.rint(10 * np.maximum(scored.bits, 0)), MOST)
+    unknown = len(scored.text) - scored.scored
+    summary = (
+        f"{name}: {scored.total:,.0f} bits, {scored.scored:,} characters, "
+        f"{scored.bits_per_character:.4f} bits each"
+    )
+    found: dict[str, Any] = {
+        "name": name,
+        "summary": summary + (f"; {unknown:,} have no class" if unknown else ""),
+        "bits": _packed(np.where(np.isnan(scored.bits), NONE, tenths), "u1"),
+    }
+    if scored.levels is not None:
+        found["levels"] = _packed(np.where(scored.levels < 0, NO_LEVEL, scored.levels), "<u2")
+        found["passes"] = int(scored.levels.max(initial=0)) + 1
+    if scored.likelier is not None:
+        counts, classes, probs = scored.likelier
+        found["counts"] = _packed(counts, "u1")
+        found["classes"] = _packed(classes, "<u2")
+        found["probs"] = _packed(np.rint(255 * probs), "u1")
+        found["symbols"] = [scored.vocabulary.decode([one]) for one in range(scored.num_classes)]
+    return found
+
+
+def _line(scored: Scored, line: Line) -> dict[str, Any]:
+    text = re.sub("[\ud800-\udfff]", "\ufffd", scored.text[line.begin : line.end].rstrip("\n"))
+    return {
+        "number": line.number,
+        "begin": line.begin,
+        "end": line.end,
+        "bits": f"{line.bits:.1f}",
+        "mean": f"{line.bits_per_character:.2f}",
+        "text": text[:SNIPPET] + ("…" if len(text) > SNIPPET else ""),
+    }
