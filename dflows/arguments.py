@@ -8,6 +8,7 @@ from dflows.memory import check_memory
 __all__ = [
     "check_dimensions",
     "check_dropout",
+    "check_event",
     "check_layers",
     "check_positive",
     "check_temperature",
@@ -49,6 +50,18 @@ def check_dimensions(length: int) -> int:
     """
     check_positive(length=length)
     check_memory(BYTES * length, f"an event with length {length:,}", "give a smaller length")
+    return length
+
+
+def check_event(length: int | None, most: int) -> int:
+    """Returns the number of dimensions of an event: all D, where none is given.
+
+    Raises:
+        UserError: If it is not in 1..D.
+    """
+    length = most if length is None else length
+    if not 1 <= length <= most:
+        raise UserError(f"length is {length}: give 1 to {most}, the flow's own")
     return length
 
 

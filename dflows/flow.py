@@ -19,6 +19,7 @@ from torch import Generator, Tensor, nn
 from torch.distributions import Distribution, constraints
 
 from dflows.acceleration import Acceleration
+from dflows.arguments import check_event
 from dflows.bases import Base
 from dflows.errors import UserError
 from dflows.generation import Method, check_draft, check_sampling, expand_prompt, generate
@@ -217,8 +218,7 @@ class DiscreteFlow(nn.Module):
         """Computes the log-probability of every dimension, in nats; their sum is :meth:`log_prob`.
 
         Without transforms, a term is the log-probability of y_d given the dimensions of lower
-        levels. With them it is that of x_d, the value that the transforms leave at its place: the
-        sum is exact, and a single term tells how surprising the value was to all parts together.
+        levels. With them it is that of x_d, the value that they leave at its place.
 
         Args:
             y: Indices (…, d).
@@ -226,9 +226,6 @@ class DiscreteFlow(nn.Module):
 
         Returns:
             Log-probabilities (…, d).
-
-        Raises:
-            UserError: If `y` holds no indices, or more dimensions than the flow.
         """
         flat, context, shape = flatten_batch(self.check_indices(y), self.encode_context(context))
         with exactly(y.device):
@@ -304,13 +301,12 @@ class DiscreteFlow(nn.Module):
             length: Dimensions d of an event; D by default.
             temperature: Divides the base's logits; 1 samples the flow itself.
             generator: Source of randomness.
-            method: ``levels``: one evaluation a level; ``fixed_point``: iterations over all
-                dimensions at once, until nothing changes. The samples are the same.
-            prompt: Prefix of the samples, indices (n,), or one a sample in the shape of the
-                samples; the rest is sampled from its exact distribution given the prompt. It must
-                not depend on later dimensions: take Natural, or Blocks from left to right.
-            draft: An :class:`~dflows.bases.NGramBase`: what it makes of the same noise starts the
-                iterations of the base and goes on where they have settled. They become fewer.
+            method: ``levels``, one evaluation a level, or ``fixed_point``, iterations over all
+                dimensions until nothing changes. The samples are the same.
+            prompt: Prefix of the samples, indices (n,), or one a sample; the rest has its exact
+                distribution given it. It must not depend on later dimensions, as over Natural.
+            draft: An :class:`~dflows.bases.NGramBase`, whose guesses from the same noise make the
+                iterations of the base fewer.
 
         Returns:
             Indices ``(*S, d)``, or ``(*S, B, d)`` with a context.
@@ -323,7 +319,7 @@ class DiscreteFlow(nn.Module):
         return self._sample(
             torch.Size(sample_shape),
             self.encode_context(context),
-            self._event(length),
+            check_event(length, self.length),
             generator,
             prompt,
             temperature=temperature,
@@ -366,35 +362,24 @@ class DiscreteFlow(nn.Module):
             compile: Whether to compile the parts that run level by level (``torch.compile``).
             cuda_graph: Whether to capture all levels as one CUDA graph and replay it. It needs a
                 CUDA device, and excludes the fixed point, which depends on values.
-
         """
         self._acceleration = Acceleration(compile=compile, cuda_graph=cuda_graph)
-
-    def _event(self, length: int | None) -> int:
-        length = self.length if length is None else length
-        if not 1 <= length <= self.length:
-            raise UserError(f"length is {length}: give 1 to {self.length}, the flow's own")
-        return length
 
     @torch.no_grad()
     def greedy(self, context: Tensor | None = None, *, length: int | None = None) -> Tensor:
         """Decodes greedily: takes the base's likeliest value after those before it, mapped to data.
 
         Where the dimensions of the base are independent this is the flow's mode
-        (:attr:`FlowDistribution.mode`), since a bijection moves probabilities and changes none. On
-        an autoregressive base it need not be.
+        (:attr:`FlowDistribution.mode`), since a bijection changes no probability.
 
         Args:
             context: What the flow is conditioned on, (B, …).
-            length: Dimensions d of an event; D by default.
+            length: Dimensions d of an event, 1 to D; D by default.
 
         Returns:
             Indices (d,), or (B, d) with a context.
-
-        Raises:
-            UserError: If the length is out of range.
         """
-        return self._greedy(self.encode_context(context), self._event(length))
+        return self._greedy(self.encode_context(context), check_event(length, self.length))
 
     def _greedy(self, context: Tensor | None, length: int) -> Tensor:
         number = 1 if context is None else context.shape[0]
