@@ -25,6 +25,20 @@ def run(name, folder, *options):
     return {record.name: record for record in read_records(folder)}
 
 
+def test_compression(tmp_path):
+    records = run("compression", tmp_path, "--smoke")
+    twin = records["compression-lstm-cpu"].metrics
+    assert len(records) == 2
+    text = render([*records.values()])
+    for record in records.values():
+        assert record.config["opponent"] == "compression-lstm-cpu"
+        for number in (1, 32):
+            seconds = record.metrics[f"decode_seconds_{number}"]
+            ratio = twin[f"decode_seconds_{number}"] / seconds
+            assert record.metrics[f"decode_ratio_{number}"] == pytest.approx(ratio)
+            assert f"| {seconds:.3f} | {32 * number / seconds:,.0f} | {ratio:.3g} |" in text
+
+
 def test_generation(tmp_path):
     records = run("generation", tmp_path, "--smoke")
     systems = {record.config["system"] for record in records.values()}

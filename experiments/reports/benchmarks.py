@@ -126,6 +126,29 @@ def _step(device: str, records: Sequence[Record]) -> list[str]:
     return [caption, table(head, rows)]
 
 
+def _compression(device: str, records: Sequence[Record]) -> list[str]:
+    rows = []
+    for record in sorted(records, key=lambda record: -record.metrics["passes"]):
+        metrics = record.metrics
+        cells = [record.config["system"], f"{record.parameters:,}", str(metrics["passes"])]
+        for sequences in (1, 32):
+            seconds = metrics[f"decode_seconds_{sequences}"]
+            characters = sequences * metrics["generation_length"]
+            cells += [f"{seconds:.3f}", f"{characters / seconds:,.0f}"]
+            cells.append(_times(metrics[f"decode_ratio_{sequences}"]))
+        rows.append(cells)
+    columns = ("s", "characters/s", "speed-up")
+    head = ["system", "parameters", "passes"]
+    head += [f"{what}, {some}" for some in ("1 sequence", "32 sequences") for what in columns]
+    first = records[0]
+    caption = (
+        f"Decoding archives of sequences of {first.metrics['generation_length']} characters of "
+        f"{first.config['num_classes']} classes, beside the same LSTM from left to right, on one "
+        f"thread ({device}):"
+    )
+    return [caption, table(head, rows)]
+
+
 def _throughput(device: str, records: Sequence[Record]) -> list[str]:
     rows = [
         [
@@ -147,6 +170,7 @@ def _inverse(value: float | None) -> float | None:
 
 
 TABLES: dict[str, Callable[[str, Sequence[Record]], list[str]]] = {
+    "compression": _compression,
     "generation": _generation,
     "modular": _modular,
     "step": _step,
