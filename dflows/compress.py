@@ -14,8 +14,9 @@ import time
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
-from dflows.cli.checkpoints import add_checkpoint_arguments, read_checkpoint
+from dflows.cli.checkpoints import Checkpoint, add_checkpoint_arguments, read_checkpoint
 from dflows.cli.coding import (
     STANDARD,
     SUFFIX,
@@ -26,13 +27,19 @@ from dflows.cli.coding import (
     target_of,
     text_codec,
 )
-from dflows.cli.compressors import Line, print_comparison, training_text
+from dflows.cli.compressors import Line, compare, print_comparison, training_text
 from dflows.cli.configs import Parser
 from dflows.cli.errors import run_command
 from dflows.cli.noise import quiet
+from dflows.cli.recording import without_machine
 from dflows.cli.summary import stdout_console
+from dflows.codec import TextCodec
 from dflows.codec.archive import ArchiveReader
+from dflows.codec.blocks import device_of
+from dflows.codec.flows import dtype_of
 from dflows.errors import UserError
+from dflows.provenance import describe_device
+from dflows.records import Record, check_folder, write_record
 
 __all__ = ["compress", "main"]
 
@@ -65,6 +72,9 @@ def _parser() -> Parser:
     parser.add_argument(
         "--benchmark", action="store_true", help="Compare it with gzip, bzip2, xz, zstd and PPMd."
     )
+    parser.add_argument(
+        "--record", type=str | None, default=None, help="Folder that gets a record of the sizes."
+    )
     return parser
 
 
@@ -84,6 +94,8 @@ def compress(arguments: Sequence[str]) -> None:
             raise UserError(f"{key} is {config[key]}: give at least 1")
     if config.benchmark and STANDARD in (config.input, config.output):
         raise UserError("benchmark reads the file again, and prints: give files, and no -")
+    if config.record is not None:
+        check_folder(config.record)
     target = target_of(config.output, config.input, lambda name: name + SUFFIX)
     checkpoint = read_checkpoint(config.checkpoint)
     codec = text_codec(
@@ -124,17 +136,57 @@ def compress(arguments: Sequence[str]) -> None:
         + (" and to decode" if config.verify else ""),
         file=sys.stderr,
     )
+    own = Line(
+        f"dflows, {codec.flow.passes} passes",
+        totals.size,
+        seconds=seconds[0],
+        seconds_back=seconds[1] if config.verify else None,
+        weights=codec.weights_size,
+    )
+    others = []
     if config.benchmark:
-        own = Line(
-            f"dflows, {codec.flow.passes} passes",
-            totals.size,
-            seconds=seconds[0],
-            seconds_back=seconds[1] if config.verify else None,
-            weights=codec.weights_size,
-        )
         content = Path(config.input).expanduser().read_bytes()
-        primer = training_text(checkpoint, config.allow)
-        print_comparison(stdout_console(), own, content, totals.symbols, primer)
+        others = compare(content, training_text(checkpoint, config.allow))
+        print_comparison(stdout_console(), own, others, totals.content, totals.symbols)
+    if config.record is not None:
+        record = _record(config, checkpoint, codec, own, others, totals.symbols)
+        print(f"record: {write_record(config.record, record)}", file=sys.stderr)
+
+
+def _record(
+    config: Any,
+    checkpoint: Checkpoint,
+    codec: TextCodec,
+    own: Line,
+    others: Sequence[Line],
+    symbols: int,
+) -> Record:
+    """Returns the record of an archive, and of what others make of the same text."""
+    metrics = {
+        "archive_bytes": own.size,
+        "archive_bpc": 8 * own.size / max(symbols, 1),
+        "archive_seconds": own.seconds,
+        "characters": {Path(config.input).name: symbols},
+        "passes": codec.flow.passes,
+        "weights_bytes": own.weights,
+    }
+    if own.seconds_back is not None:
+        metrics["archive_seconds_back"] = own.seconds_back
+    if others:
+        metrics["compressed_bytes"] = {line.name: line.size for line in others}
+    if others and all(line.primed is not None for line in others):
+        metrics["primed_bytes"] = {line.name: line.primed for line in others}
+    return Record(
+        name=f"{checkpoint.config.get('name') or 'dflows'}-archive",
+        kind="compress",
+        config=without_machine(checkpoint.config),
+        seed=int(checkpoint.config.get("seed_everything") or 0),
+        device=describe_device(device_of(codec.flow)),
+        precision=dtype_of(codec.flow),
+        seconds=own.seconds + (own.seconds_back or 0),
+        parameters=sum(parameter.numel() for parameter in codec.flow.parameters()),
+        metrics=metrics,
+    )
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

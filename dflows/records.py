@@ -48,6 +48,9 @@ METRICS: Mapping[str, tuple[str, str]] = MappingProxyType(
         "examples": ("counts", "examples scored, by split"),
         "archive_bpc": ("number", "bits per character of the split's archive, which decodes"),
         "archive_bytes": ("count", "bytes of that archive"),
+        "compressed_bytes": ("counts", "bytes of the same text, by compressor"),
+        "primed_bytes": ("counts", "bytes that it adds behind the training split, likewise"),
+        "weights_bytes": ("count", "bytes of the model's parameters and buffers"),
         # What they are compared with.
         "unigram_bpc": ("number", "unigram entropy of the test split"),
         "valid_unigram_bpc": ("number", "unigram entropy of the validation split"),

@@ -16,6 +16,7 @@ from dflows.errors import UserError
 from dflows.records import Record, read_records
 from experiments.reports import (
     addition,
+    archives,
     benchmarks,
     curves,
     drills,
@@ -48,6 +49,7 @@ RENDERERS: Mapping[str, Callable[[Experiment], str]] = MappingProxyType(
 
 PAGES: Mapping[str, tuple[str, Callable[[Sequence[Record]], str]]] = MappingProxyType(
     {
+        "archives": ("guide/archives.md", archives.render),
         "benchmarks": ("experiments/benchmarks.md", benchmarks.render),
         "drills": ("experiments/drills.md", drills.render),
         "scaling": ("guide/scaling.md", scaling.render),

@@ -178,9 +178,17 @@ def test_an_archive_that_does_not_decode_gets_no_name(run, text, capsys, monkeyp
     assert run_here("compress", "--checkpoint", run, text, "--verify=false") == 0
 
 
-def test_a_benchmark_prints_all_compressors(run, text, capsys):
-    assert run_here("compress", "--checkpoint", run, text, "--benchmark") == 0
+def test_a_benchmark_prints_and_records_all_compressors(run, text, capsys, tmp_path):
+    options = ("--benchmark", "--record", tmp_path / "records")
+    assert run_here("compress", "--checkpoint", run, text, *options) == 0
     out = capsys.readouterr().out
+    record = read_record(tmp_path / "records" / "small-archive-1.json")
+    size = text.with_name("odd.txt.dfl").stat().st_size
+    assert record.metrics["archive_bytes"] == size
+    assert record.metrics["characters"] == {"odd.txt": 700}
+    for name, size in record.metrics["compressed_bytes"].items():
+        assert f"{size:,}" in out
+        assert 0 < record.metrics["primed_bytes"][name] < size
     for name in ("dflows, 3 passes", "gzip -9", "bzip2 -9", "xz -9e", "zstd", "PPMd, order"):
         assert name in out
     assert "is not installed" not in out

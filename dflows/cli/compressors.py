@@ -6,7 +6,7 @@ import lzma
 import math
 import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from dflows.cli.checkpoints import Checkpoint
 from dflows.cli.split import data_of
 from dflows.errors import UserError
 
-__all__ = ["Compressor", "Line", "compressors", "print_comparison", "training_text"]
+__all__ = ["Compressor", "Line", "compare", "compressors", "print_comparison", "training_text"]
 
 PPMD_ORDERS = (4, 6, 8, 12, 16)
 PPMD_MEMORY = 1 << 28
@@ -126,29 +126,42 @@ def training_text(checkpoint: Checkpoint, allow: list[str]) -> bytes | None:
     return b"".join(checkpoint.vocabulary.decode(chunk).encode() for chunk in chunks)
 
 
+def compare(content: bytes, primer: bytes | None) -> list[Line]:
+    """Returns what other compressors make of a text, alone and behind the training split.
+
+    Args:
+        content: The text.
+        primer: The training split, where it is at hand.
+
+    Raises:
+        UserError: If one does not give the text back.
+    """
+    return [*_best_ppmd(measure(each, content, primer) for each in compressors())]
+
+
 def print_comparison(
-    console: Console, own: Line, content: bytes, symbols: int, primer: bytes | None
+    console: Console, own: Line, others: Sequence[Line], content: int, symbols: int
 ) -> None:
     """Prints a table of an archive and of what others make of the same text.
 
     Args:
         console: Where to.
         own: The archive; the model has seen the training split.
-        content: The text.
+        others: The others.
+        content: Bytes of the text.
         symbols: Its symbols.
-        primer: The training split.
     """
-    table = Table(title=f"{len(content):,} bytes", title_justify="left")
+    table = Table(title=f"{content:,} bytes", title_justify="left")
     heads = ("", "bytes", "bits", "primed, bytes", "bits", "with the model, bits", "s", "s back")
     for name in heads:
         table.add_column(name, justify="right" if name else "left")
-    lines = [own, *_best_ppmd(measure(each, content, primer) for each in compressors())]
-    for line in lines:
+    for line in (own, *others):
         table.add_row(*_cells(line, symbols, trained=line is own))
     console.print(table)
+    primed = all(line.primed is not None for line in others)
     console.print(
         "bits are those of a symbol; primed: what the text adds where the training split comes "
-        "first, as the model has seen it" + ("" if primer else ", which is not on this machine")
+        "first, as the model has seen it" + ("" if primed else ", which is not on this machine")
     )
     for package in ("zstandard", "pyppmd"):
         if _installed(package) is None:

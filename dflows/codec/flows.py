@@ -18,6 +18,7 @@ __all__ = [
     "check_size",
     "check_weights",
     "computed_otherwise",
+    "dtype_of",
     "events_of",
     "fingerprint",
     "header_of",

@@ -11,7 +11,7 @@ from dflows.orderings import Natural
 from dflows.records import Record, read_records
 from experiments.plan import Plan, Reference, Row, Smoke
 from experiments.report import DRAWERS, RENDERERS
-from experiments.reports import benchmarks
+from experiments.reports import archives, benchmarks
 from experiments.reports.experiment import Experiment
 from experiments.reports.markdown import escaped
 from tests.commands import ROOT
@@ -350,3 +350,24 @@ def _structure(rendered):
         for part in parts
         for line in part.splitlines()
     ]
+
+
+def test_archives_stand_beside_other_compressors():
+    metrics = {
+        "archive_bytes": 100,
+        "archive_bpc": 0.8,
+        "archive_seconds": 3.0,
+        "characters": {"a.txt": 1000},
+        "passes": 64,
+        "weights_bytes": 900,
+        "compressed_bytes": {"xz": 500, "gzip": 600},
+        "primed_bytes": {"xz": 250, "gzip": 200},
+    }
+    text = archives.render([record("model-archive", metrics, kind="compress")])
+    rows = [line for line in text.splitlines() if line.startswith("| ")][1:]
+    assert rows[-3:] == [
+        "| model, 64 passes | – | – | 100 | 0.800 | 8.000 | 3 | – |",
+        "| gzip | 600 | 4.800 | 200 | 1.600 | 4.800 | – | – |",
+        "| xz | 500 | 4.000 | 250 | 2.000 | 4.000 | – | – |",
+    ]
+    assert archives.render([]) == ""
