@@ -2,6 +2,7 @@
 
 import inspect
 import os
+import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -11,17 +12,19 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from dflows.conditioner import Conditioner
 from dflows.errors import UserError
 from dflows.memory import check_memory
 from lightning_modules.archives import check_archive
 from lightning_modules.descriptions import instantiate
 
-__all__ = ["KEY", "load_weights", "read_content", "rebuild"]
+__all__ = ["KEY", "load_weights", "read_content", "rebuild", "start_weights"]
 
 KEY = "dflows"
 """Where a checkpoint of `python -m dflows.fit` keeps the description of its model and data."""
 
 _HYPERPARAMETERS = "hyper_parameters"
+_OF_A_CONDITIONER = re.compile(r".*?\bconditioner\.")
 
 M = TypeVar("M", bound=pl.LightningModule)
 
@@ -107,6 +110,45 @@ def load_weights(
             f"the weights in {path} do not fit the model: {shown}: give it the configuration that "
             "it was trained with"
         )
+
+
+def start_weights(
+    module: nn.Module, weights: Mapping[str, Any], path: str | os.PathLike[str]
+) -> None:
+    """Gives a module the weights of another to start with: all, or else those of its networks.
+
+    Where the two are not made alike, the conditioners of the one become those of the other, in
+    their order. So a language model over lanes starts a flow over lanes, which ranks classes by the
+    same network.
+
+    Args:
+        module: The module.
+        weights: The state of the other.
+        path: Its checkpoint.
+
+    Raises:
+        UserError: If neither all weights fit nor those of the conditioners.
+    """
+    own = module.state_dict()
+    if {name: value.shape for name, value in own.items()} == {
+        name: value.shape for name, value in weights.items()
+    }:
+        load_weights(module, weights, path)
+        return
+    found = dict.fromkeys(name[0] for name in map(_OF_A_CONDITIONER.match, weights) if name)
+    wanted = [name for name, part in module.named_modules() if isinstance(part, Conditioner)]
+    if not wanted or len(found) != len(wanted):
+        raise UserError(
+            f"the model has {len(wanted)} conditioners, and the one in {path} has {len(found)}: "
+            "start from a model of as many, or of the same configuration"
+        )
+    for name, other in zip(wanted, found, strict=True):
+        part = {
+            key.removeprefix(other): value
+            for key, value in weights.items()
+            if key.startswith(other)
+        }
+        load_weights(module.get_submodule(name), part, path)
 
 
 def _differing(module: nn.Module, weights: Mapping[str, Any]) -> str | None:

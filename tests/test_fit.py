@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from dflows.cli.checkpoints import read_checkpoint
 from dflows.records import read_record
 from tests.commands import ODD, ROOT, run_apart, run_here, small_config, write_text
 
@@ -90,6 +91,26 @@ def test_the_checkpoint_is_read_without_running_code_and_holds_the_vocabulary(fi
     content = torch.load(run / "best.ckpt", weights_only=True)
     assert content["dflows"]["vocabulary"] == (run / "tokenizer.json").read_text(encoding="utf-8")
     assert set(json.loads(content["dflows"]["vocabulary"])["model"]["vocab"]) == set(ODD)
+
+
+def test_a_run_starts_with_the_weights_of_another(finished, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    start = finished[0] / "runs" / "small" / "version_0"
+    config = small_config(tmp_path, write_text(tmp_path), max_steps=1)
+    still = ("--model.init_args.optimization.learning_rate", 1e-12)
+    assert run_here("fit", "--config", config, "--start", start, *still) == 0
+    weights, before = (
+        read_checkpoint(folder).weights
+        for folder in (tmp_path / "runs" / "small" / "version_0", start)
+    )
+    for name, value in before.items():
+        if name.startswith("flow.transforms"):
+            assert torch.allclose(weights[name], value, atol=1e-6)
+    other = tmp_path / "other.txt"
+    other.write_text("other text " * 400, encoding="utf-8")
+    changed = ("--data.init_args.source.init_args.path", other)
+    assert run_here("fit", "--config", config, "--start", start, *changed) == 1
+    assert "was trained with another vocabulary" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_run_goes_on_in_its_folder_until_the_new_end(finished):

@@ -36,7 +36,7 @@ from dflows.errors import UserError
 from dflows.memory import bounded
 from dflows.records import check_folder, check_name
 from lightning_modules import BaseModule
-from lightning_modules.checkpoints import load_weights
+from lightning_modules.checkpoints import load_weights, start_weights
 
 __all__ = ["FlowCLI", "Parser", "check_seed", "resolved_arguments", "shipped_configs"]
 
@@ -251,6 +251,12 @@ class FlowCLI(LightningCLI):
             help="Checkpoint to resume from, exactly; or the folder of a run, for its last.ckpt.",
         )
         parser.add_argument(
+            "--start",
+            type=str | None,
+            default=None,
+            help="Checkpoint, or folder of a run, whose weights a new run starts with.",
+        )
+        parser.add_argument(
             "--name",
             type=str | None,
             default=None,
@@ -397,6 +403,10 @@ class FlowCLI(LightningCLI):
             self.datamodule.check_vocabulary(self._resumed.vocabulary)
             load_weights(self.model, self._resumed.weights, self._resumed.path)
             self._resumed = None
+        elif self.config.start is not None:
+            start = read_checkpoint(self.config.start)
+            self.datamodule.check_vocabulary(start.vocabulary)
+            start_weights(self.model, start.weights, start.path)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Adds what keeps checkpoints whole, and measures."""
