@@ -1,4 +1,4 @@
-"""Compresses a file with a trained model: its archive is as large as the model's code length.
+"""Compresses a file with a trained model: its archive takes the model's code length.
 
     python -m dflows.compress --checkpoint runs/lanes/version_0/best.ckpt book.txt
 
@@ -21,6 +21,7 @@ from dflows.cli.coding import (
     STANDARD,
     SUFFIX,
     byte_bar,
+    check_counts,
     opened,
     output,
     size_of,
@@ -89,9 +90,7 @@ def compress(arguments: Sequence[str]) -> None:
     """
     quiet()
     config = _parser().parse_args(list(arguments))
-    for key in ("passes", "window"):
-        if config[key] is not None and config[key] < 1:
-            raise UserError(f"{key} is {config[key]}: give at least 1")
+    check_counts(config, "passes", "window")
     if config.benchmark and STANDARD in (config.input, config.output):
         raise UserError("benchmark reads the file again, and prints: give files, and no -")
     if config.record is not None:

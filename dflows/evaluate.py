@@ -156,7 +156,7 @@ def evaluate(arguments: Sequence[str]) -> None:
         trainer = Trainer(**made.trainer, callbacks=[Certificates(), *callbacks, *shown, stopwatch])
         run = trainer.test if split == "test" else trainer.validate
         if config.archive:
-            check_provable(module, trainer.world_size)
+            check_provable(module, trainer, split)
         run(module, datamodule=data, verbose=False)
         end_processes()
         if trainer.is_global_zero:

@@ -25,7 +25,7 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from dflows.cli.checkpoints import add_checkpoint_arguments, load_model, read_checkpoint
-from dflows.cli.coding import find_device
+from dflows.cli.coding import check_counts, find_device
 from dflows.cli.configs import Parser, check_seed
 from dflows.cli.errors import run_command
 from dflows.cli.noise import quiet
@@ -80,9 +80,7 @@ def generate(arguments: Sequence[str]) -> None:
     )
     config = parser.parse_args(list(arguments))
     check_seed("seed", config.seed)
-    for key in ("num_samples", "length", "passes", "window"):
-        if config[key] is not None and config[key] < 1:
-            raise UserError(f"{key} is {config[key]}: give at least 1")
+    check_counts(config, "num_samples", "length", "passes", "window")
     if config.prompt == "":
         raise UserError("prompt is empty: give at least one character, or leave it away")
     checkpoint = read_checkpoint(config.checkpoint)

@@ -12,26 +12,35 @@ A text is cut into windows, as `python -m dflows.evaluate` cuts it; a model that
 right can be given the end of the window before: ``--overlap 64``. `-` is the standard input.
 """
 
+import io
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from dflows.cli.checkpoints import add_checkpoint_arguments, load_model, read_checkpoint
-from dflows.cli.coding import STANDARD, exact_flow, find_device, opened
+from dflows.cli.coding import (
+    STANDARD,
+    check_counts,
+    exact_flow,
+    find_device,
+    opened,
+    output,
+    resize,
+)
 from dflows.cli.configs import Parser
 from dflows.cli.errors import run_command
 from dflows.cli.noise import quiet
 from dflows.cli.page import render_page
 from dflows.cli.scoring import Scored, score
 from dflows.cli.summary import stdout_console
-from dflows.errors import UserError
-from dflows.files import write_text
 
 __all__ = ["main", "score_text"]
 
@@ -74,9 +83,7 @@ def score_text(arguments: Sequence[str]) -> None:
     """
     quiet()
     config = _parser().parse_args(list(arguments))
-    for key in ("passes", "window"):
-        if config[key] is not None and config[key] < 1:
-            raise UserError(f"{key} is {config[key]}: give at least 1")
+    check_counts(config, "passes", "window")
     paths = [config.checkpoint, *([] if config.compare is None else [config.compare])]
     checkpoints = [read_checkpoint(path) for path in paths]
     with opened(config.input) as source:
@@ -85,23 +92,29 @@ def score_text(arguments: Sequence[str]) -> None:
     for checkpoint in checkpoints:
         module = load_model(checkpoint, config.allow).to(find_device(config.device))
         exact_flow(module)
-        module.resize(passes=config.passes, length=config.window)
-        one = score(exact_flow(module), checkpoint.vocabulary, content, overlap=config.overlap)
-        scored.append(one)
-    if any(one.text != scored[0].text for one in scored):
-        raise UserError("the two models read the text as other symbols: compare two of characters")
+        resize(module, checkpoint, config.passes, config.window)
+        flow = exact_flow(module)
+        scored.append(score(flow, checkpoint.vocabulary, content, overlap=config.overlap))
+    scored = _comparable(scored)
     names = _names(paths)
     title = "the standard input" if config.input == STANDARD else Path(config.input).name
     if config.format == "html":
         _write(render_page(scored, names, title), config.output)
     elif config.format == "jsonl":
         _write("".join(f"{json.dumps(one)}\n" for one in _objects(scored, names)), config.output)
-    elif config.output is None:
-        _print(scored, names, title, stdout_console())
     else:
-        console = Console(width=120, record=True, quiet=True)
+        file = io.StringIO()
+        plain = config.output not in (None, STANDARD)
+        console = Console(file=file, width=120) if plain else stdout_console()
         _print(scored, names, title, console)
-        _write(console.export_text(), config.output)
+        if plain:
+            _write(file.getvalue(), config.output)
+
+
+def _comparable(scored: Sequence[Scored]) -> list[Scored]:
+    """Returns scores of the characters that all models have classes for."""
+    unknown = np.logical_or.reduce([np.isnan(one.bits) for one in scored])
+    return [replace(one, bits=np.where(unknown, np.nan, one.bits)) for one in scored]
 
 
 def _names(paths: Sequence[str]) -> list[str]:
@@ -114,16 +127,21 @@ def _names(paths: Sequence[str]) -> list[str]:
     return ["/".join(part[-3:]) for part in parts]
 
 
-def _write(text: str, output: str | None) -> None:
-    if output in (None, STANDARD):
-        print(text, end="")
-    else:
-        write_text(Path(str(output)).expanduser(), text)
+def _write(text: str, target: str | None) -> None:
+    with output(STANDARD if target is None else target) as file:
+        file.write(text.encode("utf-8", "backslashreplace"))
+
+
+def _number(bits: float) -> float | str | None:
+    """Returns bits as JSON has them: null for none, and a word for infinitely many."""
+    if np.isnan(bits):
+        return None
+    return float(bits) if np.isfinite(bits) else "Infinity"
 
 
 def _objects(scored: Sequence[Scored], names: Sequence[str]) -> list[dict[str, Any]]:
     """Returns an object for every line, by every model, and one for the whole."""
-    found = []
+    found: list[dict[str, Any]] = []
     for one, name in zip(scored, names, strict=True):
         for line in one.lines():
             bits = one.bits[line.begin : line.end]
@@ -132,33 +150,44 @@ def _objects(scored: Sequence[Scored], names: Sequence[str]) -> list[dict[str, A
                     "model": name,
                     "line": line.number,
                     "text": one.text[line.begin : line.end],
-                    "bits": line.bits,
+                    "bits": _number(line.bits),
                     "characters": line.scored,
-                    "bits_per_character": line.bits_per_character,
-                    "perplexity": line.perplexity,
-                    "character_bits": [None if np.isnan(bit) else float(bit) for bit in bits],
+                    "bits_per_character": _number(line.bits_per_character),
+                    "perplexity": _number(line.perplexity),
+                    "character_bits": [_number(bit) for bit in bits],
                 }
             )
+        places = [
+            {
+                "line": place.line,
+                "column": place.column,
+                "character": one.text[place.index],
+                "bits": _number(place.bits),
+                "likelier": dict(one.likelier_at(place.index)),
+            }
+            for place in one.places(WORST)
+        ]
         found.append(
             {
                 "model": name,
-                "bits": one.total,
+                "bits": _number(one.total),
                 "characters": one.scored,
                 "unknown": len(one.text) - one.scored,
-                "bits_per_character": one.bits_per_character,
-                "perplexity": one.perplexity,
+                "bits_per_character": _number(one.bits_per_character),
+                "perplexity": _number(one.perplexity),
+                "places": places,
             }
         )
     return found
 
 
 def _print(scored: Sequence[Scored], names: Sequence[str], title: str, console: Console) -> None:
-    whole = Table(title=title, title_justify="left")
-    for name in ("model", "bits", "characters", "no class", "bits each", "perplexity"):
-        whole.add_column(name, justify="left" if name == "model" else "right")
+    whole = Table(title=_visible(title), title_justify="left")
+    for head in ("model", "bits", "characters", "no class", "bits each", "perplexity"):
+        whole.add_column(head, justify="left" if head == "model" else "right")
     for one, name in zip(scored, names, strict=True):
         whole.add_row(
-            name,
+            _visible(name),
             f"{one.total:,.1f}",
             f"{one.scored:,}",
             f"{len(one.text) - one.scored:,}",
@@ -169,11 +198,10 @@ def _print(scored: Sequence[Scored], names: Sequence[str], title: str, console: 
     _print_lines(scored, names, console)
     for one, name in zip(scored, names, strict=True):
         _print_places(one, name, console)
-    if not scored[0].exact_terms:
-        console.print(
-            "the bits of a character are those of what the transforms leave at its place; only "
-            "their sum is the text's"
-        )
+    for one, name in zip(scored, names, strict=True):
+        if not one.exact_terms:
+            said = ": the bits of a character are those of what the transforms leave at its place"
+            console.print(_visible(name) + said + "; their sum is the text's")
 
 
 def _print_lines(scored: Sequence[Scored], names: Sequence[str], console: Console) -> None:
@@ -184,50 +212,56 @@ def _print_lines(scored: Sequence[Scored], names: Sequence[str], console: Consol
     else:
         title = f"the lines that {names[1]} finds likelier than {names[0]}, and the other way round"
         gains = sorted(zip(*lines, strict=True), key=lambda pair: pair[1].bits - pair[0].bits)
-        half = WORST // 2
+        half = min(WORST // 2, -(-len(gains) // 2))
         order = [pair[0] for pair in (*gains[:half], *gains[half:][-half:])]
-    table = Table(title=title, title_justify="left")
+    table = Table(title=_visible(title), title_justify="left")
     table.add_column("line", justify="right")
     for name in names:
-        table.add_column("bits" if len(names) == 1 else f"bits, {name}", justify="right")
-    for name in ("bits each", "perplexity"):
-        table.add_column(name, justify="right")
+        for head in ("bits", "bits each", "perplexity"):
+            by = "" if len(names) == 1 else f", {name}"
+            table.add_column(_visible(head + by), justify="right")
     table.add_column("text", no_wrap=True, overflow="ellipsis")
     for line in order:
-        own = [f"{found[line.number - 1].bits:,.1f}" for found in lines]
-        text = scored[0].text[line.begin : line.end]
-        each = f"{line.bits_per_character:.2f}", f"{line.perplexity:.1f}"
-        table.add_row(str(line.number), *own, *each, _visible(text.rstrip("\n")))
+        cells = []
+        for found in (every[line.number - 1] for every in lines):
+            cells += [
+                f"{found.bits:,.1f}",
+                f"{found.bits_per_character:.2f}",
+                f"{found.perplexity:.1f}",
+            ]
+        text = scored[0].text[line.begin : line.end].rstrip("\n")
+        table.add_row(str(line.number), *cells, _visible(text))
     console.print(table)
 
 
 def _print_places(scored: Scored, name: str, console: Console) -> None:
-    table = Table(title=f"the most surprising places, {name}", title_justify="left")
-    for head, side in (("line", "right"), ("column", "right"), ("bits", "right")):
-        table.add_column(head, justify=side)  # type: ignore[arg-type]
+    table = Table(title=_visible(f"the most surprising places, {name}"), title_justify="left")
+    for head in ("line", "column", "bits"):
+        table.add_column(head, justify="right")
     for head in ("text", "likelier"):
         table.add_column(head)
     for place in scored.places(WORST):
         before = scored.text[max(0, place.index - AROUND) : place.index]
         after = scored.text[place.index + 1 : place.index + 1 + AROUND]
-        here = scored.text[place.index]
-        likelier = scored.likelier_at(place.index)
+        here = _visible(scored.text[place.index])
+        here.stylize("reverse")
+        likelier = (
+            f"{sign.replace(' ', '␣')} {prob:.0%}" for sign, prob in scored.likelier_at(place.index)
+        )
         table.add_row(
             str(place.line),
             str(place.column),
             f"{place.bits:.1f}",
-            f"{_visible(before)}[reverse]{_visible(here)}[/reverse]{_visible(after)}",
-            "  ".join(f"{_visible(sign.replace(' ', '␣'))} {prob:.0%}" for sign, prob in likelier),
+            _visible(before) + here + _visible(after),
+            _visible("  ".join(likelier)),
         )
     console.print(table)
 
 
-def _visible(text: str) -> str:
-    """Returns a text on one line, without what a terminal or Rich would obey."""
-    signs = {"\n": "↵", "\\": "\\\\", "[": "\\["}
-    return "".join(
-        signs.get(sign, sign if sign.isprintable() else ascii(sign)[1:-1]) for sign in text
-    )
+def _visible(text: str) -> Text:
+    """Returns a text on one line, as it is but for what a terminal would obey."""
+    signs = (sign if sign.isprintable() else ascii(sign)[1:-1] for sign in text.replace("\n", "↵"))
+    return Text("".join(signs))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -2,14 +2,19 @@
 
 import io
 import math
+import os
 import shlex
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
 
+from dflows.cli import fitting
+from dflows.cli.coding import exact_flow
 from dflows.cli.compressors import compressors, measure
+from dflows.errors import UserError
 from dflows.records import read_record
 from tests.commands import command_line, environment, run_here, small_config, write_text
 
@@ -132,6 +137,10 @@ class TestRefusals:
             line = self.refused(capsys, tmp_path, command, "--checkpoint", run, file)
             assert "is there already: give it by -o to replace it" in line
 
+    def test_the_input_as_the_output(self, run, text, capsys, tmp_path):
+        line = self.refused(capsys, tmp_path, "compress", "--checkpoint", run, text, "-o", text)
+        assert "is the input and the output: give another -o" in line
+
     def test_a_file_that_is_missing(self, run, capsys, tmp_path):
         arguments = ("compress", "--checkpoint", run, tmp_path / "none")
         assert "none: No such file or directory: give a file" in self.refused(
@@ -163,6 +172,55 @@ class TestRefusals:
         monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
         line = self.refused(capsys, tmp_path, "compress", "--checkpoint", run, text, "-o", "-")
         assert "the output would go to the terminal: give -o FILE" in line
+
+
+def test_a_link_keeps_its_place_and_a_pipe_gets_the_output(run, text, tmp_path):
+    (tmp_path / "real.dfl").write_bytes(b"before")
+    link, pipe = tmp_path / "link.dfl", tmp_path / "pipe"
+    link.symlink_to("real.dfl")
+    os.mkfifo(pipe)
+    assert run_here("compress", "--checkpoint", run, text, "-o", link) == 0
+    assert link.is_symlink()
+    content = (tmp_path / "real.dfl").read_bytes()
+    with ThreadPoolExecutor() as pool:
+        found = pool.submit(pipe.read_bytes)
+        assert run_here("compress", "--checkpoint", run, text, "-o", pipe) == 0
+        assert found.result(60) == content
+        pool.submit(pipe.write_bytes, content)
+        assert run_here("decompress", "--checkpoint", run, pipe, "-o", tmp_path / "back") == 0
+    assert pipe.is_fifo()
+    assert (tmp_path / "back").read_bytes() == text.read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["bound", "no flow"])
+def test_what_cannot_be_encoded_is_refused_by_name(kind):
+    if kind == "bound":
+        module = SimpleNamespace(likelihood="bound")
+        message = "the likelihood of a SimpleNamespace is a bound, and nothing can be encoded"
+    else:
+        module = SimpleNamespace(likelihood="exact")
+        message = "a SimpleNamespace has no flow, whose levels could be decoded"
+    with pytest.raises(UserError, match=message):
+        exact_flow(module)
+
+
+def test_a_proof_that_fails_leaves_the_record(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+
+    def fail(*_):
+        raise UserError("the archive decodes to something else")
+
+    monkeypatch.setattr(fitting, "prove", fail)
+    config = small_config(tmp_path, write_text(tmp_path))
+    assert run_here("fit", "--config", config, "--archive=true", "--record", "records") == 1
+    assert told(capsys) == "error: the archive decodes to something else"
+    assert read_record(tmp_path / "records" / "small-1.json").metrics["test_bpc"] > 0
+
+
+def test_a_proof_is_of_the_whole_split(run, capsys):
+    arguments = ("--checkpoint", run, "--archive", "--trainer.limit_test_batches", 1)
+    assert run_here("evaluate", *arguments) == 1
+    assert "trainer.limit_test_batches is 1: an archive is of the whole split" in told(capsys)
 
 
 def test_an_archive_that_does_not_decode_gets_no_name(run, text, capsys, monkeypatch):

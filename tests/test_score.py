@@ -16,7 +16,7 @@ import dflows
 from datamodules.vocabulary import CharacterVocabulary
 from dflows.cli.page import render_page
 from dflows.cli.scoring import Likelier, Scored
-from tests.commands import run_here, small_config, write_text
+from tests.commands import ODD, run_here, small_config, write_text
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 FLAGS = (
@@ -55,11 +55,30 @@ def test_a_table_has_the_whole_the_lines_and_the_places(run, text, capsys):
     assert "\0" not in out
 
 
+def test_a_table_goes_into_a_file(run, text, tmp_path, capsys):
+    assert run_here("score", "--checkpoint", run, text, "-o", tmp_path / "table.txt") == 0
+    assert capsys.readouterr().out == ""
+    table = (tmp_path / "table.txt").read_text(encoding="utf-8")
+    assert "the most surprising places" in table
+    assert f"{dflows.load(run).bits_per_character(content_of(text)):.4f}" in table
+
+
+def test_what_a_text_says_is_no_markup(run, tmp_path, capsys):
+    file = tmp_path / "[red]a.txt"
+    file.write_text(ODD[:4] + "[bold]:smile:\\\n", encoding="utf-8")
+    assert run_here("score", "--checkpoint", run, file) == 0
+    out = capsys.readouterr().out
+    assert "[red]a.txt" in out
+    assert "[bold]:smile:\\ " in out
+
+
 def test_objects_of_lines_add_up(run, text, tmp_path, capsys):
     target = tmp_path / "scores.jsonl"
     arguments = ("--checkpoint", run, text, "--format", "jsonl")
     assert run_here("score", *arguments, "-o", target) == 0
     *lines, whole = map(json.loads, target.read_text(encoding="utf-8").splitlines())
+    worst = max(bit for line in lines for bit in line["character_bits"])
+    assert whole["places"][0]["bits"] == worst
     assert "".join(line["text"] for line in lines) == content_of(text)
     assert whole["characters"] == 100
     assert whole["unknown"] == 0
@@ -81,6 +100,22 @@ def test_the_standard_input_and_what_has_no_class(run, monkeypatch, capsys):
     assert line["character_bits"][2] is None
 
 
+def test_characters_that_one_model_has_no_class_for_are_compared_by_none(
+    run, text, tmp_path, tmp_path_factory, capsys
+):
+    folder = tmp_path_factory.mktemp("ascii")
+    (folder / "plain.txt").write_text("va! \n" * 600, encoding="utf-8")
+    assert run_here("fit", "--config", small_config(folder, folder / "plain.txt")) == 0
+    capsys.readouterr()
+    other = folder / "runs" / "small" / "version_0" / "last.ckpt"
+    arguments = ("--checkpoint", run, "--compare", other, text, "--format", "jsonl")
+    assert run_here("score", *arguments) == 0
+    objects = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    wholes = [one for one in objects if "unknown" in one]
+    known = sum(sign in "va! \n" for sign in content_of(text))
+    assert [one["characters"] for one in wholes] == [known, known]
+
+
 def test_two_checkpoints_are_compared(run, text, tmp_path, capsys):
     other = tmp_path / "other.ckpt"
     shutil.copy(run / "last.ckpt", other)
@@ -99,8 +134,9 @@ def test_two_checkpoints_are_compared(run, text, tmp_path, capsys):
         (("--overlap", 4), "first characters of a window depend on later ones"),
         (("--passes", 0), "passes is 0: give at least 1"),
         (("--window", 8), "8 dimensions were asked for"),
+        (("--device", "meta"), "device meta is not available"),
         (("--device", "gpu"), "device gpu is not available"),
-        (("-o", "missing/page.html"), "cannot write missing/page.html"),
+        (("-o", "missing/page.html"), "missing/page.html lies in no folder: give a file"),
     ],
 )
 def test_what_cannot_be_is_one_line(run, text, arguments, message, capsys, tmp_path, monkeypatch):
@@ -133,7 +169,8 @@ def scored(text, *, seed=0, vocabulary=None):
     )
     bits = generator.exponential(2, len(text))
     bits[::7] = math.nan
-    return Scored(text, bits, vocabulary, True, np.arange(len(text)) % 16, likelier)
+    drawn = np.arange(len(text)) % 17
+    return Scored(text, bits, vocabulary, True, 16, drawn, likelier)
 
 
 def shown(page, folder, script=""):
@@ -173,8 +210,8 @@ def test_a_browser_shows_bits_and_what_was_likelier(tmp_path):
     one = scored(f"abc<\ncab{HOSTILE}\n" * 3)
     page = render_page([one], ["model"], "a text")
     (main,) = re.findall(r"<main.*?</main>", shown(page, tmp_path), flags=re.DOTALL)
-    assert main.count("<span") == len(one.text)
-    assert main.count('class="u') == np.isnan(one.bits).sum()
+    assert main.count("<span") == len(one.text) + main.count("chunk")
+    assert len(re.findall(r'class="u\b', main)) == np.isnan(one.bits).sum()
     script = """
     setTimeout(() => {
       const span = [...document.querySelectorAll(".chunk span")].find((each) => each.index === 3);
@@ -191,8 +228,8 @@ def test_a_browser_shows_bits_and_what_was_likelier(tmp_path):
     assert "U+003C" in tip
     for sign, prob in one.likelier_at(3):
         assert f">{ {' ': '␣', chr(10): '↵', '<': '&lt;'}.get(sign, sign) }<" in tip
-        assert f"{100 * round(255 * prob) / 255:.3g}"[:2] in tip
-    assert "drawn in pass 4 of 16" in found
+        assert f"{100 * prob:.2g}"[:3] in tip
+    assert "drawn in pass 3 of 16" in found
     assert re.search(r'class="o\d+', main)  # the order of generation was chosen
     line = one.surprising_lines(1)[0]
     assert len(re.findall(r'class="[^"]*\bat\b', main)) == line.end - line.begin
@@ -213,6 +250,35 @@ def test_a_megabyte_is_drawn_where_it_is_looked_at(tmp_path):
     assert signs == len(text) == 1_080_000
     assert 1000 < spans < 30_000
     assert height > 1_000_000
+
+
+@needs_browser
+def test_a_line_without_an_end_is_one_line_and_outlined_as_a_whole(tmp_path):
+    one = scored("abc" * 3000)
+    script = 'setTimeout(() => document.querySelector("button.go").click(), 500);'
+    (main,) = re.findall(
+        r"<main.*?</main>",
+        shown(render_page([one], ["m"], "long"), tmp_path, script),
+        flags=re.DOTALL,
+    )
+    assert len(re.findall(r'class="[^"]*\bat\b', main)) == 9000
+    assert "<div" not in main
+
+
+@needs_browser
+def test_bits_that_are_too_many_have_no_probability(tmp_path):
+    one = scored("abcabc")
+    one.bits[1:3] = 70.0, 30.0
+    script = """
+    setTimeout(() => [1, 2].forEach((index) => {
+      const span = [...document.querySelectorAll(".chunk span")].find((one) => one.index === index);
+      span.dispatchEvent(new PointerEvent("pointermove", {bubbles: true}));
+      document.body.append(tip.cloneNode(true));
+    }), 500);
+    """
+    found = shown(render_page([one], ["m"], "rare"), tmp_path, script)
+    assert "more than 65 bits<" in found
+    assert "30.0 bits, 9.3e-10<" in found
 
 
 @needs_browser

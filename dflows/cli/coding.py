@@ -1,12 +1,13 @@
 """What the commands that encode and decode texts share: the model, files, and the bar."""
 
 import contextlib
+import io
 import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, cast
 
 import torch
 from rich.console import Console
@@ -25,10 +26,12 @@ __all__ = [
     "STANDARD",
     "SUFFIX",
     "byte_bar",
+    "check_counts",
     "exact_flow",
     "find_device",
     "opened",
     "output",
+    "resize",
     "seekable",
     "size_of",
     "target_of",
@@ -51,7 +54,7 @@ def find_device(name: str) -> torch.device:
         return found or torch.device("cpu")
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device {name} is not available: {error}") from None
     return device
@@ -103,11 +106,33 @@ def text_codec(
     if archive is not None:
         check_weights(flow, archive)
         passes, window = archive.header.passes, archive.header.length
-    module.resize(
-        passes=None if passes == flow.passes else passes,
-        length=None if window == checkpoint.length else window,
-    )
+    resize(module, checkpoint, passes, window)
     return TextCodec(exact_flow(module), checkpoint.vocabulary.text_symbols())
+
+
+def check_counts(config: Any, *keys: str) -> None:
+    """Refuses numbers below 1 among the arguments of a command.
+
+    Raises:
+        UserError: If there is one; the message names its key.
+    """
+    for key in keys:
+        if config[key] is not None and config[key] < 1:
+            raise UserError(f"{key} is {config[key]}: give at least 1")
+
+
+def resize(
+    module: BaseModule, checkpoint: Checkpoint, passes: int | None, window: int | None
+) -> None:
+    """Sets the window of a model and then its passes, where they are asked for and others.
+
+    Raises:
+        UserError: If the model cannot have them.
+    """
+    if window not in (None, checkpoint.length):
+        module.resize(length=window)
+    if passes not in (None, module.passes):
+        module.resize(passes=passes)
 
 
 def size_of(path: str) -> int | None:
@@ -118,6 +143,24 @@ def size_of(path: str) -> int | None:
         return None
 
 
+class _Source(io.RawIOBase):
+    """Creates a file to read, whose errors say which it is."""
+
+    def __init__(self, path: str, file: BinaryIO) -> None:
+        self._path, self._file = path, file
+
+    def read(self, size: int = -1) -> bytes:
+        """Reads.
+
+        Raises:
+            UserError: If it cannot be read.
+        """
+        try:
+            return self._file.read(size)
+        except OSError as error:
+            raise UserError(f"cannot read {self._path}: {error.strerror}: give a file") from None
+
+
 @contextlib.contextmanager
 def opened(path: str) -> Iterator[BinaryIO]:
     """Opens a file to read, or the standard input for `-`.
@@ -126,27 +169,23 @@ def opened(path: str) -> Iterator[BinaryIO]:
         UserError: If it cannot be read.
     """
     if path == STANDARD:
-        yield cast("BinaryIO", sys.stdin.buffer)
+        yield cast("BinaryIO", _Source("the standard input", sys.stdin.buffer))
         return
     try:
         file = Path(path).expanduser().open("rb")
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}: give a file") from None
     with file:
-        yield cast("BinaryIO", file)
+        yield cast("BinaryIO", _Source(path, file))
 
 
 @contextlib.contextmanager
 def seekable(path: str) -> Iterator[BinaryIO]:
-    """Opens a file as :func:`opened` does, so that it can be read twice."""
-    with opened(path) as file:
-        if path != STANDARD:
-            yield file
-            return
-        with tempfile.SpooledTemporaryFile(IN_MEMORY) as copy:
-            shutil.copyfileobj(file, copy)
-            copy.seek(0)
-            yield cast("BinaryIO", copy)
+    """Opens a file as :func:`opened` does, or a copy of it, so that it can be read twice."""
+    with opened(path) as file, tempfile.SpooledTemporaryFile(IN_MEMORY) as copy:
+        shutil.copyfileobj(file, copy)
+        copy.seek(0)
+        yield cast("BinaryIO", copy)
 
 
 def target_of(given: str | None, source: str, named_after: Callable[[str], str]) -> str:
@@ -164,6 +203,9 @@ def target_of(given: str | None, source: str, named_after: Callable[[str], str])
         target = STANDARD if given is None else given
         if target == STANDARD and sys.stdout.isatty():
             raise UserError("the output would go to the terminal: give -o FILE")
+        places = [Path(path).expanduser().resolve() for path in (target, source)]
+        if places[0] == places[1] and STANDARD not in (target, source):
+            raise UserError(f"{target} is the input and the output: give another -o")
         return target
     target = named_after(source)
     if Path(target).expanduser().exists():
@@ -180,14 +222,13 @@ def output(target: str) -> Iterator[BinaryIO]:
     Raises:
         UserError: If it cannot be written.
     """
-    if target == STANDARD:
+    place = None if target == STANDARD else Path(target).expanduser().resolve()
+    if place is None or (place.exists() and not place.is_file() and not place.is_dir()):
         with tempfile.SpooledTemporaryFile(IN_MEMORY) as spool:
             yield cast("BinaryIO", spool)
             spool.seek(0)
-            shutil.copyfileobj(spool, sys.stdout.buffer)
-            sys.stdout.buffer.flush()
+            _pour(cast("BinaryIO", spool), place)
         return
-    place = Path(target).expanduser()
     if place.is_dir() or not place.parent.is_dir():
         what = "is a folder" if place.is_dir() else "lies in no folder"
         raise UserError(f"{target} {what}: give a file")
@@ -198,6 +239,19 @@ def output(target: str) -> Iterator[BinaryIO]:
             raise named(place, error) from error
         with file:
             yield cast("BinaryIO", file)
+
+
+def _pour(source: BinaryIO, place: Path | None) -> None:
+    """Copies a file to the standard output, or into what is there and no plain file."""
+    if place is None:
+        shutil.copyfileobj(source, sys.stdout.buffer)
+        sys.stdout.buffer.flush()
+        return
+    try:
+        with place.open("wb") as file:
+            shutil.copyfileobj(source, file)
+    except OSError as error:
+        raise named(place, error) from error
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -123,7 +124,10 @@ def training_text(checkpoint: Checkpoint, allow: list[str]) -> bytes | None:
         return None
     if chunks is None:
         return None
-    return b"".join(checkpoint.vocabulary.decode(chunk).encode() for chunk in chunks)
+    symbols = checkpoint.vocabulary.text_symbols()
+    none = np.zeros(0, np.int64), np.zeros(0, np.uint32)
+    parts = (np.asarray(chunk, np.int64) for chunk in chunks)
+    return b"".join(symbols.to_bytes(symbols.join(part, none)) for part in parts)
 
 
 def compare(content: bytes, primer: bytes | None) -> list[Line]:
@@ -153,7 +157,7 @@ def print_comparison(
     """
     table = Table(title=f"{content:,} bytes", title_justify="left")
     heads = ("", "bytes", "bits", "primed, bytes", "bits", "with the model, bits", "s", "s back")
-    for name in heads:
+    for name in (*heads, "symbols/s back"):
         table.add_column(name, justify="right" if name else "left")
     for line in (own, *others):
         table.add_row(*_cells(line, symbols, trained=line is own))
@@ -183,6 +187,7 @@ def _cells(line: Line, symbols: int, *, trained: bool) -> list[str]:
         bits(line.size + line.weights),
         f"{line.seconds:.2f}",
         "" if line.seconds_back is None else f"{line.seconds_back:.2f}",
+        "" if not line.seconds_back else f"{symbols / line.seconds_back:,.0f}",
     ]
 
 

@@ -49,7 +49,7 @@ def fit(arguments: Sequence[str]) -> None:
         cli = FlowCLI(arguments, stop, heartbeat)
         try:
             if cli.config.archive:
-                check_provable(cli.model, cli.trainer.world_size)
+                check_provable(cli.model, cli.trainer)
             cli.folder.claim(cli.trainer)
             cli.trainer.fit(
                 cli.model,
@@ -123,8 +123,12 @@ def _judge(cli: FlowCLI, code: str, begin: float) -> None:
     module.to(trainer_device(trainer)).eval()
     exact_states = cli.config.exact_states
     report = judge(module, data, splits, cli.stopwatch, steps=steps, exact_states=exact_states)
+    failed: Exception | None = None
     if cli.config.archive:
-        report += prove(module, data, "test")
+        try:
+            report += prove(module, data, "test")
+        except Exception as error:  # noqa: BLE001 - raised when the record is written
+            failed = error
     device = describe_device(trainer_device(trainer), trainer.world_size)
     report.row("precision of training", trainer.precision, device)
     report += module.report_generation(data.length)
@@ -147,3 +151,5 @@ def _judge(cli: FlowCLI, code: str, begin: float) -> None:
     print_samples(console, samples)
     for file in written:
         console.print(f"record: {file}", highlight=False)
+    if failed is not None:
+        raise failed

@@ -11,13 +11,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dflows.cli.scoring import Line, Scored
+from dflows.cli.scoring import Line, Place, Scored
 
 __all__ = ["render_page"]
 
-MOST, NONE, NO_LEVEL = 254, 255, 65535
+THOUSANDS, MOST, NONE = 1000, 65534, 65535
+"""Bits are held in thousandths, up to 65; so are −log₂ of probabilities."""
 WORST = 20
 SNIPPET = 120
+AROUND = 30
 
 
 def render_page(scored: Sequence[Scored], names: Sequence[str], title: str) -> str:
@@ -38,6 +40,7 @@ def render_page(scored: Sequence[Scored], names: Sequence[str], title: str) -> s
         "exact": all(one.exact_terms for one in scored),
         "models": [_model(one, name) for one, name in zip(scored, names, strict=True)],
         "worst": [_line(first, line) for line in first.surprising_lines(WORST)],
+        "places": [_place(first, place) for place in first.places(WORST)],
     }
     written = json.dumps(data, ensure_ascii=True)
     for sign in "<>&":  # in JSON, all that HTML could take for markup can be escaped
@@ -52,8 +55,12 @@ def _packed(values: NDArray[Any], dtype: str) -> str:
     return base64.b64encode(values.astype(dtype).tobytes()).decode("ascii")
 
 
+def _packed_bits(bits: NDArray[np.float64]) -> str:
+    thousandths = np.minimum(np.rint(THOUSANDS * np.maximum(bits, 0)), MOST)
+    return _packed(np.where(np.isnan(bits), NONE, thousandths), "<u2")
+
+
 def _model(scored: Scored, name: str) -> dict[str, Any]:
-    tenths = np.minimum(np.rint(10 * np.maximum(scored.bits, 0)), MOST)
     unknown = len(scored.text) - scored.scored
     summary = (
         f"{name}: {scored.total:,.0f} bits, {scored.scored:,} characters, "
@@ -62,27 +69,43 @@ def _model(scored: Scored, name: str) -> dict[str, Any]:
     found: dict[str, Any] = {
         "name": name,
         "summary": summary + (f"; {unknown:,} have no class" if unknown else ""),
-        "bits": _packed(np.where(np.isnan(scored.bits), NONE, tenths), "u1"),
+        "bits": _packed_bits(scored.bits),
     }
-    if scored.levels is not None:
-        found["levels"] = _packed(np.where(scored.levels < 0, NO_LEVEL, scored.levels), "<u2")
-        found["passes"] = int(scored.levels.max(initial=0)) + 1
+    if scored.drawn is not None:
+        found["drawn"] = _packed(np.where(scored.drawn < 0, NONE, scored.drawn), "<u2")
+        found["passes"] = scored.passes
     if scored.likelier is not None:
         counts, classes, probs = scored.likelier
         found["counts"] = _packed(counts, "u1")
         found["classes"] = _packed(classes, "<u2")
-        found["probs"] = _packed(np.rint(255 * probs), "u1")
+        found["probs"] = _packed_bits(-np.log2(probs))
         found["symbols"] = [scored.vocabulary.decode([one]) for one in range(scored.num_classes)]
     return found
 
 
+def _place(scored: Scored, place: Place) -> dict[str, Any]:
+    around = slice(max(0, place.index - AROUND), place.index + AROUND)
+    return {
+        "number": place.line,
+        "begin": place.index,
+        "end": place.index + 1,
+        "bits": f"{place.bits:.1f}",
+        "mean": f"column {place.column}",
+        "text": _shown(scored.text[around]),
+    }
+
+
+def _shown(text: str) -> str:
+    return re.sub("[\ud800-\udfff]", "\ufffd", text).replace("\n", "↵")
+
+
 def _line(scored: Scored, line: Line) -> dict[str, Any]:
-    text = re.sub("[\ud800-\udfff]", "\ufffd", scored.text[line.begin : line.end].rstrip("\n"))
+    text = _shown(scored.text[line.begin : line.end].rstrip("\n"))
     return {
         "number": line.number,
         "begin": line.begin,
         "end": line.end,
         "bits": f"{line.bits:.1f}",
-        "mean": f"{line.bits_per_character:.2f}",
+        "mean": f"{line.bits_per_character:.2f} each",
         "text": text[:SNIPPET] + ("…" if len(text) > SNIPPET else ""),
     }

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from datamodules.vocabulary import Vocabulary
 from dflows.cli.coding import exact_flow
 from dflows.codec import TextCodec, compress, decompress
 from dflows.codec.archive import ArchiveReader
+from dflows.codec.flows import check_size
 from dflows.errors import UserError
 from dflows.reporting import Report
 from lightning_modules import BaseModule
@@ -21,17 +23,25 @@ from lightning_modules.data import unpack
 __all__ = ["check_provable", "prove"]
 
 
-def check_provable(module: BaseModule, processes: int) -> None:
+def check_provable(module: BaseModule, trainer: pl.Trainer, split: str = "test") -> None:
     """Refuses what cannot be proved by an archive, before anything is done.
 
     Raises:
-        UserError: If the likelihood is a bound, or several processes evaluate.
+        UserError: If the likelihood is a bound, several processes evaluate, or not all is scored.
     """
-    exact_flow(module)
-    if processes > 1:
+    check_size(exact_flow(module), None, None)
+    if trainer.world_size > 1:
         raise UserError(
-            f"archive is set, and {processes} processes evaluate, of which one encodes: set "
-            "trainer.devices to 1, or archive to false and use python -m dflows.evaluate --archive"
+            f"archive is set, and {trainer.world_size} processes evaluate, of which one encodes: "
+            "set trainer.devices to 1, or archive to false and use python -m dflows.evaluate "
+            "--archive"
+        )
+    key = "limit_test_batches" if split == "test" else "limit_val_batches"
+    limit = getattr(trainer, key)
+    if isinstance(limit, int) or limit != 1.0:  # an integer counts batches
+        raise UserError(
+            f"archive is set, and trainer.{key} is {limit}: an archive is of the whole split, "
+            "leave it out, or set data.max_eval_characters"
         )
 
 

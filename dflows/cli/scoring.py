@@ -22,8 +22,8 @@ from dflows.transforms import DiscreteTransform
 
 __all__ = ["Likelier", "Line", "Place", "Scored", "score"]
 
-AT_ONCE = 1 << 16
-"""Symbols that are scored together."""
+AT_ONCE = 1 << 22
+"""Probabilities that are computed together."""
 
 MOST_LIKELIER = 5
 SYMBOLS_AT_ONCE = 1 << 20
@@ -70,7 +70,11 @@ class Line(NamedTuple):
     @property
     def perplexity(self) -> float:
         """The perplexity of a character."""
-        return 2**self.bits_per_character
+        return _perplexity(self.bits_per_character)
+
+
+def _perplexity(bits: float) -> float:
+    return 2**bits if bits < 1000 else math.inf
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,9 @@ class Scored:
         vocabulary: What the classes of `likelier` stand for.
         exact_terms: Whether the bits of a character are its own given others, and not those of
             what the transforms leave at its place.
-        levels: When each character is drawn, from 0; -1 where it is not; None without an ordering.
+        passes: Passes of the model.
+        drawn: In which pass each character is drawn, from 1; 0 before the first, -1 where it has no
+            class. None without a single ordering.
         likelier: What the model held likelier, where it says so.
     """
 
@@ -108,7 +114,8 @@ class Scored:
     bits: Bits
     vocabulary: Vocabulary
     exact_terms: bool
-    levels: NDArray[np.int64] | None = None
+    passes: int = 0
+    drawn: NDArray[np.int64] | None = None
     likelier: Likelier | None = None
 
     @property
@@ -119,7 +126,7 @@ class Scored:
     @property
     def scored(self) -> int:
         """The characters that the model has classes for."""
-        return int(np.isfinite(self.bits).sum())
+        return int((~np.isnan(self.bits)).sum())
 
     @property
     def bits_per_character(self) -> float:
@@ -129,7 +136,7 @@ class Scored:
     @property
     def perplexity(self) -> float:
         """The perplexity of a character."""
-        return float(2**self.bits_per_character)
+        return _perplexity(self.bits_per_character)
 
     @property
     def num_classes(self) -> int:
@@ -153,7 +160,7 @@ class Scored:
                 begin,
                 end,
                 float(np.nansum(self.bits[begin:end])),
-                int(np.isfinite(self.bits[begin:end]).sum()),
+                int((~np.isnan(self.bits[begin:end])).sum()),
             )
             for number, (begin, end) in enumerate(zip(begins, ends, strict=True), 1)
             if end > begin
@@ -164,7 +171,7 @@ class Scored:
         order = np.argsort(-np.nan_to_num(self.bits, nan=-math.inf), kind="stable")[:number]
         found = []
         for index in map(int, order):
-            if not np.isfinite(self.bits[index]):
+            if np.isnan(self.bits[index]):
                 break
             line = self.text.count("\n", 0, index) + 1
             column = index - self.text.rfind("\n", 0, index)
@@ -214,18 +221,19 @@ def score(
     own = _score(flow, torch.from_numpy(classes.astype(np.int64)), overlap)
     bits = np.full(len(codes), math.nan)
     bits[kept] = own.bits
-    levels, likelier = None, own.likelier
-    if own.levels is not None:
-        levels = np.full(len(codes), -1, np.int64)
-        levels[kept] = own.levels
+    drawn, likelier = None, own.likelier
+    if own.drawn is not None:
+        drawn = np.full(len(codes), -1, np.int64)
+        drawn[kept] = own.drawn
     if likelier is not None:
         counts = np.zeros(len(codes), np.int64)
         counts[kept] = likelier.counts
         likelier = likelier._replace(counts=counts)
     text = symbols.to_bytes(codes).decode("utf-8", "surrogateescape")
     if len(text) != len(codes):
-        bits, levels, likelier = _by_character(text, bits, levels, likelier)
-    return Scored(text, bits, vocabulary, not len(flow.transforms), levels, likelier)
+        bits, drawn, likelier = _by_character(text, bits, drawn, likelier)
+    exact_terms = not len(flow.transforms)
+    return Scored(text, bits, vocabulary, exact_terms, flow.passes, drawn, likelier)
 
 
 def _check_overlap(flow: DiscreteFlow, overlap: int) -> None:
@@ -243,27 +251,29 @@ class _Own(NamedTuple):
     """The score of classes."""
 
     bits: Bits
-    levels: NDArray[np.int64] | None
+    drawn: NDArray[np.int64] | None
     likelier: Likelier | None
 
 
 def _score(flow: DiscreteFlow, classes: Tensor, overlap: int) -> _Own:
-    bits, levels, counts, likelier, probs = [], [], [], [], []
+    bits, drawn, counts, likelier, probs = [], [], [], [], []
     ordering = _ordering(flow)
-    for known, rows in _windows(classes, flow.length, overlap):
+    # The first level of a transform takes no pass, and that of a base does.
+    first = 0 if len(flow.transforms) else 1
+    for known, rows in _windows(classes, flow.num_classes, flow.length, overlap):
         y = rows.to(device_of(flow))
         terms, found = _terms(flow, y, known)
         bits.append(terms)
         if ordering is not None:
-            order = ordering.levels(rows.shape[1])[known:].numpy()
-            levels.append(np.tile(order, len(rows)))
+            passes = ordering.levels(rows.shape[1])[known:].numpy() + first
+            drawn.append(np.tile(passes, len(rows)))
         if found is not None:
             counts.append(found.counts)
             likelier.append(found.classes)
             probs.append(found.probs)
     return _Own(
         _joined(bits, np.float64),
-        None if ordering is None else _joined(levels, np.int64),
+        None if ordering is None else _joined(drawn, np.int64),
         Likelier(_joined(counts, np.int64), _joined(likelier, np.int64), _joined(probs, np.float64))
         if not len(flow.transforms)
         else None,
@@ -284,9 +294,11 @@ def _ordering(flow: DiscreteFlow) -> Ordering | None:
     return found[0] if len(found) == 1 else None
 
 
-def _windows(classes: Tensor, length: int, overlap: int) -> Iterator[tuple[int, Tensor]]:
+def _windows(
+    classes: Tensor, num_classes: int, length: int, overlap: int
+) -> Iterator[tuple[int, Tensor]]:
     """Yields windows (N, d), and how many of their first symbols are known."""
-    at_once = max(1, AT_ONCE // length)
+    at_once = max(1, AT_ONCE // (length * num_classes))
     if overlap and len(classes) > length:
         yield 0, classes[:length].unsqueeze(0)
         classes = classes[length - overlap :]
@@ -306,25 +318,25 @@ def _windows(classes: Tensor, length: int, overlap: int) -> Iterator[tuple[int, 
 def _terms(flow: DiscreteFlow, y: Tensor, known: int) -> tuple[Bits, Likelier | None]:
     """Returns the bits of the symbols behind the known ones, and what was likelier."""
     if len(flow.transforms):
-        terms = flow.log_prob_terms(y)[:, known:].double()
-        return -terms.flatten().cpu().numpy() / math.log(2), None
+        terms = flow.log_prob_terms(y)[:, known:].cpu().double()
+        return -terms.flatten().numpy() / math.log(2), None
     with exactly(y.device):
-        table = flow.base.conditionals(y)[:, known:].double().flatten(0, 1)
-    own = table.gather(1, y[:, known:].reshape(-1, 1))
+        table = flow.base.conditionals(y)[:, known:].flatten(0, 1).cpu().double()
+    own = table.gather(1, y[:, known:].reshape(-1, 1).cpu())
     values, classes = table.topk(min(MOST_LIKELIER, table.shape[1]), dim=1)
     above = values > own
     likelier = Likelier(
-        above.sum(dim=1).cpu().numpy(),
-        classes[above].cpu().numpy(),
-        values[above].exp().cpu().numpy(),
+        above.sum(dim=1).numpy(),
+        classes[above].numpy(),
+        values[above].exp().numpy(),
     )
-    return -own.flatten().cpu().numpy() / math.log(2), likelier
+    return -own.flatten().numpy() / math.log(2), likelier
 
 
 def _by_character(
     text: str,
     bits: Bits,
-    levels: NDArray[np.int64] | None,
+    drawn: NDArray[np.int64] | None,
     likelier: Likelier | None,
 ) -> tuple[Bits, NDArray[np.int64] | None, Likelier | None]:
     """Returns the scores of characters, given those of their bytes."""
@@ -337,6 +349,6 @@ def _by_character(
         likelier = Likelier(counts, likelier.classes[single], likelier.probs[single])
     return (
         np.add.reduceat(bits, begins),
-        None if levels is None else levels[begins],
+        None if drawn is None else drawn[begins],
         likelier,
     )

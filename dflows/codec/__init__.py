@@ -1,4 +1,4 @@
-"""Archives: what an exact likelihood is the size of.
+"""Archives, which take as many bits as an exact likelihood says.
 
 ``compress(flow, indices)`` encodes events in -log₂ p(y) bits, and ``decompress`` decodes them, in
 the passes of generation. ``python -m dflows.compress`` does so with texts.

@@ -3,6 +3,7 @@
 docs/guide/archives.md describes it.
 """
 
+import math
 import struct
 import zlib
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import BinaryIO
 from dflows.errors import UserError
 
 __all__ = [
+    "MOST_THREADS",
     "MOST_VALUES",
     "ArchiveError",
     "ArchiveReader",
@@ -23,8 +25,11 @@ __all__ = [
 
 MAGIC = b"\x89dflows\n"
 VERSION = 1
-MOST_VALUES = 1 << 26
+MOST_VALUES = 1 << 24
 """Values of a block."""
+
+MOST_THREADS = 1 << 10
+"""Threads that an archive may ask for."""
 
 _START = struct.Struct("<8sBH")
 _FIXED = struct.Struct("<BIIIIH16s8s")
@@ -197,16 +202,18 @@ class ArchiveReader:
         try:
             self.header = Header.unpack(body[_START.size :])
         except (struct.error, IndexError, UnicodeDecodeError):
-            raise self._damaged() from None
-        sizes = (self.header.block_size, self.header.threads)
-        if min(sizes) < 1 or max(sizes) > MOST_VALUES:
-            raise self._damaged()
+            raise self.damaged() from None
+        header = self.header
+        sane = 1 <= header.block_size <= MOST_VALUES and 1 <= header.threads <= MOST_THREADS
+        if not sane or (header.shape and header.shape[-1] != header.length):
+            raise self.damaged()
         self._first = file.tell()
 
     def _truncated(self) -> ArchiveError:
         return ArchiveError(f"{self.name} ends too early: take it from its source again")
 
-    def _damaged(self) -> ArchiveError:
+    def damaged(self) -> ArchiveError:
+        """Returns the error of an archive whose bytes are not those that were written."""
         return ArchiveError(f"{self.name} is damaged: take it from its source again")
 
     def _checked(self, size: int, before: bytes = b"") -> bytes:
@@ -217,7 +224,7 @@ class ArchiveReader:
         part = before + part
         body, crc = part[: -_CRC.size], part[-_CRC.size :]
         if zlib.crc32(body) != _CRC.unpack(crc)[0]:
-            raise self._damaged()
+            raise self.damaged()
         return body
 
     def blocks(self) -> Iterator[Block]:
@@ -227,23 +234,33 @@ class ArchiveReader:
             ArchiveError: If the archive is damaged.
         """
         self._file.seek(self._first)
-        number = 0
+        number = total = 0
         while True:
             tag = self._file.read(1)
             if tag == bytes([_LAST]):
                 break
             if tag != bytes([_BLOCK]):
-                raise self._damaged() if tag else self._truncated()
+                raise self.damaged() if tag else self._truncated()
             head = self._checked(_HEAD.size - 1, tag)
             _, values, payload, escapes, probe, crc = _HEAD.unpack(head)
-            if values > self.header.block_size:
-                raise self._damaged()
+            if not self._is_sane(values, payload, escapes):
+                raise self.damaged()
             body = self._checked(payload + escapes)
             number += 1
+            total += values
             yield Block(values, body[:payload], body[payload:], probe, crc)
         blocks, self.length, self.crc = _END.unpack(self._checked(_END.size - 1, tag))[1:]
-        if blocks != number or self._file.read(1):
-            raise self._damaged()
+        wanted = math.prod(self.header.shape) if self.header.shape else total
+        if blocks != number or total != wanted or self._file.read(1):
+            raise self.damaged()
+
+    def _is_sane(self, values: int, payload: int, escapes: int) -> bool:
+        """Says whether a block can be of these sizes, before so much is read."""
+        header = self.header
+        whole = not header.shape or values % header.length == 0
+        # No value takes more than 24 bits, and no escape more than 8 bytes.
+        fits = payload <= 4 * values + 64 and escapes <= 16 * header.block_size + 64
+        return values <= header.block_size and whole and fits
 
     def check(self) -> None:
         """Checks every byte, and decodes none.

@@ -53,7 +53,6 @@ def compress(
         True
     """
     y = flow.check_indices(indices, wait=True)
-    rows, contexts, _ = flatten_batch(y, flow.encode_context(context))
     events, threads = check_size(flow, batch_size, threads)
     header = header_of(flow, Content.CLASSES, events, threads)
     header = replace(header, length=y.shape[-1], shape=tuple(y.shape))
@@ -61,6 +60,7 @@ def compress(
     writer = ArchiveWriter(buffer, header)
     device = device_of(flow)
     with same_numbers(flow, threads):
+        rows, contexts, _ = flatten_batch(y, flow.encode_context(context))
         for begin in range(0, len(rows), events):
             part = rows[begin : begin + events]
             given = None if contexts is None else contexts[begin : begin + events]
@@ -94,10 +94,10 @@ def decompress(flow: DiscreteFlow, archive: bytes, context: Tensor | None = None
     check_model(flow, reader)
     shape = torch.Size(header.shape)
     batch = torch.zeros(*shape[:-1], 1, dtype=torch.long)
-    contexts = flatten_batch(batch, flow.encode_context(context))[1]
     parts = [torch.empty(0, dtype=torch.long)]
     begin = 0
     with same_numbers(flow, header.threads):
+        contexts = flatten_batch(batch, flow.encode_context(context))[1]
         for block in reader.blocks():
             end = begin + block.values // header.length
             given = None if contexts is None else contexts[begin:end]
@@ -106,8 +106,6 @@ def decompress(flow: DiscreteFlow, archive: bytes, context: Tensor | None = None
                 raise computed_otherwise(flow, reader)
             parts.append(values)
             begin = end
-    if begin != shape[:-1].numel():
-        raise ArchiveError(f"{reader.name} is damaged: take it from its source again")
     return torch.cat(parts).reshape(shape)
 
 

@@ -13,7 +13,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from dflows.codec.tables import ComputedOtherwise, Decoder, Encoder, uniform
+from dflows.codec.tables import ComputedOtherwise, Decoder, Encoder, parts_of, uniform
 from dflows.errors import LengthError
 from dflows.flow import DiscreteFlow
 from dflows.representations import exactly, full_precision
@@ -25,7 +25,10 @@ PROBED = 2
 
 
 class Probe:
-    """Creates the check value of a block: a CRC of the logits of its first passes.
+    """Creates the check value of a block: a CRC of the first logits that it takes.
+
+    These are the logits of every transform's network for an event of zeros, and then those of the
+    base's first two passes.
 
     Args:
         expected: The value that it must have when the passes are through; any, where not given.
@@ -45,9 +48,21 @@ class Probe:
         if self._passes == PROBED:
             return
         self._passes += 1
-        self.value = zlib.crc32(full_precision(logits).cpu().numpy().tobytes(), self.value)
+        self._take(logits)
         if self._passes == PROBED:
             self.check()
+
+    def add_transforms(self, flow: DiscreteFlow, length: int, context: Tensor | None) -> None:
+        """Adds what the network of each transform says of an event of zeros."""
+        context = None if context is None else context[:1]
+        zeros = torch.zeros(1, length, dtype=torch.long, device=device_of(flow))
+        for transform in flow.conditional_transforms:
+            if len(transform.transformed(zeros)):
+                self._take(transform.conditioner.level_logits(zeros, 1, context))
+
+    def _take(self, logits: Tensor) -> None:
+        for part in parts_of(full_precision(logits)):
+            self.value = zlib.crc32(part.cpu().numpy().tobytes(), self.value)
 
     def check(self) -> None:
         """Checks the value.
@@ -73,15 +88,20 @@ def same_numbers(flow: DiscreteFlow, threads: int) -> Iterator[None]:
         flow: The flow, which is in evaluation mode meanwhile.
         threads: Threads of the CPU, on whose number sums depend.
     """
-    before, training = torch.get_num_threads(), flow.training
+    before, training = torch.get_num_threads(), [part for part in flow.modules() if part.training]
+    cudnn = torch.backends.cudnn
+    chosen = cudnn.benchmark, cudnn.deterministic
     flow.eval()
     torch.set_num_threads(threads)
+    cudnn.benchmark, cudnn.deterministic = False, True
     try:
         with torch.no_grad(), exactly(device_of(flow)):
             yield
     finally:
+        cudnn.benchmark, cudnn.deterministic = chosen
         torch.set_num_threads(before)
-        flow.train(training)
+        for part in training:
+            part.training = True
 
 
 def encode_block(
@@ -103,6 +123,7 @@ def encode_block(
             encoder.encode(y, uniform(len(y), y.shape[1], flow.num_classes))
             continue
         x = y
+        probe.add_transforms(flow, y.shape[1], context)
         for transform in reversed(flow.transforms):
             x = transform.by_levels(x, context, inverse=True)
 
@@ -148,6 +169,7 @@ def decode_block(
         if not takes_length(flow, length, context):
             y = decoder.decode(uniform(number, length, flow.num_classes)).to(device_of(flow))
         else:
+            checked.add_transforms(flow, length, context)
             y = flow.base.decode(decide, number, length, context)
             for transform in flow.transforms:
                 y = transform.by_levels(y, context)

@@ -2,12 +2,20 @@
 
 import hashlib
 import platform
+import re
 from itertools import chain
 
 import torch
 from torch import Tensor
 
-from dflows.codec.archive import MOST_VALUES, ArchiveError, ArchiveReader, Block, Header
+from dflows.codec.archive import (
+    MOST_THREADS,
+    MOST_VALUES,
+    ArchiveError,
+    ArchiveReader,
+    Block,
+    Header,
+)
 from dflows.codec.blocks import decode_block, device_of, encode_block
 from dflows.codec.tables import MOST_CLASSES, ComputedOtherwise
 from dflows.errors import UserError
@@ -30,14 +38,19 @@ __all__ = [
 AT_ONCE = 1 << 16
 """Values of a block, where its size is not given."""
 
-MOST_THREADS = 1 << 10
+_SIZES = re.compile(r"\b(length|columns|groups)=\d+")
 
 
 def fingerprint(flow: DiscreteFlow) -> bytes:
-    """Returns 16 bytes that tell a flow from others: of its weights, and of what it is made of."""
+    """Returns 16 bytes that tell a flow from others: of its weights, and of what it is made of.
+
+    They are the same in all passes and lengths that the flow may have.
+    """
     digest = hashlib.sha256()
     for module in flow.modules():
-        digest.update(f"{type(module).__qualname__}\n".encode())
+        kind = type(module)
+        own = module.extra_repr() if kind.__module__.partition(".")[0] == "dflows" else ""
+        digest.update(f"{kind.__qualname__} {_SIZES.sub('', own)}\n".encode())
     for name, value in flow.state_dict().items():
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         raw = value.detach().cpu().contiguous().flatten().view(torch.uint8)
@@ -182,5 +195,6 @@ def computed_otherwise(flow: DiscreteFlow, archive: ArchiveReader) -> ArchiveErr
     where = f"both say {here}" if there == here else f"there {there}; here {here}"
     return ArchiveError(
         f"{archive.name} cannot be decoded here: the model computes other probabilities than it "
-        f"did when the archive was written ({where}): decode it where it was written"
+        f"did when the archive was written ({where}): decode it on the machine and with the "
+        "configuration that wrote it"
     )

@@ -16,7 +16,15 @@ from torch import Tensor
 
 from dflows.errors import NonFiniteError
 
-__all__ = ["MOST_CLASSES", "ComputedOtherwise", "Decoder", "Encoder", "frequencies", "uniform"]
+__all__ = [
+    "MOST_CLASSES",
+    "ComputedOtherwise",
+    "Decoder",
+    "Encoder",
+    "frequencies",
+    "parts_of",
+    "uniform",
+]
 
 PRECISION = 24
 """Bits of a frequency: that of constriction's models."""
@@ -49,7 +57,7 @@ def frequencies(logits: Tensor) -> Tensor:
         >>> frequencies(torch.tensor([0.25, 0.75, 0.0]).log())
         tensor([ 4194304, 12582911,        1])
     """
-    probs = logits.double().softmax(dim=-1).cpu()
+    probs = logits.cpu().double().softmax(dim=-1)
     if bool(probs.isnan().any()):
         raise NonFiniteError("a distribution has no finite logits: the model has diverged")
     free = (1 << PRECISION) - probs.shape[-1]
@@ -59,10 +67,21 @@ def frequencies(logits: Tensor) -> Tensor:
     return counts.scatter_add(-1, probs.argmax(dim=-1, keepdim=True), lost) + 1
 
 
+def parts_of(logits: Tensor) -> Iterator[Tensor]:
+    """Yields logits (…, K) in parts (m, K) of about a million numbers, in order.
+
+    What is expanded to its shape never takes the memory of it.
+    """
+    num_classes = logits.shape[-1]
+    logits = logits if logits.ndim > 1 else logits.unsqueeze(0)
+    a_row = max(1, logits.shape[1:].numel())
+    for rows in logits.split(max(1, AT_ONCE // a_row)):
+        yield from rows.reshape(-1, num_classes).split(max(1, AT_ONCE // num_classes))
+
+
 def _tables(logits: Tensor) -> Iterator[NDArray[np.float32]]:
     """Yields tables (m, K) of some of the distributions, as constriction takes them."""
-    num_classes = logits.shape[-1]
-    for part in logits.reshape(-1, num_classes).split(max(1, AT_ONCE // num_classes)):
+    for part in parts_of(logits):
         yield (frequencies(part) - 1).numpy().astype(np.float32)
 
 

@@ -175,7 +175,7 @@ class TextCodec:
             progress(total)
             yield content
         if (total, crc) != (archive.length, archive.crc):
-            raise _damaged(archive.name)
+            raise archive.damaged()
 
     @property
     def weights_size(self) -> int:
@@ -190,7 +190,7 @@ class TextCodec:
             escapes = _unpacked(block.escapes, archive.header.block_size)
             content = self.symbols.to_bytes(self.symbols.join(classes, escapes))
         except ValueError:
-            raise _damaged(archive.name) from None
+            raise archive.damaged() from None
         if zlib.crc32(content) != block.crc:
             raise computed_otherwise(self.flow, archive)
         return content
@@ -213,10 +213,6 @@ class TextCodec:
                 f"{name} was written by a model of another vocabulary: give the checkpoint that "
                 "wrote it"
             )
-
-
-def _damaged(name: str) -> ArchiveError:
-    return ArchiveError(f"{name} is damaged: take it from its source again")
 
 
 def _packed(escapes: Escapes) -> bytes:

@@ -7,7 +7,7 @@ import torch
 from datamodules.vocabulary import ByteVocabulary, CharacterVocabulary, IntegerVocabulary
 from dflows import Context, DiscreteFlow, flows
 from dflows.backbones import LSTM
-from dflows.bases import AutoregressiveBase, NGramBase
+from dflows.bases import AutoregressiveBase, FactorizedBase, NGramBase
 from dflows.cli.scoring import score
 from dflows.errors import UserError
 from dflows.orderings import Natural, Parity, Strided
@@ -53,11 +53,16 @@ def test_bits_of_characters_sum_to_those_of_windows(make):
     assert scored.exact_terms is (len(flow.transforms) == 0)
 
 
-def test_levels_say_when_a_character_is_drawn():
+def test_it_says_when_a_character_is_drawn():
     scored = score(language_model(Strided(4)), VOCABULARY, TEXT.encode())
-    assert scored.levels.tolist() == [place % 8 % 4 for place in range(len(TEXT))]
-    assert score(FLOWS["two transforms"](), VOCABULARY, TEXT.encode()).levels is None
-    assert score(FLOWS["n-grams"](), VOCABULARY, TEXT.encode()).levels is None
+    assert scored.drawn.tolist() == [place % 8 % 4 + 1 for place in range(len(TEXT))]
+    assert scored.passes == 4
+    # The first level of a transform takes no pass.
+    scored = score(FLOWS["a transform"](), VOCABULARY, TEXT.encode())
+    assert scored.drawn.tolist() == [place % 8 for place in range(len(TEXT))]
+    assert scored.passes == 7
+    assert score(FLOWS["two transforms"](), VOCABULARY, TEXT.encode()).drawn is None
+    assert score(FLOWS["n-grams"](), VOCABULARY, TEXT.encode()).drawn is None
 
 
 @pytest.mark.parametrize("name", ["lanes", "left to right", "masked"])
@@ -110,7 +115,7 @@ def test_a_character_without_a_class_has_no_bits_and_moves_nothing_else():
     plain = score(flow, VOCABULARY, TEXT.encode())
     other = score(flow, VOCABULARY, f"é{TEXT[:3]}𝒳{TEXT[3:]}".encode() + b"\xff")
     assert np.isnan(other.bits[[0, 4, -1]]).all()
-    assert other.levels[[0, 4, -1]].tolist() == [-1] * 3
+    assert other.drawn[[0, 4, -1]].tolist() == [-1] * 3
     kept = ~np.isnan(other.bits)
     assert np.array_equal(other.bits[kept], plain.bits)
     assert other.scored == len(TEXT)
@@ -129,7 +134,7 @@ def test_bytes_are_told_as_characters():
     terms = -flow.log_prob_terms(classes).numpy() / math.log(2)
     expected = [terms[:1], terms[1:3], terms[3:7], terms[7:8], terms[8:]]
     assert scored.bits == pytest.approx([part.sum() for part in expected], rel=1e-4)
-    assert scored.levels.tolist() == [0, 1, 3, 7, 8]
+    assert scored.drawn.tolist() == [1, 2, 4, 8, 9]
     assert scored.likelier_at(1) == []
     assert len(scored.likelier.classes) == scored.likelier.counts.sum()
 
@@ -172,6 +177,18 @@ def test_what_has_no_text_is_refused():
     flow = flows.stack(4, 4, [Parity()], network, context=Context(2))
     with pytest.raises(UserError, match="the model is conditional"):
         score(flow, VOCABULARY, b"ab")
+
+
+def test_a_character_of_no_probability_is_the_worst_place():
+    flow = DiscreteFlow(FactorizedBase(4, 8))
+    with torch.no_grad():
+        flow.base.logits[:, 2] = -torch.inf
+    scored = score(flow, VOCABULARY, b"abcab\xff")
+    assert scored.bits[2] == math.inf
+    assert scored.scored == 5
+    assert scored.total == scored.perplexity == scored.lines()[0].perplexity == math.inf
+    assert scored.places(1)[0].column == 3
+    assert len(scored.places(9)) == 5
 
 
 def area_under_curve(wrong, right):

@@ -1,6 +1,7 @@
 import io
 import random
 import zlib
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,11 +29,12 @@ def written(*blocks):
 
 
 def test_what_is_written_is_read():
-    reader = ArchiveReader(io.BytesIO(written(BLOCK, BLOCK)))
+    blocks = [replace(BLOCK, values=values) for values in (16, 12)]
+    reader = ArchiveReader(io.BytesIO(written(*blocks)))
     assert reader.header == HEADER
-    assert [*reader.blocks()] == [BLOCK, BLOCK]
+    assert [*reader.blocks()] == blocks
     assert (reader.length, reader.crc) == (14, zlib.crc32(b"contentcontent"))
-    assert [*reader.blocks()] == [BLOCK, BLOCK]
+    assert [*reader.blocks()] == blocks
 
 
 def test_the_format_of_version_1_stays():
@@ -75,6 +77,8 @@ def test_what_is_no_archive_is_refused(content, message):
         {"events": 0},
         {"length": 1 << 20, "events": 1 << 20},
         {"threads": 0},
+        {"threads": 2000},
+        {"shape": (7, 2)},
     ],
 )
 def test_a_crafted_header_is_refused(header):
@@ -86,9 +90,15 @@ def test_a_crafted_header_is_refused(header):
 
 
 def test_a_crafted_block_is_refused():
-    crafted = Block(10**9, b"", b"", 0, 0)
-    with pytest.raises(ArchiveError, match="damaged"):
-        ArchiveReader(io.BytesIO(written(crafted))).check()
+    for changes in (
+        {"values": 10**9},
+        {"values": 24},
+        {"values": 26},
+        {"payload": bytes(1000)},
+        {"escapes": bytes(10_000)},
+    ):
+        with pytest.raises(ArchiveError, match="damaged"):
+            ArchiveReader(io.BytesIO(written(replace(BLOCK, **changes)))).check()
 
 
 def mutated(content, generator):

@@ -1,8 +1,12 @@
+import io
 import math
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+from torch import nn
+from torch.autograd.profiler import profile
 
 from dflows import Context, DiscreteFlow, flows
 from dflows.backbones import LSTM, MADE, Table
@@ -10,8 +14,10 @@ from dflows.bases import AutoregressiveBase, FactorizedBase, NGramBase
 from dflows.bijections import RankPermutation
 from dflows.codec import ArchiveError, compress, decompress
 from dflows.codec import flows as of_flows
+from dflows.codec.archive import ArchiveReader, ArchiveWriter
 from dflows.codec.blocks import same_numbers
 from dflows.errors import UserError
+from dflows.memory import most_held
 from dflows.orderings import Halves, Natural, Parity, Reversed, Strided
 from dflows.transforms import ConditionalTransform, Inverse, PermutationTransform
 from tests.dflows.small import (
@@ -151,6 +157,36 @@ def test_few_passes_are_read_in_as_many():
         decompress(flow, archive)
 
 
+@pytest.mark.parametrize("kind", ["dropout", "batch norm"])
+def test_what_encodes_a_context_is_evaluated_as_the_rest_is(kind):
+    encoder = nn.Dropout(0.5) if kind == "dropout" else nn.BatchNorm1d(2)
+    network = partial(LSTM, 8, bidirectional=True)
+    made = flows.stack(3, 4, [Parity()], network, context=Context(2))
+    flow = shaken(DiscreteFlow(made.base, made.transforms, encoder)).train()
+    y, context = torch.randint(3, (7, 4)), torch.randn(7, 2)
+    archive = compress(flow, y, context)
+    for _ in range(2):
+        assert torch.equal(decompress(flow, archive, context), y)
+    assert encoder.training
+
+
+def test_a_part_that_is_held_in_evaluation_mode_stays_so():
+    flow = make_flow(3, 4).train()
+    flow.base.eval()
+    decompress(flow, compress(flow, states(3, 4)))
+    assert flow.training
+    assert not flow.base.training
+
+
+def test_a_factorized_base_of_many_classes_takes_little_memory():
+    flow = DiscreteFlow(FactorizedBase(2000, 64, "positions"))
+    y = torch.randint(2000, (200, 64))
+    archive = compress(flow, y)
+    with profile(profile_memory=True) as profiled:
+        assert torch.equal(decompress(flow, archive), y)
+    assert most_held(profiled) < 100e6
+
+
 class TestRefusals:
     def test_other_weights(self):
         flow = make_flow(3, 4)
@@ -163,6 +199,24 @@ class TestRefusals:
     def test_other_classes(self):
         with pytest.raises(ArchiveError, match="num_classes 3, and this one has 4"):
             decompress(make_flow(4, 4), compress(make_flow(3, 4), states(3, 4)))
+
+    def test_an_ordering_of_another_kind(self):
+        archive = compress(language_model(Natural(), LSTM(8)), states(3, 6))
+        with pytest.raises(ArchiveError, match="other weights"):
+            decompress(language_model(Reversed(), LSTM(8)), archive)
+
+    @pytest.mark.parametrize("shape", [(1 << 40, 4), (1 << 63, 4), (7, 2), (4,), (30, 2, 2)])
+    def test_a_crafted_shape(self, shape):
+        flow = make_flow(3, 4)
+        archive = compress(flow, states(3, 4)[:7])
+        reader = ArchiveReader(io.BytesIO(archive))
+        file = io.BytesIO()
+        writer = ArchiveWriter(file, replace(reader.header, shape=shape))
+        for block in reader.blocks():
+            writer.write(block, b"")
+        writer.close()
+        with pytest.raises(ArchiveError, match="damaged"):
+            decompress(flow, file.getvalue())
 
     @pytest.mark.parametrize("part", ["base", "transforms"])
     def test_other_numbers_of_the_same_weights(self, part, monkeypatch):
