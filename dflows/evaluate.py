@@ -17,6 +17,7 @@ import yaml
 from jsonargparse import ActionConfigFile  # type: ignore[attr-defined]
 from pytorch_lightning.callbacks import Callback
 from pytorch_lightning.callbacks import ProgressBar as AnyProgressBar
+from pytorch_lightning.plugins.precision import DoublePrecision
 
 from datamodules.module import StreamDataModule
 from dflows.cli.callbacks import Certificates, Stopwatch
@@ -31,6 +32,7 @@ from dflows.cli.configs import Parser, resolved_arguments
 from dflows.cli.errors import run_command
 from dflows.cli.logs import Heartbeat, add_log_level, set_log_level
 from dflows.cli.noise import quiet
+from dflows.cli.output import patient_output
 from dflows.cli.progress import ProgressBar, ProgressLines
 from dflows.cli.proofs import check_provable, prove
 from dflows.cli.recording import make_record
@@ -120,6 +122,7 @@ def evaluate(arguments: Sequence[str]) -> None:
     checkpoint = read_checkpoint(path)
     module = load_model(checkpoint, allowed)
     with (
+        patient_output(),
         Heartbeat() as heartbeat,
         tempfile.TemporaryDirectory() as folder,
         resolved_arguments(arguments) as resolved,
@@ -154,6 +157,8 @@ def evaluate(arguments: Sequence[str]) -> None:
             own = any(isinstance(callback, AnyProgressBar) for callback in callbacks)
             shown = [lines] if own else [ProgressBar(), lines]
         trainer = Trainer(**made.trainer, callbacks=[Certificates(), *callbacks, *shown, stopwatch])
+        if not isinstance(trainer.precision_plugin, DoublePrecision):
+            module.float()
         run = trainer.test if split == "test" else trainer.validate
         if config.archive:
             check_provable(module, trainer, split)
@@ -163,7 +168,7 @@ def evaluate(arguments: Sequence[str]) -> None:
             report = judge(module, data, [split], stopwatch)
             if config.archive:
                 report += prove(module.to(trainer_device(trainer)).eval(), data, split)
-            print_report(report, stdout_console(), str(checkpoint.path))
+            written = None
             if config.record is not None:
                 record = make_record(
                     trainer,
@@ -174,7 +179,10 @@ def evaluate(arguments: Sequence[str]) -> None:
                     code=code,
                     seconds=time.perf_counter() - begin,
                 )
-                stdout_console().print(f"record: {write_record(config.record, record)}")
+                written = write_record(config.record, record)
+            print_report(report, stdout_console(), str(checkpoint.path))
+            if written is not None:
+                stdout_console().print(f"record: {written}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -16,7 +16,7 @@ from dflows.acceleration import compiling
 from dflows.errors import NonFiniteError, UserError
 from dflows.metrics import BitsPerCharacter, NatsPerExample
 from dflows.reporting import Report, Score
-from lightning_modules.checkpoints import load_weights, read_content, rebuild
+from lightning_modules.checkpoints import load_weights, match_precision, read_content, rebuild
 from lightning_modules.data import DataFacts, unpack
 from lightning_modules.estimates import check_batch
 from lightning_modules.optimization import DEFAULT_OPTIMIZATION, Optimization
@@ -237,6 +237,7 @@ class BaseModule(OptimizedModule, ABC):
         arguments.pop("weights_only", None)  # no other objects are ever read
         content = read_content(checkpoint_path, map_location or "cpu")
         module = rebuild(cls, content, checkpoint_path, allow, arguments)
+        match_precision(module, content["state_dict"])
         load_weights(module, content["state_dict"], checkpoint_path, strict=strict)
         module.on_load_checkpoint(content)
         weight = next(iter(content["state_dict"].values()), None)

@@ -18,7 +18,7 @@ from dflows.memory import check_memory
 from lightning_modules.archives import check_archive
 from lightning_modules.descriptions import instantiate
 
-__all__ = ["KEY", "load_weights", "read_content", "rebuild", "start_weights"]
+__all__ = ["KEY", "load_weights", "match_precision", "read_content", "rebuild", "start_weights"]
 
 KEY = "dflows"
 """Where a checkpoint of `python -m dflows.fit` keeps the description of its model and data."""
@@ -110,6 +110,18 @@ def load_weights(
             f"the weights in {path} do not fit the model: {shown}: give it the configuration that "
             "it was trained with"
         )
+
+
+def match_precision(module: nn.Module, weights: Mapping[str, Any]) -> None:
+    """Lets a module hold weights of double precision as they are.
+
+    Args:
+        module: The module, which computes in double precision if its weights are of it.
+        weights: Its state, as a checkpoint has it.
+    """
+    found = (weights.get(name) for name, _ in module.named_parameters())
+    if any(isinstance(part, Tensor) and part.dtype == torch.float64 for part in found):
+        module.double()
 
 
 def start_weights(

@@ -30,6 +30,7 @@ from typing import (
     get_type_hints,
 )
 
+import yaml
 from torch import nn
 
 from dflows.errors import UserError, chain_of
@@ -177,6 +178,8 @@ class _Reader:
             if named and (make := self._named(key, value, named)) is not None:
                 return make
         refused = UserError(f"{key or 'it'} is {_shown(value)}, and takes {_shown_kinds(kinds)}")
+        if isinstance(value, str) and _would_be_parsed(value, kinds):
+            raise refused
         for kind in kinds:
             try:
                 make = self._plain(key, value, kind)
@@ -353,6 +356,17 @@ def _find(name: str, package: str) -> Any:
     except (ImportError, AttributeError):
         return None
     return found
+
+
+def _would_be_parsed(value: str, kinds: Sequence[Any]) -> bool:
+    """Says whether a text becomes a list or mapping where a configuration is read again."""
+    structures = (list, tuple, dict, Mapping, Sequence)
+    if not any((get_origin(kind) or kind) in structures for kind in kinds):
+        return False
+    try:
+        return isinstance(yaml.safe_load(value), (list, dict))
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return False
 
 
 def _alternatives(annotation: Any) -> Iterator[Any]:

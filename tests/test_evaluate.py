@@ -37,6 +37,23 @@ def test_the_checkpoint_alone_gives_the_figures_of_its_run(
         assert record.metrics["residual_bpc"] == fitted["residual_bpc"]
 
 
+def test_a_run_in_double_precision_is_scored_in_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = small_config(tmp_path, write_text(tmp_path), precision="64-true")
+    assert run_here("fit", "--config", config, "--record", "records") == 0
+    run = tmp_path / "runs" / "small" / "version_0"
+    assert run_here("evaluate", "--checkpoint", run, "--record", "records") == 0
+    fitted = read_record(tmp_path / "records" / "small-1.json")
+    tested = read_record(tmp_path / "records" / "small-test-1.json")
+    assert tested.precision == fitted.precision == "64-true"
+    assert tested.metrics["test_bpc"] == fitted.metrics["test_bpc"]
+    more = ("--trainer.precision", "32-true", "--name", "single")
+    assert run_here("evaluate", "--checkpoint", run, "--record", "records", *more) == 0
+    single = read_record(tmp_path / "records" / "single-1.json").metrics["test_bpc"]
+    assert single == pytest.approx(fitted.metrics["test_bpc"], rel=1e-5)
+    assert single != fitted.metrics["test_bpc"]
+
+
 def test_the_folder_of_a_run_stands_for_its_best_checkpoint(run, fitted, capsys):
     assert run_here("evaluate", "--checkpoint", run) == 0
     assert f"{fitted['test_bpc']:.4f}" in capsys.readouterr().out

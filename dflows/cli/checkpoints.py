@@ -17,7 +17,7 @@ from dflows.errors import UserError
 from dflows.files import atomic_write, make_folder
 from lightning_modules import BaseModule
 from lightning_modules.archives import seal
-from lightning_modules.checkpoints import KEY, load_weights, read_content
+from lightning_modules.checkpoints import KEY, load_weights, match_precision, read_content
 from lightning_modules.descriptions import check_plain, instantiate
 
 __all__ = [
@@ -172,6 +172,7 @@ def load_model(checkpoint: Checkpoint, allowed: Sequence[str] = ()) -> BaseModul
             f"{checkpoint.vocabulary.num_classes}: give a checkpoint that `python -m dflows.fit` "
             "wrote"
         )
+    match_precision(model, checkpoint.weights)
     load_weights(model, checkpoint.weights, checkpoint.path)
     return model.eval()
 

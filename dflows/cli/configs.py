@@ -14,7 +14,6 @@ import pytorch_lightning as pl
 import yaml
 from jsonargparse import Namespace
 from jsonargparse.typing import NonNegativeInt
-from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from pytorch_lightning.callbacks import ProgressBar as AnyProgressBar
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI
 from pytorch_lightning.plugins import CheckpointIO
@@ -27,7 +26,7 @@ from dflows.cli.logs import Heartbeat, add_log_level, set_log_level
 from dflows.cli.progress import ProgressBar, ProgressLines
 from dflows.cli.recording import below_here
 from dflows.cli.saving import BestCheckpoint, LastCheckpoint
-from dflows.cli.slurm import environment, run_of_job
+from dflows.cli.slurm import run_of_job
 from dflows.cli.stopping import StopBetweenSteps
 from dflows.cli.summary import EXACT_STATES
 from dflows.cli.trainer import Trainer
@@ -36,7 +35,7 @@ from dflows.errors import UserError
 from dflows.memory import bounded
 from dflows.records import check_folder, check_name
 from lightning_modules import BaseModule
-from lightning_modules.checkpoints import load_weights, start_weights
+from lightning_modules.checkpoints import load_weights, match_precision, start_weights
 
 __all__ = ["FlowCLI", "Parser", "check_seed", "resolved_arguments", "shipped_configs"]
 
@@ -309,7 +308,8 @@ class FlowCLI(LightningCLI):
         self._resumed: Checkpoint | None = None
         self._resumed_folder = folder = run_of_job(self._parent_of_runs(), self.arguments)
         if folder is not None:
-            last = folder / f"{config.last_checkpoint.filename}.ckpt"
+            kept = Path(config.last_checkpoint.dirpath or folder)
+            last = kept / f"{config.last_checkpoint.filename}.ckpt"
             config.ckpt_path = str(last) if last.is_file() else config.ckpt_path
         if config.ckpt_path is not None:
             self._resumed = read_checkpoint(config.ckpt_path, ("last.ckpt", "best.ckpt"))
@@ -406,6 +406,7 @@ class FlowCLI(LightningCLI):
         elif self.config.start is not None:
             start = read_checkpoint(self.config.start)
             self.datamodule.check_vocabulary(start.vocabulary)
+            match_precision(self.model, start.weights)
             start_weights(self.model, start.weights, start.path)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
@@ -414,9 +415,6 @@ class FlowCLI(LightningCLI):
         plugins = list(plugins) if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
             plugins.append(WholeCheckpoints())
-        job = environment()
-        if job is not None and not any(isinstance(entry, ClusterEnvironment) for entry in plugins):
-            plugins.append(job)
         self._drop_progress_bar()
         trainer = super().instantiate_trainer(plugins=plugins, **kwargs)
         self.stopwatch = Stopwatch()

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from pytorch_lightning.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 
@@ -17,7 +18,7 @@ PROCESSES_A_CORE = 4
 
 
 def launched(devices: Any, num_nodes: int) -> tuple[Any, int]:
-    """Returns the devices of a node and the nodes, where torchrun started a process for each.
+    """Returns the devices of a node and the nodes, where torchrun or srun started the processes.
 
     Lightning takes processes for one run only where it is told as many devices. Here it need not
     be: what is not given is what there is.
@@ -30,7 +31,7 @@ def launched(devices: Any, num_nodes: int) -> tuple[Any, int]:
         UserError: If other numbers are given than were started.
     """
     if not TorchElasticEnvironment.detect():
-        return devices, num_nodes
+        return _tasks(devices, num_nodes)
     all_processes, processes = int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
     nodes, rest = divmod(all_processes, processes)
     if rest:
@@ -45,6 +46,16 @@ def launched(devices: Any, num_nodes: int) -> tuple[Any, int]:
             f"{all_processes} processes, {processes} of them here: leave both away"
         )
     return processes if devices == "auto" else devices, nodes
+
+
+def _tasks(devices: Any, num_nodes: int) -> tuple[Any, int]:
+    """Returns the devices of a node and the nodes of a job of SLURM, as far as none are given."""
+    if not SLURMEnvironment.detect() or devices != "auto":
+        return devices, num_nodes
+    tasks, nodes = int(os.environ["SLURM_NTASKS"]), int(os.environ.get("SLURM_NNODES") or 1)
+    if tasks == 1 or num_nodes not in (1, nodes):
+        return devices, num_nodes
+    return tasks // nodes, nodes
 
 
 def check_devices(devices: Any, accelerator: object) -> None:
@@ -62,7 +73,7 @@ def check_devices(devices: Any, accelerator: object) -> None:
         return
     found = torch.accelerator.current_accelerator(check_available=True)
     if accelerator == "cpu" or found is None:
-        cores = os.cpu_count() or 1
+        cores = _cores()
         if number > PROCESSES_A_CORE * cores:
             raise UserError(
                 f"trainer.devices is {number}, and there {_are(cores, 'core')}, where "
@@ -73,6 +84,14 @@ def check_devices(devices: Any, accelerator: object) -> None:
         raise UserError(
             f"trainer.devices is {number}, and there {_are(there, 'GPU')}: give at most {there}"
         )
+
+
+def _cores() -> int:
+    """Returns the cores that this process may use, which may be fewer than there are."""
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # not a system that tells
+        return os.cpu_count() or 1
 
 
 def check_launcher(trainer: pl.Trainer) -> None:

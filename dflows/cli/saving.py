@@ -33,7 +33,7 @@ class KeptCheckpoint(ModelCheckpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Goes on with the best so far, wherever its folder has come to lie."""
         kept = state_dict.get("best_model_path")
-        if kept and state_dict["dirpath"] != self.dirpath:
+        if kept and Path(kept) != Path(self.dirpath or "") / f"{self.filename}.ckpt":
             found = self._find(Path(kept))
             if found is None:
                 rank_zero_warn(f"the checkpoint {kept} is gone: the search starts again")
@@ -51,7 +51,12 @@ class KeptCheckpoint(ModelCheckpoint):
         super().load_state_dict(state_dict)
 
     def _find(self, kept: Path) -> Path | None:
-        """Returns the current path of a checkpoint: next to the resumed one, if moved."""
+        """Returns the current path of a checkpoint: next to the resumed one, if moved.
+
+        What a stranger's checkpoint calls its best is no other file than one of that name.
+        """
+        if kept.name != f"{self.filename}.ckpt":
+            return None
         moved = None if self.resumed_from is None else self.resumed_from / kept.name
         return next((path for path in (moved, kept) if path and path.is_file()), None)
 

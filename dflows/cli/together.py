@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import pytorch_lightning as pl
 import torch
@@ -39,7 +39,7 @@ GRACE_SECONDS = 10.0
 """How long a process may take to end by itself when another has failed."""
 
 FAILURE = 1
-_LOST = re.compile(r"(?i)connection|socket|peer|broken pipe|gloo|nccl|timed? ?out")
+_LOST = re.compile(r"(?i)gloo|nccl|processgroup|by peer|broken pipe|DistStore|TCPStore|collective")
 
 
 class SignalConnector(_SignalConnector):
@@ -92,8 +92,31 @@ class _Launcher(_SubprocessScriptLauncher):
         environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         if not environment.creates_processes_externally:
             self._call_children_scripts()
+            threading.Thread(target=self._until_joined, daemon=True).start()
         _set_num_threads_if_needed(num_processes=self.num_processes)
         return function(*args, **kwargs)
+
+    def _until_joined(self) -> None:
+        """Ends this process if one that it started ends before all are one group."""
+        while not distributed.is_initialized():
+            if any(child.poll() for child in self.procs):
+                _leave(self)
+            time.sleep(LOOK_SECONDS)
+
+
+def _is_of_the_group(error: BaseException) -> bool:
+    """Says whether an error is of the group of processes, where another is gone."""
+    told = isinstance(error, RuntimeError) and _LOST.search(str(error)) is not None
+    return told or isinstance(error, distributed.DistError)
+
+
+def _leave(launcher: Any) -> NoReturn:
+    """Ends at once, with all that were started: whatever this process waits for does not come."""
+    if isinstance(launcher, _SubprocessScriptLauncher):
+        launcher.kill(signal.SIGKILL)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(FAILURE)
 
 
 class Together(Callback):
@@ -165,7 +188,7 @@ class Together(Callback):
             self.agree()
 
     def _agree_at_the_end(self) -> None:
-        if not self._alone and not self._trainer.sanity_checking:
+        if not self._alone:
             self.agree()
 
     def on_exception(
@@ -175,7 +198,7 @@ class Together(Callback):
         if self._alone or self.agreed:
             return
         rank = trainer.global_rank
-        lost = isinstance(exception, RuntimeError) and _LOST.search(str(exception))
+        lost = _is_of_the_group(exception)
         if not lost:
             with suppress(Exception):
                 _store().set(f"failed/{rank}", "1")
@@ -229,11 +252,7 @@ class Together(Callback):
             self._end()
 
     def _end(self) -> None:
-        """Ends at once: whatever this process waits for does not come."""
-        self._kill_children()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(FAILURE)
+        _leave(self._trainer.strategy.launcher)
 
     def _kill_children(self) -> None:
         launcher = self._trainer.strategy.launcher

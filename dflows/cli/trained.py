@@ -282,7 +282,7 @@ class TrainedModel:
                 temperature=temperature,
                 generator=generator,
                 method=method,
-                context=context.to(self.module.device),
+                context=self._given(context),
                 **given,
             )
         return draw(
@@ -349,7 +349,7 @@ class TrainedModel:
     def _score(self, row: Tensor, context: Tensor | None) -> Tensor:
         """Returns the log-likelihood of one event, or of the windows of one that is longer."""
         if context is not None:
-            given = (row.unsqueeze(0), context.unsqueeze(0).to(self.module.device))
+            given = (row.unsqueeze(0), self._given(context.unsqueeze(0)))
             return self.module.log_prob(given)[0].double().cpu()
         total = torch.zeros((), dtype=torch.double)
         whole = len(row) // self.length * self.length
@@ -358,6 +358,12 @@ class TrainedModel:
         if whole < len(row):
             total += self.module.log_prob(row[whole:].unsqueeze(0)).double().sum().cpu()
         return total
+
+    def _given(self, context: Tensor) -> Tensor:
+        """Returns a context on the device of the model and, if it is floating, in its precision."""
+        of_weights = next((p.dtype for p in self.module.parameters()), torch.float32)
+        dtype = of_weights if context.is_floating_point() else context.dtype
+        return context.to(self.module.device, dtype)
 
     def _check_context(self, context: Tensor | None) -> None:
         if (context is not None) != self.module.conditional:

@@ -1,9 +1,11 @@
 """The trainer of the commands."""
 
+from datetime import timedelta
 from typing import Any, Literal, TypeAlias
 
 import pytorch_lightning as pl
 from jsonargparse.typing import PositiveFloat
+from lightning_fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from pytorch_lightning.accelerators import Accelerator
 from pytorch_lightning.strategies import Strategy
 from pytorch_lightning.trainer.connectors.checkpoint_connector import _CheckpointConnector
@@ -11,6 +13,7 @@ from pytorch_lightning.trainer.connectors.checkpoint_connector import _Checkpoin
 from dflows.cli.launchers import check_devices, check_launcher, launched
 from dflows.cli.logs import Environment
 from dflows.cli.loops import FitLoop
+from dflows.cli.slurm import environment
 from dflows.cli.strategies import chosen_strategy
 from dflows.cli.together import join
 from dflows.errors import UserError
@@ -102,6 +105,11 @@ class Trainer(pl.Trainer):
             )
         if precision == "auto":
             precision = trainer_precision(accelerator)
+        plugins = kwargs.pop("plugins", None) or []
+        plugins = [*plugins] if isinstance(plugins, list) else [plugins]
+        job = environment()
+        if job is not None and not any(isinstance(entry, ClusterEnvironment) for entry in plugins):
+            plugins.append(job)
         devices, num_nodes = launched(devices, num_nodes)
         check_devices(devices, accelerator)
         super().__init__(
@@ -110,9 +118,17 @@ class Trainer(pl.Trainer):
             num_nodes=num_nodes,
             strategy=chosen_strategy(strategy),
             precision=precision,
+            plugins=plugins,
             **kwargs,
         )
         check_launcher(self)
+        every = kwargs.get("val_check_interval")
+        if self.world_size > 1 and isinstance(every, (str, dict, timedelta)):
+            raise UserError(
+                f"trainer.val_check_interval is the time {every}, and the "
+                "clocks of several processes differ: give the batches from one validation to the "
+                "next"
+            )
         self.callbacks.insert(0, Environment())  # type: ignore[attr-defined]
         join(self, collective_timeout)
         self._checkpoint_connector = _Checkpoints(self)

@@ -9,7 +9,7 @@ from dflows.bases import FactorizedBase
 from dflows.errors import UserError
 from dflows.orderings import Natural, Strided
 from lightning_modules import FlowModule
-from lightning_modules.checkpoints import start_weights
+from lightning_modules.checkpoints import load_weights, match_precision, start_weights
 from tests.dflows.small import make_flow, make_transform, shaken
 
 
@@ -45,6 +45,17 @@ def test_a_flow_ranks_by_the_network_of_a_language_model():
         ranks = (logits > logits.gather(-1, y.unsqueeze(-1))).sum(-1)
         assert torch.equal(transform.inverse(y)[:, dimensions], ranks[:, dimensions])
     assert all(torch.equal(value, base[key]) for key, value in flow.flow.base.state_dict().items())
+
+
+def test_weights_of_double_precision_are_held_as_they_are():
+    one, other = over_lanes(0).double(), over_lanes(1)
+    match_precision(other, one.state_dict())
+    load_weights(other, one.state_dict(), "one.ckpt")
+    y = torch.randint(5, (9, 8))
+    assert one.flow.log_prob(y).dtype == torch.float64
+    assert torch.equal(one.flow.log_prob(y), other.flow.log_prob(y))
+    match_precision(single := over_lanes(1), over_lanes(0).state_dict())
+    assert {part.dtype for part in single.parameters()} == {torch.float32}
 
 
 @pytest.mark.parametrize(

@@ -494,6 +494,26 @@ class TestData:
             StreamDataModule, put(("init_args", "source"), source, DATA), [], "some.ckpt"
         )
 
+    @pytest.mark.parametrize(
+        "source",
+        [
+            named("datamodules.LocalText", path="[/etc/passwd, a]"),
+            named("datamodules.LocalText", path="- /etc/passwd"),
+            named("datamodules.HubText", path="a", data_files="{train: other.txt}"),
+        ],
+    )
+    def test_a_text_that_would_be_parsed_is_refused(self, source):
+        data = put(("init_args", "source"), source, DATA)
+        with pytest.raises(UserError, match=r"some\.ckpt"):
+            check_description(StreamDataModule, data, [], "some.ckpt")
+
+    @pytest.mark.parametrize("path", ["*.txt", "C:/text.txt", "[a].txt"])
+    def test_a_text_that_would_not_be_is_taken(self, path):
+        source = named("datamodules.LocalText", path=path)
+        check_description(
+            StreamDataModule, put(("init_args", "source"), source, DATA), [], "some.ckpt"
+        )
+
     @pytest.mark.parametrize("probabilities", [None, [0.5, 0.5], [[1, 2], [3, 4]]])
     def test_lists_of_lists_are_taken(self, probabilities):
         data = named("datamodules.FullRankDataModule", probabilities=probabilities)

@@ -45,6 +45,23 @@ def test_what_torchrun_started_is_joined(torchrun, world, local, given, expected
 
 
 @pytest.mark.parametrize(
+    ("tasks", "nodes", "given", "expected"),
+    [
+        (2, 1, ("auto", 1), (2, 1)),
+        (8, 2, ("auto", 1), (4, 2)),
+        (8, 2, ("auto", 2), (4, 2)),
+        (8, 2, (4, 2), (4, 2)),
+        (1, 1, ("auto", 1), ("auto", 1)),
+    ],
+)
+def test_the_tasks_of_a_job_are_joined(monkeypatch, tasks, nodes, given, expected):
+    monkeypatch.setenv("SLURM_NTASKS", str(tasks))
+    monkeypatch.setenv("SLURM_NNODES", str(nodes))
+    monkeypatch.setenv("SLURM_JOB_NAME", "train")
+    assert launched(*given) == expected
+
+
+@pytest.mark.parametrize(
     ("world", "local", "given", "message"),
     [
         (2, 2, (1, 1), r"trainer\.devices is 1 .* torchrun started 2 processes, 2 of them here"),
@@ -66,14 +83,14 @@ def test_a_trainer_is_of_all_processes_that_torchrun_started(torchrun):
 
 @pytest.mark.parametrize("devices", [99, "99", 10**12])
 def test_more_processes_than_cores_can_run_are_refused(devices, monkeypatch):
-    monkeypatch.setattr(launchers.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(launchers, "_cores", lambda: 2)
     message = rf"trainer\.devices is {devices}, and there are 2 cores, .* give at most 2"
     with pytest.raises(UserError, match=message):
         Trainer(accelerator="cpu", devices=devices, logger=False)
 
 
 def test_a_few_processes_may_share_a_core(monkeypatch):
-    monkeypatch.setattr(launchers.os, "cpu_count", lambda: 1)
+    monkeypatch.setattr(launchers, "_cores", lambda: 1)
     check_devices(PROCESSES_A_CORE, "cpu")
     with pytest.raises(UserError, match="there is 1 core, "):
         check_devices(PROCESSES_A_CORE + 1, "cpu")

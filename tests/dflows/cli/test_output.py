@@ -75,3 +75,7 @@ def test_a_record_is_not_lost_over_what_is_printed(tmp_path, monkeypatch, capfd,
     assert ("could not be printed" in capfd.readouterr().err) == (kind == "closed")
     run = tmp_path / "runs" / "small" / "version_0"
     assert read_record(run / "small-1.json").metrics["steps"] == 6
+    monkeypatch.setattr(sys, "stdout", Closed("write") if kind == "closed" else plain)
+    code = run_here("evaluate", "--checkpoint", run, "--record", tmp_path / "records")
+    assert code == (kind == "closed")
+    assert read_record(tmp_path / "records" / "small-test-1.json").metrics["test_bpc"] > 0

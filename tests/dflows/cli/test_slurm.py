@@ -6,8 +6,10 @@ import subprocess
 
 import pytest
 import torch
+from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 
 from dflows.cli import slurm
+from dflows.cli.trainer import Trainer
 from dflows.errors import UserError
 from dflows.records import read_record
 from tests.commands import command_line, environment, run_here, small_config, write_text
@@ -44,6 +46,13 @@ def asked(job):
 def figures(run):
     metrics = read_record(run / "small-1.json").metrics
     return {name: metrics[name] for name in ("valid_bpc", "test_bpc", "steps", "characters")}
+
+
+def test_no_command_leaves_requeueing_to_lightning(job):
+    trainer = Trainer(accelerator="cpu", logger=False)
+    environment = trainer._accelerator_connector.cluster_environment
+    assert isinstance(environment, SLURMEnvironment)
+    assert not environment.auto_requeue
 
 
 @pytest.mark.parametrize("hook", ["on_after_backward", "on_validation_batch_start"])
