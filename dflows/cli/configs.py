@@ -381,9 +381,9 @@ class FlowCLI(LightningCLI):
         """Makes the classes, and sees whether they fit each other and a checkpoint.
 
         Raises:
-            UserError: If the model was given what it takes from the data, and other than theirs; or
-                takes more than the memory; or the resumed checkpoint is of another vocabulary or
-                model.
+            UserError: If the model was given what it takes from the data, and it differs; if it
+                takes more than the memory; or if the checkpoint to resume or to start from is of
+                another vocabulary or model.
         """
         asked = {
             f"{place}.{key}": self.config.get(f"{place}.{key}")

@@ -90,7 +90,7 @@ class _Lock:
             self._file.flush()
 
     def release(self) -> None:
-        """Lets others in."""
+        """Releases the lock."""
         if self._file is not None:
             self._path.unlink(missing_ok=True)
             with suppress(OSError):
@@ -136,7 +136,7 @@ class RunFolder(Callback):
         self._lock = _Lock(self.path)
 
     def leave(self) -> None:
-        """Lets others in, and removes a folder in which nothing but a logger's empty files lies."""
+        """Releases the lock, and removes a folder in which nothing but a logger's empty files lies."""
         if self._lock is None or self.path is None:
             return
         self._lock.release()
