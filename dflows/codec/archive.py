@@ -205,7 +205,8 @@ class ArchiveReader:
             raise self.damaged() from None
         header = self.header
         sane = 1 <= header.block_size <= MOST_VALUES and 1 <= header.threads <= MOST_THREADS
-        if not sane or (header.shape and header.shape[-1] != header.length):
+        shape = header.shape
+        if not sane or (shape and (shape[-1] != header.length or max(shape) >= 1 << 48)):
             raise self.damaged()
         self._first = file.tell()
 

@@ -79,6 +79,7 @@ def test_what_is_no_archive_is_refused(content, message):
         {"threads": 0},
         {"threads": 2000},
         {"shape": (7, 2)},
+        {"shape": (1 << 63, 0, 4)},
     ],
 )
 def test_a_crafted_header_is_refused(header):
