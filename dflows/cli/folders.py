@@ -136,7 +136,7 @@ class RunFolder(Callback):
         self._lock = _Lock(self.path)
 
     def leave(self) -> None:
-        """Releases the lock, and removes a folder in which nothing but a logger's empty files lies."""
+        """Releases the lock, and removes a folder that has nothing but a logger's empty files."""
         if self._lock is None or self.path is None:
             return
         self._lock.release()
