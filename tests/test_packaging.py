@@ -71,7 +71,7 @@ def test_wheel_holds_the_packages_and_the_configs_and_nothing_else(wheel):
         file.relative_to(ROOT).as_posix()
         for package in PACKAGES
         for file in (ROOT / package).rglob("*")
-        if file.suffix == ".py" or file.name == "py.typed"
+        if file.suffix in {".py", ".html"} or file.name == "py.typed"
     }
     expected |= {
         f"dflows/configs/{file.relative_to(ROOT / 'configs').as_posix()}"
