@@ -36,9 +36,9 @@ from dflows.cli.recording import without_machine
 from dflows.cli.summary import stdout_console
 from dflows.codec import TextCodec
 from dflows.codec.archive import ArchiveReader
-from dflows.codec.blocks import device_of
 from dflows.codec.flows import dtype_of
 from dflows.errors import UserError
+from dflows.modules import device_of
 from dflows.provenance import describe_device
 from dflows.records import Record, check_folder, write_record
 

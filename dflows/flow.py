@@ -11,7 +11,6 @@ rules (:mod:`dflows.gradients`); other objectives are in :mod:`dflows.objectives
 from collections.abc import Sequence
 from copy import copy
 from functools import partial
-from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -24,6 +23,7 @@ from dflows.bases import Base
 from dflows.errors import UserError
 from dflows.generation import Method, check_draft, check_sampling, expand_prompt, generate
 from dflows.gradients import example_weights
+from dflows.modules import device_of
 from dflows.orderings import Ordering, untransformed
 from dflows.representations import (
     check_indices,
@@ -383,7 +383,7 @@ class DiscreteFlow(nn.Module):
 
     def _greedy(self, context: Tensor | None, length: int) -> Tensor:
         number = 1 if context is None else context.shape[0]
-        with exactly(next(chain(self.parameters(), self.buffers()), torch.empty(0)).device):
+        with exactly(device_of(self)):
             value = self.base.greedy(number, length, context)
             for transform in self.transforms:
                 value = transform(value, context)

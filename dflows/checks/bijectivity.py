@@ -10,7 +10,6 @@ from torch import Tensor
 from dflows.checks.probing import (
     CertificateError,
     context_rows,
-    device_of,
     probed,
     stir,
     values_of,
@@ -18,6 +17,7 @@ from dflows.checks.probing import (
 )
 from dflows.decoding import decide_levels
 from dflows.errors import LengthError, UserError
+from dflows.modules import device_of
 from dflows.transforms import ConditionalTransform, DiscreteTransform
 
 __all__ = ["check_bijective"]

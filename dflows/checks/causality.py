@@ -12,7 +12,6 @@ from dflows.backbones import Backbone
 from dflows.checks.probing import (
     CertificateError,
     context_rows,
-    device_of,
     probed,
     values_of,
     variants,
@@ -20,6 +19,7 @@ from dflows.checks.probing import (
 from dflows.conditioner import Conditioner
 from dflows.decoding import decide_levels
 from dflows.errors import LengthError, UserError
+from dflows.modules import device_of
 from dflows.orderings import Natural, Ordering
 
 __all__ = ["check_autoregressive", "check_causal"]

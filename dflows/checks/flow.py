@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from dflows.checks.bijectivity import check_bijective
 from dflows.checks.causality import check_causal
 from dflows.checks.normalization import check_normalized
-from dflows.checks.probing import CertificateError, device_of, probed, values_of
+from dflows.checks.probing import CertificateError, probed, values_of
 from dflows.conditioner import Conditioner
 from dflows.errors import LengthError, NonFiniteError
 from dflows.flow import DiscreteFlow
+from dflows.modules import device_of
 from dflows.representations import exactly
 from dflows.transforms import Composition, DiscreteTransform
 

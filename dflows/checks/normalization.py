@@ -6,9 +6,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from dflows.checks.probing import CertificateError, context_rows, device_of, probed, variants
+from dflows.checks.probing import CertificateError, context_rows, probed, variants
 from dflows.errors import LengthError
 from dflows.flow import DiscreteFlow
+from dflows.modules import device_of
 from dflows.representations import exactly
 
 __all__ = ["check_above_entropy", "check_normalized"]

@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain
 from typing import TypeVar
 
 import torch
@@ -11,11 +10,11 @@ from torch import Tensor, nn
 
 from dflows.conditioner import Conditioner
 from dflows.errors import UserError
+from dflows.modules import device_of
 
 __all__ = [
     "CertificateError",
     "context_rows",
-    "device_of",
     "probed",
     "shake",
     "stir",
@@ -30,12 +29,6 @@ SHAKE = 0.05
 
 class CertificateError(UserError):
     """A flow that is not what its likelihood presumes, with where it shows."""
-
-
-def device_of(module: nn.Module) -> torch.device:
-    """Returns the device of a module's first tensor."""
-    tensors = chain(module.parameters(), module.buffers())
-    return next((tensor.device for tensor in tensors), torch.device("cpu"))
 
 
 @contextmanager

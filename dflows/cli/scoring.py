@@ -13,9 +13,9 @@ from torch import Tensor
 
 from datamodules.vocabulary import Vocabulary
 from dflows.bases import Base
-from dflows.codec.blocks import device_of
 from dflows.errors import UserError
 from dflows.flow import DiscreteFlow
+from dflows.modules import device_of
 from dflows.orderings import Ordering
 from dflows.representations import exactly
 from dflows.transforms import DiscreteTransform

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from dflows.codec.archive import ArchiveError, ArchiveReader, ArchiveWriter, Content
-from dflows.codec.blocks import device_of, same_numbers
+from dflows.codec.blocks import same_numbers
 from dflows.codec.flows import check_model, check_size, computed_otherwise, header_of, read, written
 from dflows.flow import DiscreteFlow
+from dflows.modules import device_of
 from dflows.representations import flatten_batch
 
 __all__ = ["compress", "decompress"]

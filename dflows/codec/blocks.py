@@ -8,7 +8,6 @@ same logits to the last bit, as long as device, shapes, threads and libraries ar
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain
 
 import torch
 from torch import Tensor
@@ -16,9 +15,10 @@ from torch import Tensor
 from dflows.codec.tables import ComputedOtherwise, Decoder, Encoder, parts_of, uniform
 from dflows.errors import LengthError
 from dflows.flow import DiscreteFlow
+from dflows.modules import device_of, evaluating
 from dflows.representations import exactly, full_precision
 
-__all__ = ["Probe", "decode_block", "device_of", "encode_block", "same_numbers"]
+__all__ = ["Probe", "decode_block", "encode_block", "same_numbers"]
 
 PROBED = 2
 """Passes whose logits are checked: the first depends on no value, and the second is a network's."""
@@ -74,12 +74,6 @@ class Probe:
             raise ComputedOtherwise
 
 
-def device_of(flow: DiscreteFlow) -> torch.device:
-    """Returns the device that a flow is on."""
-    found = next(chain(flow.parameters(), flow.buffers()), None)
-    return torch.device("cpu") if found is None else found.device
-
-
 @contextmanager
 def same_numbers(flow: DiscreteFlow, threads: int) -> Iterator[None]:
     """Evaluates a flow so that the same inputs give the same outputs, to the last bit.
@@ -88,20 +82,16 @@ def same_numbers(flow: DiscreteFlow, threads: int) -> Iterator[None]:
         flow: The flow, which is in evaluation mode meanwhile.
         threads: Threads of the CPU, on whose number sums depend.
     """
-    before, training = torch.get_num_threads(), [part for part in flow.modules() if part.training]
-    cudnn = torch.backends.cudnn
+    before, cudnn = torch.get_num_threads(), torch.backends.cudnn
     chosen = cudnn.benchmark, cudnn.deterministic
-    flow.eval()
     torch.set_num_threads(threads)
     cudnn.benchmark, cudnn.deterministic = False, True
     try:
-        with torch.no_grad(), exactly(device_of(flow)):
+        with evaluating(flow), torch.no_grad(), exactly(device_of(flow)):
             yield
     finally:
         cudnn.benchmark, cudnn.deterministic = chosen
         torch.set_num_threads(before)
-        for part in training:
-            part.training = True
 
 
 def encode_block(

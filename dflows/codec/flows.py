@@ -16,10 +16,11 @@ from dflows.codec.archive import (
     Block,
     Header,
 )
-from dflows.codec.blocks import decode_block, device_of, encode_block
+from dflows.codec.blocks import decode_block, encode_block
 from dflows.codec.tables import MOST_CLASSES, ComputedOtherwise
 from dflows.errors import UserError
 from dflows.flow import DiscreteFlow
+from dflows.modules import device_of
 
 __all__ = [
     "check_model",

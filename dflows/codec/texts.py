@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 
 from dflows.codec.archive import ArchiveError, ArchiveReader, ArchiveWriter, Block, Content, Header
-from dflows.codec.blocks import device_of, same_numbers
+from dflows.codec.blocks import same_numbers
 from dflows.codec.flows import (
     check_model,
     check_size,
@@ -26,6 +26,7 @@ from dflows.codec.flows import (
 )
 from dflows.errors import UserError
 from dflows.flow import DiscreteFlow
+from dflows.modules import device_of
 
 __all__ = ["Codes", "Escapes", "TextCodec", "TextSymbols", "Totals"]
 

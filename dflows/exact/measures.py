@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dflows.errors import NonFiniteError, UserError
 from dflows.exact.contexts import each_context_once
 from dflows.flow import DiscreteFlow
+from dflows.modules import device_of, evaluating
 
 __all__ = [
     "MOST_STATES",
@@ -203,25 +204,17 @@ def _log_probs(
     """
     if block_size < 1:
         raise UserError(f"block_size is {block_size}: give at least 1 state")
-    parameter = next(module.parameters(), None)
-    device = torch.device("cpu") if parameter is None else parameter.device
-    count = num_classes**length
-    training = [part for part in module.modules() if part.training]
-    module.eval()
-    try:
-        with each_context_once():
-            for first in range(0, count, block_size):
-                last = min(first + block_size, count)
-                numbers, block = torch.arange(first, last), slice(first, last)
-                y = states(num_classes, length, first, last)
-                if table is not None:
-                    kept = table[block] > 0
-                    numbers, y = numbers[kept], y[kept]
-                if len(y):
-                    yield numbers, _checked(log_prob(y.to(device)).cpu().double(), module)
-    finally:
-        for part in training:
-            part.training = True
+    device, count = device_of(module), num_classes**length
+    with evaluating(module), each_context_once():
+        for first in range(0, count, block_size):
+            last = min(first + block_size, count)
+            numbers, block = torch.arange(first, last), slice(first, last)
+            y = states(num_classes, length, first, last)
+            if table is not None:
+                kept = table[block] > 0
+                numbers, y = numbers[kept], y[kept]
+            if len(y):
+                yield numbers, _checked(log_prob(y.to(device)).cpu().double(), module)
 
 
 def _checked(log_probs: Tensor, module: nn.Module) -> Tensor:
