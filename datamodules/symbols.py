@@ -3,18 +3,21 @@
 import codecs
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["ByteSymbols", "CharacterSymbols"]
+__all__ = ["NO_ESCAPES", "ByteSymbols", "CharacterSymbols"]
 
 READ = 1 << 16
 
 Codes = NDArray[np.uint32]
 Escapes = tuple[NDArray[np.int64], Codes]
+
+NO_ESCAPES: Escapes = (np.zeros(0, np.int64), np.zeros(0, np.uint32))
+"""What a text has whose symbols all have classes."""
 
 
 def _digest(*described: object) -> bytes:
@@ -42,7 +45,7 @@ class ByteSymbols:
 
     def split(self, codes: Codes) -> tuple[NDArray[np.integer], Escapes]:
         """Returns bytes as classes; there are no escapes."""
-        return codes, (np.zeros(0, np.int64), np.zeros(0, np.uint32))
+        return codes, NO_ESCAPES
 
     def join(self, classes: NDArray[np.int64], escapes: Escapes) -> Codes:
         """Returns the bytes of what :meth:`split` returned.
@@ -68,9 +71,11 @@ class CharacterSymbols:
     Args:
         symbols: The characters in the order of their classes.
         unknown: The class of all others, where there is one.
+        look_up: Returns the classes of code points; -1 for those that have none.
 
     Example:
-        >>> symbols = CharacterSymbols("abc")
+        >>> from datamodules.vocabulary import CharacterVocabulary
+        >>> symbols = CharacterVocabulary("abc").text_symbols()
         >>> classes, (places, codes) = symbols.split(np.array([97, 120, 99]))
         >>> classes, places, codes
         (array([0, 2]), array([1]), array([120], dtype=uint32))
@@ -80,11 +85,16 @@ class CharacterSymbols:
 
     name = "characters"
 
-    def __init__(self, symbols: Sequence[str], unknown: int | None = None) -> None:
+    def __init__(
+        self,
+        symbols: Sequence[str],
+        unknown: int | None,
+        look_up: Callable[[Codes], NDArray[np.integer]],
+    ) -> None:
         self.digest = _digest([*symbols], unknown)
         self._codes = np.array([ord(symbol) for symbol in symbols], np.uint32)
         self._unknown = unknown
-        self._order = self._codes.argsort()
+        self._look_up = look_up
 
     def cut(self, source: BinaryIO, size: int) -> Iterator[Codes]:
         """Yields the code points of a text, so many at once."""
@@ -104,15 +114,11 @@ class CharacterSymbols:
 
         These are one class where there is such a class, and are left out elsewhere.
         """
-        places = np.searchsorted(self._codes, codes, sorter=self._order)
-        classes = self._order[np.minimum(places, len(self._order) - 1)]
-        known = self._codes[classes] == codes
+        classes = self._look_up(codes)
+        known = (classes >= 0) & (self._codes[classes] == codes)
         escaped = np.flatnonzero(~known)
-        if self._unknown is None:
-            classes = classes[known]
-        else:
-            classes[escaped] = self._unknown
-        return classes, (escaped, codes[escaped].astype(np.uint32))
+        kept = classes[known] if self._unknown is None else classes
+        return kept, (escaped, codes[escaped].astype(np.uint32))
 
     def join(self, classes: NDArray[np.int64], escapes: Escapes) -> Codes:
         """Returns the code points of what :meth:`split` returned.

@@ -232,7 +232,7 @@ class CharacterVocabulary(Vocabulary):
 
     def text_symbols(self) -> CharacterSymbols:
         """Returns the symbols; see the base class."""
-        return CharacterSymbols(self.symbols, self.unknown)
+        return CharacterSymbols(self.symbols, self.unknown, self._look_up)
 
     def _join(self, indices: list[int]) -> str:
         return "".join([self.symbols[index] for index in indices])

@@ -17,22 +17,21 @@ from pathlib import Path
 from typing import Any
 
 from dflows.cli.checkpoints import Checkpoint, add_checkpoint_arguments, read_checkpoint
-from dflows.cli.coding import (
+from dflows.cli.compressors import Line, compare, print_comparison, training_text
+from dflows.cli.configs import Parser
+from dflows.cli.errors import run_command
+from dflows.cli.models import add_size_arguments, check_counts, text_codec
+from dflows.cli.noise import quiet
+from dflows.cli.recording import without_machine
+from dflows.cli.streams import (
     STANDARD,
     SUFFIX,
     byte_bar,
-    check_counts,
     opened,
     output,
     size_of,
     target_of,
-    text_codec,
 )
-from dflows.cli.compressors import Line, compare, print_comparison, training_text
-from dflows.cli.configs import Parser
-from dflows.cli.errors import run_command
-from dflows.cli.noise import quiet
-from dflows.cli.recording import without_machine
 from dflows.cli.summary import stdout_console
 from dflows.codec import TextCodec
 from dflows.codec.archive import ArchiveReader
@@ -52,12 +51,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "-o", "--output", type=str | None, default=None, help=f"The archive; INPUT{SUFFIX}."
     )
-    parser.add_argument(
-        "--passes", type=int | None, default=None, help="Passes to decode; the model's own."
-    )
-    parser.add_argument(
-        "--window", type=int | None, default=None, help="Symbols of a window; the model's."
-    )
+    add_size_arguments(parser)
     parser.add_argument(
         "--batch_size", type=int | None, default=None, help="Windows that are coded together."
     )

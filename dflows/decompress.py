@@ -10,18 +10,11 @@ import sys
 from collections.abc import Sequence
 
 from dflows.cli.checkpoints import add_checkpoint_arguments, read_checkpoint
-from dflows.cli.coding import (
-    STANDARD,
-    SUFFIX,
-    byte_bar,
-    output,
-    seekable,
-    target_of,
-    text_codec,
-)
 from dflows.cli.configs import Parser
 from dflows.cli.errors import run_command
+from dflows.cli.models import text_codec
 from dflows.cli.noise import quiet
+from dflows.cli.streams import STANDARD, SUFFIX, byte_bar, output, seekable, target_of
 from dflows.codec.archive import ArchiveReader
 from dflows.errors import UserError
 

@@ -25,9 +25,9 @@ from rich.console import Console
 from rich.progress import Progress, TaskID
 
 from dflows.cli.checkpoints import add_checkpoint_arguments, load_model, read_checkpoint
-from dflows.cli.coding import check_counts, find_device
 from dflows.cli.configs import Parser, check_seed
 from dflows.cli.errors import run_command
+from dflows.cli.models import add_size_arguments, check_counts, find_device
 from dflows.cli.noise import quiet
 from dflows.cli.trained import TrainedModel, draw, load
 from dflows.errors import UserError
@@ -53,12 +53,7 @@ def generate(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--length", type=int | None, default=None, help="Characters of a sample; a window's."
     )
-    parser.add_argument(
-        "--passes", type=int | None, default=None, help="Passes to generate; the model's own."
-    )
-    parser.add_argument(
-        "--window", type=int | None, default=None, help="Characters drawn together; the model's."
-    )
+    add_size_arguments(parser)
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--method", type=Method, default="levels")

@@ -26,20 +26,13 @@ from rich.table import Table
 from rich.text import Text
 
 from dflows.cli.checkpoints import add_checkpoint_arguments, load_model, read_checkpoint
-from dflows.cli.coding import (
-    STANDARD,
-    check_counts,
-    exact_flow,
-    find_device,
-    opened,
-    output,
-    resize,
-)
 from dflows.cli.configs import Parser
 from dflows.cli.errors import run_command
+from dflows.cli.models import add_size_arguments, check_counts, find_device, resized_flow
 from dflows.cli.noise import quiet
 from dflows.cli.page import render_page
 from dflows.cli.scoring import Scored, score
+from dflows.cli.streams import STANDARD, opened, output
 from dflows.cli.summary import stdout_console
 
 __all__ = ["main", "score_text"]
@@ -59,12 +52,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "-o", "--output", type=str | None, default=None, help="A file; the standard output."
     )
-    parser.add_argument(
-        "--passes", type=int | None, default=None, help="Passes of the model; its own."
-    )
-    parser.add_argument(
-        "--window", type=int | None, default=None, help="Characters of a window; the model's."
-    )
+    add_size_arguments(parser)
     parser.add_argument(
         "--overlap", type=int, default=0, help="Characters known from the window before."
     )
@@ -91,9 +79,7 @@ def score_text(arguments: Sequence[str]) -> None:
     scored = []
     for checkpoint in checkpoints:
         module = load_model(checkpoint, config.allow).to(find_device(config.device))
-        exact_flow(module)
-        resize(module, checkpoint, config.passes, config.window)
-        flow = exact_flow(module)
+        flow = resized_flow(module, checkpoint, config.passes, config.window)
         scored.append(score(flow, checkpoint.vocabulary, content, overlap=config.overlap))
     scored = _comparable(scored)
     names = _names(paths)
@@ -102,13 +88,12 @@ def score_text(arguments: Sequence[str]) -> None:
         _write(render_page(scored, names, title), config.output)
     elif config.format == "jsonl":
         _write("".join(f"{json.dumps(one)}\n" for one in _objects(scored, names)), config.output)
+    elif config.output in (None, STANDARD):
+        _print(scored, names, title, stdout_console())
     else:
         file = io.StringIO()
-        plain = config.output not in (None, STANDARD)
-        console = Console(file=file, width=120) if plain else stdout_console()
-        _print(scored, names, title, console)
-        if plain:
-            _write(file.getvalue(), config.output)
+        _print(scored, names, title, Console(file=file, width=120))
+        _write(file.getvalue(), config.output)
 
 
 def _comparable(scored: Sequence[Scored]) -> list[Scored]:
@@ -118,13 +103,15 @@ def _comparable(scored: Sequence[Scored]) -> list[Scored]:
 
 
 def _names(paths: Sequence[str]) -> list[str]:
-    """Returns the shortest ends of paths that tell them apart."""
+    """Returns the shortest ends of two paths that tell them apart, or three parts of each."""
     parts = [[part for part in Path(path).parts if part != "/"] for path in paths]
-    for number in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part[-number:]) for part in parts]
-        if len(set(names)) == len(names) and (number > 2 or len(names) > 1):
-            return names
-    return ["/".join(part[-3:]) for part in parts]
+
+    def ends(number: int) -> list[str]:
+        return ["/".join(part[-number:]) for part in parts]
+
+    longest = max(map(len, parts)) if len(parts) > 1 else 0
+    apart = (ends(number) for number in range(1, longest + 1))
+    return next((names for names in apart if len(set(names)) == len(names)), ends(3))
 
 
 def _write(text: str, target: str | None) -> None:

@@ -79,6 +79,13 @@ def small_config(folder, text, **trainer):
     return path
 
 
+def finished_run(folder, **trainer):
+    """Trains a small run on odd text, and returns its folder."""
+    config = small_config(folder, write_text(folder), **trainer)
+    assert run_here("fit", "--config", config) == 0
+    return folder / "runs" / "small" / "version_0"
+
+
 def run_here(command, *arguments):
     """Runs a command in this process, and returns its exit code."""
     return MAINS[command](list(map(str, arguments)))

@@ -12,19 +12,24 @@ from types import SimpleNamespace
 import pytest
 
 from dflows.cli import fitting
-from dflows.cli.coding import exact_flow
 from dflows.cli.compressors import compressors, measure
+from dflows.cli.models import exact_flow
 from dflows.errors import UserError
 from dflows.records import read_record
-from tests.commands import command_line, environment, run_here, small_config, write_text
+from tests.commands import (
+    command_line,
+    environment,
+    finished_run,
+    run_here,
+    small_config,
+    write_text,
+)
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """The folder of a finished run."""
-    folder = tmp_path_factory.mktemp("compress")
-    assert run_here("fit", "--config", small_config(folder, write_text(folder))) == 0
-    return folder / "runs" / "small" / "version_0"
+    return finished_run(tmp_path_factory.mktemp("compress"))
 
 
 @pytest.fixture
@@ -113,11 +118,8 @@ class TestRefusals:
         assert line == f"error: {archive} is damaged: take it from its source again"
 
     def test_another_checkpoint(self, tmp_path_factory, archive, capsys, tmp_path):
-        folder = tmp_path_factory.mktemp("other")
-        config = small_config(folder, write_text(folder), max_steps=1)
-        assert run_here("fit", "--config", config) == 0
+        other = finished_run(tmp_path_factory.mktemp("other"), max_steps=1) / "last.ckpt"
         capsys.readouterr()
-        other = folder / "runs" / "small" / "version_0" / "last.ckpt"
         arguments = ("decompress", "--checkpoint", other, archive)
         assert "was written by a model of other weights" in self.refused(
             capsys, tmp_path, *arguments

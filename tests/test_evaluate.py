@@ -3,17 +3,13 @@
 import pytest
 
 from dflows.records import read_record
-from tests.commands import ODD, run_apart, run_here, small_config, write_text
+from tests.commands import ODD, finished_run, run_apart, run_here, small_config, write_text
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """The folder of a finished run."""
-    folder = tmp_path_factory.mktemp("evaluate")
-    text = write_text(folder)
-    config = small_config(folder, text)
-    assert run_here("fit", "--config", config) == 0
-    return folder / "runs" / "small" / "version_0"
+    return finished_run(tmp_path_factory.mktemp("evaluate"))
 
 
 @pytest.fixture(scope="module")

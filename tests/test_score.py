@@ -16,7 +16,7 @@ import dflows
 from datamodules.vocabulary import CharacterVocabulary
 from dflows.cli.page import render_page
 from dflows.cli.scoring import Likelier, Scored
-from tests.commands import ODD, run_here, small_config, write_text
+from tests.commands import ODD, finished_run, run_here, small_config, write_text
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 FLAGS = (
@@ -30,9 +30,7 @@ HOSTILE = "<script>alert(1)</script>&amp;\u2028 \"'`{{title}}</title>\0\x1b[31m"
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """The folder of a finished run."""
-    folder = tmp_path_factory.mktemp("score")
-    assert run_here("fit", "--config", small_config(folder, write_text(folder))) == 0
-    return folder / "runs" / "small" / "version_0"
+    return finished_run(tmp_path_factory.mktemp("score"))
 
 
 @pytest.fixture
@@ -170,7 +168,7 @@ def scored(text, *, seed=0, vocabulary=None):
     bits = generator.exponential(2, len(text))
     bits[::7] = math.nan
     drawn = np.arange(len(text)) % 17
-    return Scored(text, bits, vocabulary, True, 16, drawn, likelier)
+    return Scored(text, bits, vocabulary, 16, drawn, likelier)
 
 
 def shown(page, folder, script=""):

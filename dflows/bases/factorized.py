@@ -133,6 +133,11 @@ class FactorizedBase(ClosedFormBase):
     def greedy_is_mode(self) -> bool:
         return True
 
+    def greedy(self, num_values: int, length: int, context: Tensor | None = None) -> Tensor:
+        # One argmax of the table, and not one for every event.
+        logits = check_logits(self.logits, type(self).__name__)
+        return logits.argmax(dim=-1)[self.groups[:length]].expand(num_values, -1)
+
     def decode(
         self,
         decide: Decide,

@@ -15,6 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from datamodules.symbols import NO_ESCAPES
 from dflows.cli.checkpoints import Checkpoint
 from dflows.cli.split import data_of
 from dflows.errors import UserError
@@ -125,9 +126,8 @@ def training_text(checkpoint: Checkpoint, allow: list[str]) -> bytes | None:
     if chunks is None:
         return None
     symbols = checkpoint.vocabulary.text_symbols()
-    none = np.zeros(0, np.int64), np.zeros(0, np.uint32)
     parts = (np.asarray(chunk, np.int64) for chunk in chunks)
-    return b"".join(symbols.to_bytes(symbols.join(part, none)) for part in parts)
+    return b"".join(symbols.to_bytes(symbols.join(part, NO_ESCAPES)) for part in parts)
 
 
 def compare(content: bytes, primer: bytes | None) -> list[Line]:

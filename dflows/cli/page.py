@@ -35,8 +35,7 @@ def render_page(scored: Sequence[Scored], names: Sequence[str], title: str) -> s
     """
     first = scored[0]
     data = {
-        # Bytes that are no UTF-8 are halves of surrogate pairs, which no page can hold.
-        "text": re.sub("[\ud800-\udfff]", "\ufffd", first.text),
+        "text": _writable(first.text),
         "exact": all(one.exact_terms for one in scored),
         "models": [_model(one, name) for one, name in zip(scored, names, strict=True)],
         "worst": [_line(first, line) for line in first.surprising_lines(WORST)],
@@ -79,7 +78,9 @@ def _model(scored: Scored, name: str) -> dict[str, Any]:
         found["counts"] = _packed(counts, "u1")
         found["classes"] = _packed(classes, "<u2")
         found["probs"] = _packed_bits(-np.log2(probs))
-        found["symbols"] = [scored.vocabulary.decode([one]) for one in range(scored.num_classes)]
+        found["symbols"] = [
+            scored.vocabulary.decode([one]) for one in range(scored.vocabulary.num_classes)
+        ]
     return found
 
 
@@ -96,7 +97,12 @@ def _place(scored: Scored, place: Place) -> dict[str, Any]:
 
 
 def _shown(text: str) -> str:
-    return re.sub("[\ud800-\udfff]", "\ufffd", text).replace("\n", "↵")
+    return _writable(text).replace("\n", "↵")
+
+
+def _writable(text: str) -> str:
+    """Returns a text without halves of surrogate pairs, which no page can hold."""
+    return re.sub("[\ud800-\udfff]", "\ufffd", text)
 
 
 def _line(scored: Scored, line: Line) -> dict[str, Any]:

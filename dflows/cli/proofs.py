@@ -1,19 +1,17 @@
 """The proof of a likelihood: the archive of a split, which is as large as its code length."""
 
-import io
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import numpy as np
 import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
-from datamodules.vocabulary import Vocabulary
-from dflows.cli.coding import exact_flow
-from dflows.codec import TextCodec, compress, decompress
-from dflows.codec.archive import ArchiveReader
+from datamodules.symbols import NO_ESCAPES
+from dflows.cli.models import exact_flow
+from dflows.cli.trained import TrainedModel
+from dflows.codec import compress, decompress
 from dflows.codec.flows import check_size
 from dflows.errors import UserError
 from dflows.reporting import Report
@@ -63,16 +61,21 @@ def prove(module: BaseModule, data: Any, split: str) -> Report:
     loader = data.test_dataloader() if split == "test" else data.val_dataloader()
     batches = [unpack(batch) for batch in loader]
     if getattr(data, "is_text", False) and data.length == flow.length and not flow.takes_context:
-        size, *times, same = _prove_text(module, data.vocabulary, batches)
+        encode, comes_back = _of_text(module, data, batches)
     else:
-        size, *times, same = _prove_arrays(module, batches)
+        encode, comes_back = _of_arrays(module, batches)
+    begin = time.perf_counter()
+    archives = encode()
+    middle = time.perf_counter()
+    same = comes_back(archives)
+    seconds, seconds_back = middle - begin, time.perf_counter() - middle
     if not same:
         raise UserError(
             f"the archive of the {split} split decodes to something else: this is a fault of the "
             "model or of dflows, please report it"
         )
+    size = sum(map(len, archives))
     characters = sum(y.numel() for y, _ in batches)
-    seconds, seconds_back = times[1] - times[0], times[2] - times[1]
     report = Report(
         {
             "archive_bytes": size,
@@ -87,34 +90,34 @@ def prove(module: BaseModule, data: Any, split: str) -> Report:
 
 
 Batches = list[tuple[Tensor, Tensor | None]]
-Proof = tuple[int, float, float, float, bool]
-"""Bytes; the times before, between and after the two directions; and whether all came back."""
+Proof = tuple[Callable[[], list[bytes]], Callable[[list[bytes]], bool]]
+"""What encodes, and what says whether all comes back."""
 
 
-def _prove_text(module: BaseModule, vocabulary: Vocabulary, batches: Batches) -> Proof:
-    symbols, file = vocabulary.text_symbols(), io.BytesIO()
+def _of_text(module: BaseModule, data: Any, batches: Batches) -> Proof:
+    symbols = data.vocabulary.text_symbols()
     classes = torch.cat([y.flatten() for y, _ in batches]).cpu().numpy()
-    none = np.zeros(0, np.int64), np.zeros(0, np.uint32)
-    text = symbols.to_bytes(symbols.join(classes, none))
-    codec = TextCodec(exact_flow(module), symbols)
-    begin = time.perf_counter()
-    size = codec.compress(io.BytesIO(text), file).size
-    middle = time.perf_counter()
-    file.seek(0)
-    same = b"".join(codec.decompress(ArchiveReader(file))) == text
-    return size, begin, middle, time.perf_counter(), same
-
-
-def _prove_arrays(module: BaseModule, batches: Batches) -> Proof:
-    flow, groups = exact_flow(module), [*_by_length(batches)]
-    begin = time.perf_counter()
-    archives = [compress(flow, y.to(module.device), _on(module, context)) for y, context in groups]
-    middle = time.perf_counter()
-    same = all(
-        torch.equal(decompress(flow, archive, _on(module, context)), y)
-        for archive, (y, context) in zip(archives, groups, strict=True)
+    text = symbols.to_bytes(symbols.join(classes, NO_ESCAPES))
+    model = TrainedModel(module, data.vocabulary, data.length)
+    return (
+        lambda: [model.compress(text)],
+        lambda archives: b"".join(map(model.decompress, archives)) == text,
     )
-    return sum(map(len, archives)), begin, middle, time.perf_counter(), same
+
+
+def _of_arrays(module: BaseModule, batches: Batches) -> Proof:
+    flow, groups = exact_flow(module), [*_by_length(batches)]
+
+    def encode() -> list[bytes]:
+        return [compress(flow, y.to(module.device), _on(module, context)) for y, context in groups]
+
+    def comes_back(archives: list[bytes]) -> bool:
+        return all(
+            torch.equal(decompress(flow, archive, _on(module, context)), y)
+            for archive, (y, context) in zip(archives, groups, strict=True)
+        )
+
+    return encode, comes_back
 
 
 def _on(module: BaseModule, context: Tensor | None) -> Tensor | None:

@@ -102,18 +102,15 @@ class Scored:
         text: The text. A byte that is no UTF-8 is half a surrogate pair.
         bits: The bits of each character; NaN where the model has no class for it.
         vocabulary: What the classes of `likelier` stand for.
-        exact_terms: Whether the bits of a character are its own given others, and not those of
-            what the transforms leave at its place.
         passes: Passes of the model.
         drawn: In which pass each character is drawn, from 1; 0 before the first, -1 where it has no
             class. None without a single ordering.
-        likelier: What the model held likelier, where it says so.
+        likelier: What the model held likelier; None under transforms, where it does not say so.
     """
 
     text: str
     bits: Bits
     vocabulary: Vocabulary
-    exact_terms: bool
     passes: int = 0
     drawn: NDArray[np.int64] | None = None
     likelier: Likelier | None = None
@@ -139,9 +136,12 @@ class Scored:
         return _perplexity(self.bits_per_character)
 
     @property
-    def num_classes(self) -> int:
-        """K."""
-        return self.vocabulary.num_classes
+    def exact_terms(self) -> bool:
+        """Whether the bits of a character are its own, given those of lower levels.
+
+        Otherwise they are those of what the transforms leave at its place.
+        """
+        return self.likelier is not None
 
     def surprising_lines(self, number: int) -> list[Line]:
         """Returns the lines of most bits a character, the worst first."""
@@ -232,8 +232,7 @@ def score(
     text = symbols.to_bytes(codes).decode("utf-8", "surrogateescape")
     if len(text) != len(codes):
         bits, drawn, likelier = _by_character(text, bits, drawn, likelier)
-    exact_terms = not len(flow.transforms)
-    return Scored(text, bits, vocabulary, exact_terms, flow.passes, drawn, likelier)
+    return Scored(text, bits, vocabulary, flow.passes, drawn, likelier)
 
 
 def _check_overlap(flow: DiscreteFlow, overlap: int) -> None:

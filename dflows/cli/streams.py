@@ -1,4 +1,4 @@
-"""What the commands that encode and decode texts share: the model, files, and the bar."""
+"""Files and standard streams that commands read and write as bytes, and the bar."""
 
 import contextlib
 import io
@@ -7,132 +7,28 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import BinaryIO, cast
 
-import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from dflows.cli.checkpoints import Checkpoint, load_model
-from dflows.codec import TextCodec
-from dflows.codec.archive import ArchiveReader
-from dflows.codec.flows import check_weights
 from dflows.errors import UserError
 from dflows.files import atomic_write, named
-from dflows.flow import DiscreteFlow
-from lightning_modules import BaseModule
 
 __all__ = [
     "STANDARD",
     "SUFFIX",
     "byte_bar",
-    "check_counts",
-    "exact_flow",
-    "find_device",
     "opened",
     "output",
-    "resize",
     "seekable",
     "size_of",
     "target_of",
-    "text_codec",
 ]
 
 SUFFIX = ".dfl"
 STANDARD = "-"
 IN_MEMORY = 1 << 24
-
-
-def find_device(name: str) -> torch.device:
-    """Returns a device by its name; `auto` is the accelerator, where there is one.
-
-    Raises:
-        UserError: If it is not there.
-    """
-    if name == "auto":
-        found = torch.accelerator.current_accelerator(check_available=True)
-        return found or torch.device("cpu")
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {name} is not available: {error}") from None
-    return device
-
-
-def exact_flow(module: BaseModule) -> DiscreteFlow:
-    """Returns the flow of a module, whose likelihood is exact.
-
-    Raises:
-        UserError: If there is none.
-    """
-    name = type(module).__name__
-    if module.likelihood != "exact":
-        raise UserError(
-            f"the likelihood of a {name} is a {module.likelihood}, and nothing can be encoded in "
-            "so many bits: give a checkpoint of an exact model"
-        )
-    flow = getattr(module, "flow", None)
-    if not isinstance(flow, DiscreteFlow):
-        raise UserError(f"a {name} has no flow, whose levels could be decoded: train a FlowModule")
-    return flow
-
-
-def text_codec(
-    checkpoint: Checkpoint,
-    *,
-    allow: list[str],
-    device: str,
-    passes: int | None = None,
-    window: int | None = None,
-    archive: ArchiveReader | None = None,
-) -> TextCodec:
-    """Makes the model of a checkpoint, and what encodes and decodes with it.
-
-    Args:
-        checkpoint: The checkpoint.
-        allow: Packages whose classes it may name.
-        device: Where the model computes.
-        passes: Passes of the model; its own, where not given.
-        window: Symbols of a window, likewise.
-        archive: What it is to decode, which says both.
-
-    Raises:
-        UserError: If the model cannot encode a text.
-        ArchiveError: If it has not written the archive.
-    """
-    module = load_model(checkpoint, allow).to(find_device(device))
-    flow = exact_flow(module)
-    if archive is not None:
-        check_weights(flow, archive)
-        passes, window = archive.header.passes, archive.header.length
-    resize(module, checkpoint, passes, window)
-    return TextCodec(exact_flow(module), checkpoint.vocabulary.text_symbols())
-
-
-def check_counts(config: Any, *keys: str) -> None:
-    """Refuses numbers below 1 among the arguments of a command.
-
-    Raises:
-        UserError: If there is one; the message names its key.
-    """
-    for key in keys:
-        if config[key] is not None and config[key] < 1:
-            raise UserError(f"{key} is {config[key]}: give at least 1")
-
-
-def resize(
-    module: BaseModule, checkpoint: Checkpoint, passes: int | None, window: int | None
-) -> None:
-    """Sets the window of a model and then its passes, where they are asked for and others.
-
-    Raises:
-        UserError: If the model cannot have them.
-    """
-    if window not in (None, checkpoint.length):
-        module.resize(length=window)
-    if passes not in (None, module.passes):
-        module.resize(passes=passes)
 
 
 def size_of(path: str) -> int | None:
@@ -148,6 +44,18 @@ class _Source(io.RawIOBase):
 
     def __init__(self, path: str, file: BinaryIO) -> None:
         self._path, self._file = path, file
+
+    def seekable(self) -> bool:
+        """Says whether it can be read twice."""
+        return self._file.seekable()
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        """Goes to a place."""
+        return self._file.seek(offset, whence)
+
+    def tell(self) -> int:
+        """Returns the place."""
+        return self._file.tell()
 
     def read(self, size: int = -1) -> bytes:
         """Reads.
@@ -181,11 +89,15 @@ def opened(path: str) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def seekable(path: str) -> Iterator[BinaryIO]:
-    """Opens a file as :func:`opened` does, or a copy of it, so that it can be read twice."""
-    with opened(path) as file, tempfile.SpooledTemporaryFile(IN_MEMORY) as copy:
-        shutil.copyfileobj(file, copy)
-        copy.seek(0)
-        yield cast("BinaryIO", copy)
+    """Opens a file as :func:`opened` does, or a copy where it cannot be read twice."""
+    with opened(path) as file:
+        if file.seekable():
+            yield file
+            return
+        with tempfile.SpooledTemporaryFile(IN_MEMORY) as copy:
+            shutil.copyfileobj(file, copy)
+            copy.seek(0)
+            yield cast("BinaryIO", copy)
 
 
 def target_of(given: str | None, source: str, named_after: Callable[[str], str]) -> str:

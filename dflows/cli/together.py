@@ -110,10 +110,14 @@ def _is_of_the_group(error: BaseException) -> bool:
     return told or isinstance(error, distributed.DistError)
 
 
-def _leave(launcher: Any) -> NoReturn:
-    """Ends at once, with all that were started: whatever this process waits for does not come."""
+def _kill_children(launcher: Any) -> None:
     if isinstance(launcher, _SubprocessScriptLauncher):
         launcher.kill(signal.SIGKILL)
+
+
+def _leave(launcher: Any) -> NoReturn:
+    """Ends at once, with all that were started: whatever this process waits for does not come."""
+    _kill_children(launcher)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(FAILURE)
@@ -209,7 +213,7 @@ class Together(Callback):
                 print(f"error in process {rank}: another process is gone", file=sys.stderr)
             if lost or told:
                 self._end()
-        self._kill_children()
+        _kill_children(trainer.strategy.launcher)
 
     def _wait_for_failed(self, ranks: range) -> bool:
         """Waits a moment for word that one of these processes failed."""
@@ -253,11 +257,6 @@ class Together(Callback):
 
     def _end(self) -> None:
         _leave(self._trainer.strategy.launcher)
-
-    def _kill_children(self) -> None:
-        launcher = self._trainer.strategy.launcher
-        if isinstance(launcher, _SubprocessScriptLauncher):
-            launcher.kill(signal.SIGKILL)
 
 
 def _store() -> Any:

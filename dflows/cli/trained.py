@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from datamodules.vocabulary import Vocabulary
 from dflows.bases import Base
 from dflows.cli.checkpoints import load_model, read_checkpoint
-from dflows.cli.coding import exact_flow
+from dflows.cli.models import exact_flow
 from dflows.cli.scoring import Scored, score
 from dflows.codec import TextCodec
 from dflows.codec.archive import ArchiveReader

@@ -11,14 +11,12 @@ import dflows
 from dflows.errors import UserError
 from dflows.records import read_record
 from lightning_modules import BaseModule, FlowModule, LanguageModel
-from tests.commands import ODD, environment, run_here, small_config, write_text
+from tests.commands import ODD, environment, finished_run
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("trained")
-    assert run_here("fit", "--config", small_config(folder, write_text(folder))) == 0
-    return folder / "runs" / "small" / "version_0"
+    return finished_run(tmp_path_factory.mktemp("trained"))
 
 
 @pytest.fixture(scope="module")
