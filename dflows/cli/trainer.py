@@ -123,6 +123,15 @@ class Trainer(pl.Trainer):
         )
         check_launcher(self)
         every = kwargs.get("val_check_interval")
+        every = kwargs.get("val_check_interval")
+        every = kwargs.get("val_check_interval")
+        every = kwargs.get("val_check_interval")
+        every = kwargs.get("val_check_interval")
+        every = kwargs.get("val_check_interval")
+        every = kwargs.get("val_check_interval")
+        every = kwargs.get("val_check_interval")
+        every = kwargs.get("val_check_interval")
+        every = kwargs.get("val_check_interval")
         if self.world_size > 1 and isinstance(every, (str, dict, timedelta)):
             raise UserError(
                 f"trainer.val_check_interval is the time {every}, and the "

@@ -96,8 +96,8 @@ def test_probabilities_sum_to_1(make, training):
     module = shaken(make(2)).train(training)
     grams_of(module).count([torch.randint(2, (60,))])
     with torch.no_grad():
-        total = module.flow.log_prob(states(2, D)).double().exp().sum()
-    assert total.item() == pytest.approx(1, abs=1e-4)
+        parts = [module.flow.log_prob(part).double() for part in states(2, D).split(4096)]
+    assert torch.cat(parts).exp().sum().item() == pytest.approx(1, abs=1e-4)
 
 
 @pytest.mark.parametrize("training", [False, True])
@@ -184,9 +184,9 @@ def test_an_expert_is_counted_before_the_base_beneath(text, tmp_path, monkeypatc
 
 
 def test_data_without_a_text_are_refused(tmp_path):
-    data = FullRankDataModule(D, 3, batch_size=4, eval_batch_size=4, eval_examples=8)
+    data = FullRankDataModule(D, 2, batch_size=4, eval_batch_size=4, eval_examples=8)
     with pytest.raises(UserError, match="no text to count them on: leave ngram_order away"):
-        trainer(tmp_path).fit(flow_module(3), datamodule=data)
+        trainer(tmp_path).fit(flow_module(2), datamodule=data)
 
 
 def test_what_does_not_fit_is_refused():
