@@ -1,13 +1,14 @@
 """Running dflows' commands in tests, in this process or in one of their own."""
 
 import os
-import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import yaml
 
 from dflows import compress, decompress, evaluate, fit, generate, score
+from tests.processes import as_torchrun, run_module
 
 ROOT = Path(__file__).parents[1]
 MAINS = {
@@ -100,17 +101,17 @@ def environment(**more):
     return {**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **more}
 
 
-def run_apart(command, *arguments, cwd, timeout=600, **more):
-    """Runs a command in a process of its own, from another folder."""
-    return subprocess.run(
-        command_line(command, *arguments),
-        cwd=cwd,
-        env=environment(**more),
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=timeout,
-    )
+def run_apart(command, *arguments, cwd, **more):
+    """Runs a command in a process of its own, in another folder; in all that it has devices for.
+
+    Of several, each is started as torchrun does.
+    """
+    line = list(map(str, arguments))
+    devices = int(line[line.index("--trainer.devices") + 1]) if "--trainer.devices" in line else 1
+    several = as_torchrun(devices) if devices > 1 else [{}]
+    environments = [environment(**more, **variables) for variables in several]
+    with tempfile.TemporaryDirectory() as folder:
+        return run_module(f"dflows.{command}", line, str(cwd), environments, Path(folder))
 
 
 def everything_in(folder):

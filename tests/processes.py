@@ -1,7 +1,10 @@
-"""Several processes in tests, which train together."""
+"""Processes of tests. They are forked from one that has imported the libraries, which takes long."""
 
 import os
+import runpy
 import socket
+import subprocess
+import sys
 import traceback
 from pathlib import Path
 
@@ -10,11 +13,16 @@ from torch import multiprocessing
 
 PATIENCE = 600
 
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["datasets", "jsonargparse", "pytorch_lightning", "torchmetrics"])
 
-def _run(function, rank, processes, port, folder, arguments):
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
+
+def as_torchrun(processes):
+    """The variables that torchrun sets in each of several processes on this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    every = {
         "GROUP_RANK": "0",
         "WORLD_SIZE": str(processes),
         "LOCAL_WORLD_SIZE": str(processes),
@@ -22,34 +30,69 @@ def _run(function, rank, processes, port, folder, arguments):
         "MASTER_PORT": str(port),
         "TORCHELASTIC_RUN_ID": "tests",
     }
-    torch.set_num_threads(1)
-    try:
-        found = {"value": function(*arguments)}
-    except BaseException:  # noqa: BLE001 - it is shown where the test waits
-        found = {"error": traceback.format_exc()}
-    torch.save(found, folder / f"found-{rank}.pt")
-    os._exit(0)
+    return [{**every, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
-def together(function, *arguments, folder, processes=2):
-    """What a function returns in each of several processes, started as torchrun does."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    for stale in Path(folder).glob("found-*.pt"):
-        stale.unlink()
-    context, folder = multiprocessing.get_context("spawn"), Path(folder)
-    started = [
-        context.Process(target=_run, args=(function, rank, processes, port, folder, arguments))
-        for rank in range(processes)
-    ]
+def _join(processes):
+    started = list(processes)
     for process in started:
         process.start()
     for process in started:
         process.join(PATIENCE)
         if process.is_alive():
             process.kill()
-    results = [torch.load(folder / f"found-{rank}.pt") for rank in range(processes)]
+            process.join()
+    return [process.exitcode for process in started]
+
+
+def _become(module, arguments, cwd, variables, outputs):
+    """What ``python -m module`` does, from the first line of the module on."""
+    os.setsid()
+    os.chdir(cwd)
+    os.environ.clear()
+    os.environ.update(variables)
+    for number, path in enumerate(outputs, start=1):
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT)
+        os.dup2(descriptor, number)
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+def run_module(module, arguments, cwd, environments, folder):
+    """Runs a module in a process for each of some environments, as one that has completed.
+
+    The code is the first that is not 0; the outputs follow each other.
+    """
+    outputs = [[folder / f"{n}-{name}" for name in ("out", "err")] for n in range(len(environments))]
+    codes = _join(
+        FORKS.Process(target=_become, args=(module, arguments, cwd, variables, paths))
+        for variables, paths in zip(environments, outputs, strict=True)
+    )
+    texts = ("".join(path.read_text(encoding="utf-8") for path in paths) for paths in zip(*outputs))
+    return subprocess.CompletedProcess(arguments, next(filter(None, codes), 0), *texts)
+
+
+def _run(function, variables, arguments, found):
+    os.environ.update(variables)
+    torch.set_num_threads(1)
+    try:
+        result = {"value": function(*arguments)}
+    except BaseException:  # noqa: BLE001 - it is shown where the test waits
+        result = {"error": traceback.format_exc()}
+    torch.save(result, found)
+    os._exit(0)
+
+
+def together(function, *arguments, folder, processes=2):
+    """What a function returns in each of several processes, started as torchrun does."""
+    paths = [Path(folder) / f"found-{rank}.pt" for rank in range(processes)]
+    for stale in paths:
+        stale.unlink(missing_ok=True)
+    _join(
+        FORKS.Process(target=_run, args=(function, variables, arguments, path))
+        for variables, path in zip(as_torchrun(processes), paths, strict=True)
+    )
+    results = [torch.load(path) for path in paths]
     for found in results:
         assert "error" not in found, found["error"]
     return [found["value"] for found in results]

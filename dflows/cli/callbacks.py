@@ -31,12 +31,14 @@ class SaveRun(SaveConfigCallback):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{**kwargs, "overwrite": True})
+        self._description: dict[str, Any] | None = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Waits for :meth:`on_train_start`."""
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Writes config.yaml and tokenizer.json."""
+        self._description = None  # Lightning's finders may have saved with what they tried
         folder, data = run_folder(trainer), trainer.datamodule  # type: ignore[attr-defined]
         if not trainer.is_global_zero or folder is None:
             return
@@ -50,9 +52,11 @@ class SaveRun(SaveConfigCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Adds a description of the model to the checkpoint."""
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        config = plain_config(self.parser, self.config, pl_module, data)
-        checkpoint[KEY] = describe_run(config, data.vocabulary.to_json(), data.length)
+        if self._description is None:
+            data = trainer.datamodule  # type: ignore[attr-defined]
+            config = plain_config(self.parser, self.config, pl_module, data)
+            self._description = describe_run(config, data.vocabulary.to_json(), data.length)
+        checkpoint[KEY] = self._description
 
 
 def used_config(config: Any, module: pl.LightningModule, data: StreamDataModule) -> Any:
