@@ -1,4 +1,4 @@
-"""Processes of tests. They are forked from one that has imported the libraries, which takes long."""
+"""Processes of tests, forked from one that has imported the libraries, which takes long."""
 
 import os
 import runpy
@@ -63,7 +63,9 @@ def run_module(module, arguments, cwd, environments, folder):
 
     The code is the first that is not 0; the outputs follow each other.
     """
-    outputs = [[folder / f"{n}-{name}" for name in ("out", "err")] for n in range(len(environments))]
+    outputs = [
+        [folder / f"{n}-{name}" for name in ("out", "err")] for n in range(len(environments))
+    ]
     codes = _join(
         FORKS.Process(target=_become, args=(module, arguments, cwd, variables, paths))
         for variables, paths in zip(environments, outputs, strict=True)

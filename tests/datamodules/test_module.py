@@ -1,8 +1,5 @@
 """Loaders under a real trainer: resume, epochs, evaluation."""
 
-import subprocess
-import sys
-
 import pytest
 import pytorch_lightning as pl
 import torch
@@ -12,8 +9,8 @@ from datamodules.full_rank import FullRankDataModule
 from datamodules.sources import TextSource
 from datamodules.text import TextDataModule
 from dflows.errors import UserError
-from tests.commands import ROOT
 from tests.datamodules.process import Process
+from tests.processes import together
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning"),
@@ -372,17 +369,11 @@ class TestOverfit:
         assert len(module.seen["valid"]) == 4
 
 
-SCRIPT = """
-import sys
-from pathlib import Path
-import torch
-sys.path.insert(0, {root!r})
-from tests.datamodules.test_module import fit, pieces
-
-folder, path, options = Path(sys.argv[1]), *eval(sys.argv[2])
-module, trainer = fit(pieces(2, num_workers=1), folder, -1, ckpt_path=path, **options)
-torch.save((module.rows(), trainer.global_step), folder / f"rows{{trainer.global_rank}}.pt")
-"""
+def trained(folder, path, options):
+    """What a process of two trains on, and after how many steps it ends."""
+    options = {**options, "strategy": "ddp", "devices": 2}
+    module, trainer = fit(pieces(2, num_workers=1), folder, -1, ckpt_path=path, **options)
+    return module.rows(), trainer.global_step
 
 
 @pytest.mark.parametrize(
@@ -393,26 +384,14 @@ torch.save((module.rows(), trainer.global_step), folder / f"rows{{trainer.global
     ],
 )
 def test_two_processes_have_the_epochs_of_one(options, steps, before, tmp_path):
-    (tmp_path / "script.py").write_text(SCRIPT.format(root=str(ROOT)))
     whole, trainer = fit(pieces(4), tmp_path / "one", -1, **options)
     assert trainer.global_step == steps
     folders = {name: tmp_path / name for name in ("two", "resumed")}
-    for name, path in (("two", None), ("resumed", str(tmp_path / before / "5.ckpt"))):
+    ways = {"two": (None, 0), "resumed": (str(tmp_path / before / "5.ckpt"), 5)}
+    for name, (path, first) in ways.items():
         folders[name].mkdir()
-        arguments = repr((path, {**options, "strategy": "ddp", "devices": 2}))
-        done = subprocess.run(
-            [sys.executable, tmp_path / "script.py", folders[name], arguments],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            timeout=600,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-    for name, first in (("two", 0), ("resumed", 5)):
-        parts, numbers = zip(
-            *(torch.load(folders[name] / f"rows{n}.pt") for n in (0, 1)), strict=True
-        )
+        found = together(trained, folders[name], path, options, folder=tmp_path)
+        parts, numbers = zip(*found, strict=True)
         assert numbers == (steps, steps)
         assert torch.equal(torch.cat(parts, dim=1), whole.rows()[first:])
     path = folders["two"] / "5.ckpt"

@@ -3,10 +3,11 @@
 import math
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from torch import multiprocessing, nn
+from torch import nn
 
 from dflows.metrics import (
     BitsPerCharacter,
@@ -20,6 +21,7 @@ from dflows.metrics import (
     nats_per_example,
     time_calls,
 )
+from tests.processes import together
 
 NUM_CLASSES = 5
 NUM_FLOWS = 2
@@ -352,33 +354,28 @@ def test_on_cuda_states_move_and_memory_is_measured():
     assert int(latency.compute()["peak_bytes"]) >= 4 << 20
 
 
-def _work(rank: int, file: str, shares: list[list[int]], results) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{file}", rank=rank, world_size=len(shares)
-    )
-    values = {}
+def measured(shares: list[list[int]]) -> dict[str, Any]:
+    """What a process of a group finds, with the batches of its share."""
+    torch.distributed.init_process_group("gloo")
+    share, values = shares[torch.distributed.get_rank()], {}
     for name, metric in metrics().items():
-        for index in shares[rank]:
+        for index in share:
             updated(metric, take=slice(index, index + 1))
         values[name] = metric.compute().tolist()
         # Once more, after the states of this process were restored.
         updated(metric, take=slice(0, 1))
         values[f"{name} again"] = metric.compute().tolist()
     latency = GenerationLatency()
-    for index in shares[rank]:
+    for index in share:
         latency.update(float(index), peak_bytes=index)
     values["latency"] = {key: float(value) for key, value in latency.compute().items()}
-    results[rank] = values
     torch.distributed.destroy_process_group()
+    return values
 
 
 @pytest.mark.parametrize("shares", [[[0, 1, 3], [2, 4]], [[0, 1, 2, 3, 4], []]], ids=str)
 def test_two_processes_with_uneven_batches_equal_one(tmp_path: Path, shares):
-    with multiprocessing.get_context("spawn").Manager() as manager:
-        results = manager.dict()
-        multiprocessing.spawn(_work, (str(tmp_path / "store"), shares, results), nprocs=2)
-        one, other = results[0], results[1]
+    one, other = together(measured, shares, folder=tmp_path)
     assert one == other
     again = [*SHAPES, SHAPES[0], SHAPES[0]]
     for name in NAMES:
