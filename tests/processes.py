@@ -63,15 +63,16 @@ def run_module(module, arguments, cwd, environments, folder):
 
     The code is the first that is not 0; the outputs follow each other.
     """
-    outputs = [
-        [folder / f"{n}-{name}" for name in ("out", "err")] for n in range(len(environments))
-    ]
+    ranks = range(len(environments))
+    printed, errors = ([folder / f"{name}-{rank}" for rank in ranks] for name in ("out", "err"))
     codes = _join(
-        FORKS.Process(target=_become, args=(module, arguments, cwd, variables, paths))
-        for variables, paths in zip(environments, outputs, strict=True)
+        FORKS.Process(target=_become, args=(module, arguments, cwd, variables, outputs))
+        for variables, *outputs in zip(environments, printed, errors, strict=True)
     )
-    texts = ("".join(path.read_text(encoding="utf-8") for path in paths) for paths in zip(*outputs))
-    return subprocess.CompletedProcess(arguments, next(filter(None, codes), 0), *texts)
+    said = (
+        "".join(file.read_text(encoding="utf-8") for file in part) for part in (printed, errors)
+    )
+    return subprocess.CompletedProcess(arguments, next(filter(None, codes), 0), *said)
 
 
 def _run(function, variables, arguments, found):

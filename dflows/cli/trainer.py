@@ -123,20 +123,10 @@ class Trainer(pl.Trainer):
         )
         check_launcher(self)
         every = kwargs.get("val_check_interval")
-        every = kwargs.get("val_check_interval")
-        every = kwargs.get("val_check_interval")
-        every = kwargs.get("val_check_interval")
-        every = kwargs.get("val_check_interval")
-        every = kwargs.get("val_check_interval")
-        every = kwargs.get("val_check_interval")
-        every = kwargs.get("val_check_interval")
-        every = kwargs.get("val_check_interval")
-        every = kwargs.get("val_check_interval")
         if self.world_size > 1 and isinstance(every, (str, dict, timedelta)):
             raise UserError(
-                f"trainer.val_check_interval is the time {every}, and the "
-                "clocks of several processes differ: give the batches from one validation to the "
-                "next"
+                f"trainer.val_check_interval is the time {every}, and the clocks of several "
+                "processes differ: give the batches from one validation to the next"
             )
         self.callbacks.insert(0, Environment())  # type: ignore[attr-defined]
         join(self, collective_timeout)
