@@ -422,7 +422,8 @@ class FlowCLI(LightningCLI):
         checkpoint = None if given is None else Path(given)
         self.folder = RunFolder(self.config.name, self._resumed_folder, checkpoint, self.arguments)
         first = [self.stop, self.folder, Certificates(), self.stopwatch]
-        trainer.callbacks[:0] = first  # type: ignore[attr-defined]
+        # Behind what lets processes fail together, whatever fails.
+        trainer.callbacks[1:1] = first  # type: ignore[attr-defined]
         return trainer
 
     def _drop_progress_bar(self) -> None:

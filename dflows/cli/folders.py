@@ -121,14 +121,23 @@ class RunFolder(Callback):
         self.command = command
         self.path: Path | None = None
         self._lock: _Lock | None = None
-        self._by_itself = False
+        self._by_itself = True
 
     def claim(self, trainer: pl.Trainer) -> None:
-        """Makes the folder, or keeps others out of the one that is gone on with.
+        """Makes the folder, or keeps others out of the one that is gone on with, until it is left.
+
+        Processes that something else started, torchrun or srun, would wait for one that fails
+        before all have joined: they claim it afterwards.
 
         Raises:
             UserError: If it cannot be made, or another run is at work in it.
         """
+        self._by_itself = False
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        if environment is None or not environment.creates_processes_externally:
+            self._claim(trainer)
+
+    def _claim(self, trainer: pl.Trainer) -> None:
         if not trainer.is_global_zero:
             return
         self.path = self._find(trainer).absolute()
@@ -152,8 +161,7 @@ class RunFolder(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Claims the folder, if that is still to do; all processes share it, and checkpoints."""
         if self.path is None:
-            self.claim(trainer)
-            self._by_itself = True
+            self._claim(trainer)
         found = None if self.path is None else str(self.path)
         self.path = Path(str(trainer.strategy.broadcast(found)))
         for callback in trainer.checkpoint_callbacks:

@@ -133,8 +133,8 @@ class Together(Callback):
     def __init__(self, trainer: pl.Trainer) -> None:
         self._trainer = trainer
         self._watch: threading.Thread | None = None
-        self._ended = threading.Event()
         self._since: float | None = None
+        self._failed = False  # another process, as it said itself
         self.agreed = False
 
     @property
@@ -208,40 +208,52 @@ class Together(Callback):
                 _store().set(f"failed/{rank}", "1")
         if lost or rank:
             # What failed first, or on all, is said once.
-            told = self._wait_for_failed(range(trainer.world_size) if lost else range(1))
+            first = range(trainer.world_size) if lost else range(1)
+            told = _wait(lambda: self._failed or self._have_failed(first), 2 * LOOK_SECONDS)
             if lost and not told:
                 print(f"error in process {rank}: another process is gone", file=sys.stderr)
             if lost or told:
                 self._end()
+        else:  # the store goes with this process
+            _wait(self._all_know, GRACE_SECONDS)
         _kill_children(trainer.strategy.launcher)
 
-    def _wait_for_failed(self, ranks: range) -> bool:
-        """Waits a moment for word that one of these processes failed."""
-        others = [number for number in ranks if number != self._trainer.global_rank]
-        for _ in range(20):
-            with suppress(Exception):
-                if any(_store().check([f"failed/{number}"]) for number in others):
-                    return True
-            time.sleep(0.1)
-        return False
+    def _others(self, ranks: range) -> list[int]:
+        return [number for number in ranks if number != self._trainer.global_rank]
+
+    def _have_failed(self, ranks: range) -> bool:
+        """Says whether another of these processes has said that it failed."""
+        return any(_store().check([f"failed/{number}"]) for number in self._others(ranks))
+
+    def _all_know(self) -> bool:
+        """Says whether all others know that this process failed, or have failed, too."""
+        others = self._others(range(self._trainer.world_size))
+        words = ("knows", "failed")
+        return all(any(_store().check([f"{word}/{n}"]) for word in words) for n in others)
 
     def _look_on(self) -> None:
         """Looks, until the processes are one again, for failures of others and signals to them."""
-        told = False
-        while not self._ended.wait(LOOK_SECONDS) and not self._alone:
+        while not self._alone:
+            time.sleep(LOOK_SECONDS)
+            gone = False
             try:
-                store = _store()
-                if self._signals.noted is not None and not told:
-                    store.set("signal", str(self._signals.noted))
-                    told = True
-                if self._signals.noted is None and store.check(["signal"]):
-                    self._signals.noted = int(store.get("signal"))
-                others = set(range(self._trainer.world_size)) - {self._trainer.global_rank}
-                failed = any(store.check([f"failed/{number}"]) for number in others)
+                if not self._failed:
+                    self._exchange_words()
             except Exception:  # noqa: BLE001 - the process that keeps the store is gone
-                failed = not self._alone
-            if failed or self._children_failed():
+                gone = True
+            if self._failed or gone or self._children_failed():
                 self._end_soon()
+
+    def _exchange_words(self) -> None:
+        """Tells the others of a signal, and learns of theirs and of their failures."""
+        store, signals = _store(), self._signals
+        if signals.noted is None and store.check(["signal"]):
+            signals.noted = int(store.get("signal"))
+        elif signals.noted is not None and not store.check(["signal"]):
+            store.set("signal", str(signals.noted))
+        if self._have_failed(range(self._trainer.world_size)):
+            store.set(f"knows/{self._trainer.global_rank}", "1")
+            self._failed = True
 
     def _children_failed(self) -> bool:
         launcher = self._trainer.strategy.launcher
@@ -257,6 +269,17 @@ class Together(Callback):
 
     def _end(self) -> None:
         _leave(self._trainer.strategy.launcher)
+
+
+def _wait(condition: Callable[[], bool], seconds: float) -> bool:
+    """Waits until a condition holds, for so many seconds at the most, and says whether it does."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        with suppress(Exception):
+            if condition():
+                return True
+        time.sleep(0.1)
+    return False
 
 
 def _store() -> Any:

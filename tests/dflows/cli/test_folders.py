@@ -8,7 +8,7 @@ import pytest
 
 from dflows.cli.folders import RunFolder, new_version
 from dflows.errors import UserError
-from tests.commands import environment, everything_in
+from tests.commands import environment, everything_in, run_apart, small_config, write_text
 from tests.training import trainer as make_trainer
 
 
@@ -67,6 +67,21 @@ def test_a_folder_that_another_run_is_at_work_in_is_refused_until_that_is_gone(t
     (folder / "last.ckpt").touch()
     claimed(tmp_path, resumed=folder).leave()
     assert everything_in(tmp_path) == ["version_0", "version_0/last.ckpt"]
+
+
+def test_processes_that_were_started_from_outside_all_end_where_the_first_has_no_folder(tmp_path):
+    """As under srun, which ends no process because another has failed."""
+    config = small_config(tmp_path, write_text(tmp_path))
+    folder = tmp_path / "runs" / "small" / "version_0"
+    folder.mkdir(parents=True)
+    held = claimed(tmp_path, resumed=folder)
+    more = ("--trainer.devices", 2, "--trainer.strategy", "ddp", "--trainer.logger.version", 0)
+    done = run_apart("fit", "--config", config, *more, cwd=tmp_path)
+    held.leave()
+    assert done.returncode == 1
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error")]
+    assert len(errors) == 1, done.stderr
+    assert f"process {os.getpid()} on" in errors[0]
 
 
 def test_an_unused_folder_is_removed_and_a_used_one_is_not(tmp_path):
