@@ -303,10 +303,9 @@ class FlowCLI(LightningCLI):
         if config.name is None:
             config.name = self._default_name()
         self._check_config()
-        logger = config.trainer.logger
-        own = isinstance(logger, Namespace) and str(logger.class_path).endswith("TensorBoardLogger")
         self._resumed: Checkpoint | None = None
-        self._resumed_folder = folder = run_of_job(self._parent_of_runs(), self.arguments)
+        self._requeued_folder = run_of_job(self._parent_of_runs(), self.arguments)
+        self._resumed_folder = folder = self._requeued_folder
         if folder is not None:
             kept = Path(config.last_checkpoint.dirpath or folder)
             last = kept / f"{config.last_checkpoint.filename}.ckpt"
@@ -316,19 +315,24 @@ class FlowCLI(LightningCLI):
             config.ckpt_path = str(self._resumed.path)
             self._resumed_folder = folder = folder or _folder_of_run(self._resumed.path)
             self._check_seed(self._resumed)
-        if own and folder is not None:
-            logger.init_args.save_dir = str(below_here(folder.parents[1]))
-            logger.init_args.name = folder.parent.name
-            logger.init_args.version = folder.name
-        elif isinstance(logger, Namespace) and logger.get("init_args.name", "") is None:
-            logger.init_args.name = config.name
+        for logger in self._loggers():
+            if folder is not None and str(logger.class_path).endswith("TensorBoardLogger"):
+                logger.init_args.save_dir = str(below_here(folder.parents[1]))
+                logger.init_args.name = folder.parent.name
+                logger.init_args.version = folder.name
+            elif logger.get("init_args.name", "") is None:
+                logger.init_args.name = config.name
+
+    def _loggers(self) -> list[Namespace]:
+        """Returns the settings of all loggers."""
+        given = self.config.trainer.logger
+        loggers = given if isinstance(given, list) else [given]
+        return [logger for logger in loggers if isinstance(logger, Namespace)]
 
     def _parent_of_runs(self) -> Path:
-        """Returns a folder that all runs of the logger lie in."""
-        trainer = self.config.trainer
-        logger = trainer.logger if isinstance(trainer.logger, Namespace) else Namespace()
-        given = logger.get("init_args.save_dir")
-        return Path(given or Path(trainer.default_root_dir or "") / "runs")
+        """Returns a folder that all runs of the first logger lie in."""
+        given = next((logger.get("init_args.save_dir") for logger in self._loggers()), None)
+        return Path(given or Path(self.config.trainer.default_root_dir or "") / "runs")
 
     def _check_config(self) -> None:
         """Refuses what would spoil a run when it is over."""
@@ -420,7 +424,13 @@ class FlowCLI(LightningCLI):
         self.stopwatch = Stopwatch()
         given = self.config.ckpt_path
         checkpoint = None if given is None else Path(given)
-        self.folder = RunFolder(self.config.name, self._resumed_folder, checkpoint, self.arguments)
+        self.folder = RunFolder(
+            self.config.name,
+            self._resumed_folder,
+            checkpoint,
+            self.arguments,
+            requeued=self._requeued_folder is not None,
+        )
         first = [self.stop, self.folder, Certificates(), self.stopwatch]
         # Behind what lets processes fail together, whatever fails.
         trainer.callbacks[1:1] = first  # type: ignore[attr-defined]

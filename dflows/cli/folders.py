@@ -106,6 +106,7 @@ class RunFolder(Callback):
         resumed: The folder of the run that this one continues, if it is one.
         checkpoint: The checkpoint that it resumes from.
         command: The arguments of the command, by which a requeued job finds its run.
+        requeued: Whether this is such a job, which goes on in the folder whatever its loggers do.
     """
 
     def __init__(
@@ -114,11 +115,14 @@ class RunFolder(Callback):
         resumed: Path | None = None,
         checkpoint: Path | None = None,
         command: Sequence[str] = (),
+        *,
+        requeued: bool = False,
     ) -> None:
         self.name = name
         self.resumed = resumed
         self.checkpoint = checkpoint
         self.command = command
+        self.requeued = requeued
         self.path: Path | None = None
         self._lock: _Lock | None = None
         self._by_itself = True
@@ -189,14 +193,14 @@ class RunFolder(Callback):
 
     def _find(self, trainer: pl.Trainer) -> Path:
         logger = trainer.logger
+        if self.resumed is not None and (self.requeued or logger is None):
+            return self.resumed
         if isinstance(logger, (TensorBoardLogger, CSVLogger)):
             if logger._version is None:
                 # Not a number that the logger finds free: two that look at once find the same.
                 found = new_version(Path(logger.root_dir).expanduser())
                 logger._version = int(found.name.removeprefix("version_"))
             return Path(logger.log_dir)
-        if logger is None and self.resumed is not None:
-            return self.resumed
         save_dir, name, version = None, None, None
         if logger is not None:
             save_dir, name, version = logger.save_dir, logger.name, logger.version

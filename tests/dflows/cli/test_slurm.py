@@ -1,5 +1,6 @@
 """Jobs of SLURM, as far as its variables tell: a requeued one goes on in its run."""
 
+import json
 import os
 import signal
 import subprocess
@@ -55,9 +56,20 @@ def test_no_command_leaves_requeueing_to_lightning(job):
     assert not environment.auto_requeue
 
 
-@pytest.mark.parametrize("hook", ["on_after_backward", "on_validation_batch_start"])
+ONE = {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "runs", "name": None}}
+OTHER = {"class_path": "CSVLogger", "init_args": {"save_dir": "runs", "name": "small"}}
+
+
+@pytest.mark.parametrize(
+    ("hook", "logger"),
+    [
+        ("on_after_backward", ONE),
+        ("on_validation_batch_start", OTHER),
+        ("on_validation_batch_start", [ONE, {**OTHER, "init_args": {"save_dir": "logs"}}]),
+    ],
+)
 def test_a_requeued_job_goes_on_in_its_run_as_if_nothing_had_been(
-    tmp_path, job, monkeypatch, capfd, hook
+    tmp_path, job, monkeypatch, capfd, hook, logger
 ):
     config = small_config(tmp_path, write_text(tmp_path))
     assert run_here("fit", "--config", config, "--name", "whole") == 0
@@ -66,7 +78,7 @@ def test_a_requeued_job_goes_on_in_its_run_as_if_nothing_had_been(
 
     more = ("--trainer.callbacks", "tests.callbacks.Send", "--trainer.callbacks.step", 3)
     more += ("--trainer.callbacks.number", int(signal.SIGUSR1), "--trainer.callbacks.hook", hook)
-    command = ("fit", "--config", config, *more)
+    command = ("fit", "--config", config, *more, "--trainer.logger", json.dumps(logger))
     capfd.readouterr()
     assert run_here(*command) == 128 + signal.SIGUSR1
     run = tmp_path / "runs" / "small" / "version_0"
@@ -82,7 +94,9 @@ def test_a_requeued_job_goes_on_in_its_run_as_if_nothing_had_been(
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert run_here(*command) == 0
     assert figures(run) == figures(whole)
-    assert {path.name for path in run.parent.iterdir()} == {"version_0"}
+    # The file of the other logger would be lost if it began another in the same folder.
+    expected = ["version_0", "version_1"] if logger is OTHER else ["version_0"]
+    assert sorted(path.name for path in run.parent.iterdir()) == expected
     content = [torch.load(one / "best.ckpt", weights_only=True) for one in (run, whole)]
     for name, weight in content[1]["state_dict"].items():
         assert torch.equal(content[0]["state_dict"][name], weight), name
