@@ -44,7 +44,7 @@ from dflows.cli.summary import (
     stdout_console,
     trainer_device,
 )
-from dflows.cli.trainer import Trainer
+from dflows.cli.trainer import PRECISIONS, Trainer
 from dflows.errors import UserError
 from dflows.provenance import revision
 from dflows.records import check_folder, check_name, write_record
@@ -84,10 +84,19 @@ def _parser() -> Parser:
 
 
 def _config_of(checkpoint: Checkpoint, allowed: Sequence[str], folder: Path) -> Path:
-    """Writes the configuration that the arguments are laid over."""
+    """Writes the configuration that the arguments are laid over.
+
+    Raises:
+        UserError: If the checkpoint names no precision that there is.
+    """
     data = config_of(checkpoint, allowed, folder)
     trainer = checkpoint.config.get("trainer")
     precision = trainer.get("precision") if isinstance(trainer, dict) else None
+    if precision not in PRECISIONS:
+        raise UserError(
+            f"{checkpoint.path} names a precision of training that there is not: its description "
+            "is not dflows' own, so train the model again"
+        )
     file = folder / "checkpoint.yaml"
     text = yaml.safe_dump({"data": data, "trainer": {"precision": precision}})
     file.write_text(text, encoding="utf-8")

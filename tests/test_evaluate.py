@@ -1,6 +1,7 @@
 """``python -m dflows.evaluate`` from a checkpoint alone."""
 
 import pytest
+import torch
 
 from dflows.records import read_record
 from tests.commands import ODD, finished_run, run_apart, run_here, small_config, write_text
@@ -154,6 +155,17 @@ def test_what_cannot_be_recorded_is_refused_at_once(
     printed = capsys.readouterr()
     assert printed.err.startswith(f"error: {message}")
     assert "bits per character" not in printed.out
+
+
+@pytest.mark.parametrize("precision", ["32-true " * 10_000, ["32-true"], 33])
+def test_a_precision_that_there_is_not_is_refused_in_a_line(run, tmp_path, capsys, precision):
+    content = torch.load(run / "last.ckpt", weights_only=True)
+    content["dflows"]["config"]["trainer"]["precision"] = precision
+    torch.save(content, tmp_path / "crafted.ckpt")
+    assert run_here("evaluate", "--checkpoint", tmp_path / "crafted.ckpt") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith("so train the model again")
+    assert "names a precision of training that there is not" in line
 
 
 def test_two_processes_count_every_character_once(run, fitted, tmp_path):

@@ -1,7 +1,7 @@
 """The trainer of the commands."""
 
 from datetime import timedelta
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import pytorch_lightning as pl
 from jsonargparse.typing import PositiveFloat
@@ -19,7 +19,7 @@ from dflows.cli.together import join
 from dflows.errors import UserError
 from dflows.precision import trainer_precision
 
-__all__ = ["Trainer"]
+__all__ = ["PRECISIONS", "Trainer"]
 
 # Spelled out: of a wrong name the commands say what is expected by the first type of a union.
 Name: TypeAlias = Literal[
@@ -37,6 +37,9 @@ Name: TypeAlias = Literal[
     "16",
     "bf16",
 ]
+
+PRECISIONS = (*get_args(Name), 64, 32, 16, None)
+"""The precisions that a configuration may name."""
 
 
 class _Checkpoints(_CheckpointConnector):
