@@ -123,6 +123,23 @@ class Published:
 
 
 @dataclass
+class Goal:
+    """Creates a goal that was set before the runs, for the table of what was reached.
+
+    Args:
+        row: The row that it is set for.
+        at_most: Bits per character of test.
+        passes: The number of passes; by default that which the row is tested with.
+        above: The row whose bits are taken away first, where the goal is a distance.
+    """
+
+    row: str
+    at_most: float
+    passes: int | None = None
+    above: str | None = None
+
+
+@dataclass
 class Gradients:
     """Creates the description of a comparison of gradients, at the same networks for all rows.
 
@@ -216,6 +233,7 @@ class Plan:
         seeds: Seeds, each with a run of its own.
         figure: Rows that its figure shows; all by default.
         published: Published points of the figure, by task.
+        goals: Goals of the rows, by task.
 
     Raises:
         UserError: If a name is not fit for a record, or refers to nothing.
@@ -231,6 +249,7 @@ class Plan:
     seeds: list[int] = field(default_factory=lambda: [0])
     figure: list[str] = field(default_factory=list)
     published: dict[str, list[Published]] = field(default_factory=dict)
+    goals: dict[str, list[Goal]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for name in (*self.tasks, *self.rows, *self.references):
@@ -244,6 +263,10 @@ class Plan:
         lists.append(("smoke.rows", self.smoke.rows, self.rows))
         lists.append(("figure", self.figure, self.rows))
         lists.append(("published", [*self.published], self.tasks))
+        lists.append(("goals", [*self.goals], self.tasks))
+        for task, goals in self.goals.items():
+            wanted = [row for goal in goals for row in (goal.row, goal.above) if row is not None]
+            lists.append((f"goals.{task}", wanted, self.rows))
         for name, row in self.rows.items():
             lists.append((f"rows.{name}.tasks", row.tasks or [], self.tasks))
             lists.append((f"rows.{name}.published", [*row.published], self.tasks))
@@ -351,10 +374,11 @@ def read_plan(file: str | PathLike[str]) -> Plan:
         for name, kind in (("smoke", Smoke), ("gradients", Gradients)):
             if name in keys:
                 keys[name] = _make(kind, keys[name], name)
-        keys["published"] = {
-            task: [_make(Published, point, f"published.{task}") for point in points]
-            for task, points in (keys.get("published") or {}).items()
-        }
+        for name, kind in (("published", Published), ("goals", Goal)):
+            keys[name] = {
+                task: [_make(kind, one, f"{name}.{task}") for one in given]
+                for task, given in (keys.get(name) or {}).items()
+            }
     plan: Plan = _make(Plan, keys, Path(file).name)
     plan.configs = _found(plan.configs)
     for row in plan.rows.values():

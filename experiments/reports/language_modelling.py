@@ -1,11 +1,12 @@
 """The tables of the comparison on characters."""
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from dflows.errors import UserError
 from dflows.records import Record
-from experiments.plan import Row
+from experiments.plan import Goal, Row
 from experiments.reports.curves import bits
 from experiments.reports.experiment import Experiment, setting
 from experiments.reports.markdown import number, table
@@ -55,8 +56,8 @@ def render(experiment: Experiment) -> str:
     for task in experiment.plan.tasks:
         if shown := _shown(experiment, task):
             experiment.first(task, "unigram_bpc")
-            parts += [_task(task, shown), *_few_passes(shown), *_fastest(shown)]
-            parts += [*_curves(shown), *_samples(shown)]
+            parts += [_task(task, shown), *_goals(experiment.plan.goals.get(task, []), shown)]
+            parts += [*_few_passes(shown), *_fastest(shown), *_curves(shown), *_samples(shown)]
     return "\n\n".join(parts)
 
 
@@ -144,6 +145,37 @@ def _scored(shown: Sequence[Shown]) -> list[Shown]:
         if one.record.likelihood == "exact" and "test_bpc" in one.record.metrics
     ]
     return sorted(scored, key=lambda one: one.record.metrics["test_bpc"])
+
+
+def _goals(goals: Sequence[Goal], shown: Sequence[Shown]) -> list[str]:
+    """Returns the goals of rows that have records, beside what was measured."""
+    found, rows = {one.name: one for one in shown}, []
+    for goal in goals:
+        if goal.row not in found or goal.above not in (None, *found):
+            continue
+        one, above = found[goal.row], 0.0
+        measured = _test_bits(one.record, goal.passes)
+        if goal.above is not None:
+            above = _test_bits(found[goal.above].record)
+        if math.isnan(measured - above):
+            continue
+        what = one.row.label + ("" if goal.passes is None else f", {goal.passes} passes")
+        asked = f"at most {goal.at_most:.2f}"
+        asked += "" if goal.above is None else f" above: {found[goal.above].row.label}"
+        shortfall = measured - above - goal.at_most
+        missed = f"missed by {shortfall:.3f}" if shortfall > 0 else "met"
+        rows.append([what, asked, f"{measured:.3f}", missed])
+    if not rows:
+        return []
+    head = ("goal for", "test bpc asked for", "test bpc", "")
+    return ["The goals that were set before the runs:", table(head, rows)]
+
+
+def _test_bits(record: Record, passes: int | None = None) -> float:
+    """Returns bits per character of test, in so many passes; NaN where they were not measured."""
+    if passes in (None, record.metrics.get("passes")):
+        return float(record.metrics.get("test_bpc", math.nan))
+    return float(record.metrics.get("passes_bpc", {}).get(str(passes), math.nan))
 
 
 def _few_passes(shown: Sequence[Shown]) -> list[str]:

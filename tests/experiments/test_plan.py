@@ -103,6 +103,11 @@ def test_references_are_made_of_the_choices(plan_of):
         ({"figure": ["folw"]}, "figure names folw: give some of base, flow"),
         ({"published": {"9x9": []}}, "published names 9x9"),
         ({"published": {"2x3": [{"label": "a", "bits": 1}]}}, "published.2x3 has no key bits"),
+        ({"goals": {"2x3": [{"row": "folw", "at_most": 1}]}}, "goals.2x3 names folw"),
+        (
+            {"goals": {"2x3": [{"row": "flow", "at_most": 1, "above": "bass"}]}},
+            "goals.2x3 names bass",
+        ),
     ],
 )
 def test_names_of_nothing_are_refused(plan_of, changes, message):

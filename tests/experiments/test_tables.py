@@ -9,7 +9,7 @@ from dflows.bijections import RankPermutation
 from dflows.errors import UserError
 from dflows.orderings import Natural
 from dflows.records import Record, read_records
-from experiments.plan import Plan, Reference, Row, Smoke
+from experiments.plan import Goal, Plan, Reference, Row, Smoke
 from experiments.report import DRAWERS, RENDERERS
 from experiments.reports import archives, benchmarks
 from experiments.reports.experiment import Experiment
@@ -299,6 +299,40 @@ def test_archives_stand_beside_the_likelihoods_that_they_prove(proved):
     row = next(line for line in lines if line.startswith("| a |"))
     assert ("| test bpc, windows | archive, bpc |" in head) is proved
     assert ("| 1.500 | 1.505 |" in row or "| 1.500 | 1.506 |" in row) is proved
+
+
+def test_goals_stand_beside_what_was_measured():
+    goals = [
+        Goal("a", at_most=1.5),
+        Goal("a", at_most=1.45),
+        Goal("b", at_most=0.11, passes=12, above="a"),
+        Goal("b", at_most=0.05, passes=6, above="a"),
+        Goal("b", at_most=2.0, passes=24),  # not measured
+        Goal("c", at_most=2.0),  # without a record
+    ]
+    rows = {name: Row(name) for name in "abc"}
+    plan = Plan("x", {"ptb": {}}, rows, Smoke(["ptb"], ["a"]), goals={"ptb": goals})
+    bits = {"a": {"test_bpc": 1.5}, "b": {"test_bpc": 1.575, "passes_bpc": {"12": 1.605}}}
+    records = {f"{name}-ptb": [record(f"{name}-ptb", RUN | more)] for name, more in bits.items()}
+    lines = RENDERERS["language-modelling"](Experiment(plan, records)).splitlines()
+    begin = lines.index("| goal for | test bpc asked for | test bpc |  |") + 2
+    assert lines[begin : lines.index("", begin)] == [
+        "| a | at most 1.50 | 1.500 | met |",
+        "| a | at most 1.45 | 1.500 | missed by 0.050 |",
+        "| b, 12 passes | at most 0.11 above: a | 1.605 | met |",
+        "| b, 6 passes | at most 0.05 above: a | 1.575 | missed by 0.025 |",
+    ]
+
+
+def test_archives_have_the_size_that_the_likelihood_says():
+    folders = [folder for folder in (ROOT / "results").iterdir() if folder.is_dir()]
+    found = [one for folder in folders for one in read_records(folder)]
+    proved = [one for one in found if {"archive_bpc", "test_bpc"} <= one.metrics.keys()]
+    assert proved
+    for one in proved:
+        ratio = one.metrics["archive_bpc"] / one.metrics["test_bpc"]
+        # What an archive begins with counts for more of a short text.
+        assert 1 < ratio <= (1.01 if one.metrics["characters"]["test"] >= 400_000 else 1.02)
 
 
 HOSTILE = (
