@@ -374,9 +374,10 @@ def read_plan(file: str | PathLike[str]) -> Plan:
         for name, kind in (("smoke", Smoke), ("gradients", Gradients)):
             if name in keys:
                 keys[name] = _make(kind, keys[name], name)
-        for name, kind in (("published", Published), ("goals", Goal)):
+        listed: dict[str, type] = {"published": Published, "goals": Goal}
+        for name, entry in listed.items():
             keys[name] = {
-                task: [_make(kind, one, f"{name}.{task}") for one in given]
+                task: [_make(entry, one, f"{name}.{task}") for one in given]
                 for task, given in (keys.get(name) or {}).items()
             }
     plan: Plan = _make(Plan, keys, Path(file).name)
