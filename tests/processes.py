@@ -55,6 +55,7 @@ def _become(module, arguments, cwd, variables, outputs):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT)
         os.dup2(descriptor, number)
     sys.argv = [module, *arguments]
+    sys.path.insert(0, cwd)
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
