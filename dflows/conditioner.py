@@ -21,14 +21,15 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dflows.acceleration import accelerated
 from dflows.arguments import check_dimensions
 from dflows.backbones import Backbone, State, StatefulBackbone, SteppedBackbone, as_backbone
+from dflows.classes import Classes, NumClasses
 from dflows.embedding import Context, Embedding, Layout, Layouts, behind
 from dflows.errors import UserError
 from dflows.experts import Expert
+from dflows.heads import Head, HeadPerDimension
 from dflows.orderings import Ordering
 from dflows.representations import full_precision, is_one_hot, to_indices, without_autocast
 from dflows.views import view
@@ -69,12 +70,6 @@ def _method(network: nn.Module, name: str) -> Callable[..., Any]:
     return partial(accelerated(getattr(type(network), name)), network)
 
 
-def _affine(layer: nn.Linear, features: Tensor) -> Tensor:
-    """Applies a layer in full precision: logits in half precision tie, and likelihoods suffer."""
-    weight = full_precision(layer.weight)
-    return F.linear(features.to(weight.dtype), weight, full_precision(layer.bias))
-
-
 def _check_size(conditioner: "Conditioner", length: int, num_levels: int) -> None:
     if num_levels > length:
         raise UserError(f"{num_levels} levels were asked for: give 1 to {length}, the dimensions")
@@ -84,6 +79,11 @@ def _check_size(conditioner: "Conditioner", length: int, num_levels: int) -> Non
             f"a {embedding.name} has an embedding for each of {had} levels, and {num_levels} were "
             "asked for: choose a backbone that knows levels by itself, an LSTM or a Transformer of "
             "positions='lanes' say"
+        )
+    if length != conditioner.length and conditioner.classes.each is not None:
+        raise UserError(
+            f"the {conditioner.length} dimensions have classes of their own, and {length} were "
+            "asked for: leave the length as it is"
         )
     if length != conditioner.length and embedding.positions is not None:
         raise UserError(
@@ -98,7 +98,8 @@ class Conditioner(nn.Module):
     The logits of a dimension depend on the values of lower levels only, and on the context.
 
     Args:
-        num_classes: K, the classes of a value.
+        num_classes: K, the classes of a value; or one number a dimension, each of which then has
+            embeddings and a head of its own.
         length: D, the largest number of dimensions.
         ordering: Which dimensions condition which.
         backbone: The network, from features (N, D, width) to features (N, D, width). Conditioners
@@ -119,9 +120,11 @@ class Conditioner(nn.Module):
         torch.Size([2, 8, 5])
     """
 
+    absent: Tensor | None
+
     def __init__(
         self,
-        num_classes: int,
+        num_classes: NumClasses,
         length: int,
         ordering: Ordering,
         backbone: nn.Module,
@@ -130,27 +133,39 @@ class Conditioner(nn.Module):
         expert: Expert | None = None,
     ) -> None:
         super().__init__()
+        self.length = check_dimensions(length)
+        self.classes = Classes(num_classes, length)
+        self.num_classes = num_classes = self.classes.largest
         num_logits = num_classes if num_logits is None else num_logits
+        if expert is not None and self.classes.each is not None:
+            raise UserError(
+                "an expert was given where num_classes has a number for each dimension, and it is "
+                "of the same classes everywhere: leave it away"
+            )
         if expert is not None and not expert.num_classes == num_classes == num_logits:
             raise UserError(
                 f"an expert of {expert.num_classes} classes was given where a value has "
                 f"{num_classes} and {num_logits} logits: give an expert of as many classes, and "
                 "logits of the classes themselves, as those of a base or a RankPermutation"
             )
-        self.num_classes = num_classes
-        self.length = check_dimensions(length)
         self.num_logits = num_logits
         self.ordering = ordering
         self.backbone: Backbone = as_backbone(backbone)
         levels = ordering.levels(length)
         self.num_levels = int(levels.max()) + 1
-        self.embedding = Embedding(num_classes, length, self.num_levels, self.backbone, context)
+        self.embedding = Embedding(self.classes, self.num_levels, self.backbone, context)
         self._layouts = Layouts()
         width = self.backbone.width
-        self.head = nn.Linear(width, num_logits)
+        alike = self.classes.each is None
+        self.head: Head | HeadPerDimension = (
+            Head(width, num_logits) if alike else HeadPerDimension(length, width, num_logits)
+        )
+        # Of other logits than those of classes, a bijection knows itself which ones it reads.
+        absent = self.classes.absent if num_logits == num_classes else None
+        self.register_buffer("absent", absent, persistent=False)
         self.expert = expert
         if expert is not None:
-            self.gate = nn.Linear(width, expert.num_terms(levels))
+            self.gate = Head(width, expert.num_terms(levels))
             nn.init.zeros_(self.gate.weight)
             nn.init.ones_(self.gate.bias)
 
@@ -160,7 +175,12 @@ class Conditioner(nn.Module):
 
     @torch.no_grad()
     def init_head(self, logits: Tensor) -> None:
-        """Sets the logits of every dimension to these (num_logits,), whatever the values."""
+        """Sets the logits of every dimension to these, whatever the values.
+
+        Args:
+            logits: Logits (num_logits,), or (D, num_logits) where dimensions have heads of their
+                own.
+        """
         self.head.weight.zero_()
         self.head.bias.copy_(logits)
 
@@ -194,7 +214,8 @@ class Conditioner(nn.Module):
     def stateful(self) -> bool:
         """Whether windows can continue where others ended: :meth:`resume`."""
         stateful = isinstance(self.backbone, StatefulBackbone) and self.backbone.stateful
-        return stateful and self.left_to_right and self.expert is None
+        alike = self.expert is None and self.classes.each is None
+        return stateful and self.left_to_right and alike
 
     def layout(self, length: int, device: torch.device, tokens: int = 0) -> Layout:
         """Returns the layout of `length` dimensions behind so many context tokens."""
@@ -213,7 +234,8 @@ class Conditioner(nn.Module):
             ordering = ordering.with_levels(num_levels)
         count = int(ordering.levels(length).max()) + 1
         _check_size(self, length, count if num_levels is None else num_levels)
-        return view(self, ordering=ordering, length=length, num_levels=count)
+        classes = Classes(self.classes.each or self.num_classes, length)
+        return view(self, ordering=ordering, length=length, num_levels=count, classes=classes)
 
     def supports_prefix(self, number: int, length: int) -> bool:
         """Returns whether the first `number` of `length` dimensions depend on no later ones."""
@@ -280,14 +302,28 @@ class Conditioner(nn.Module):
     def _logits(self, features: Tensor, y: Tensor, chosen: Tensor | None = None) -> Tensor:
         """Computes logits of features; of all dimensions, of some (n,), or of those true (N, d)."""
         with without_autocast(features.device.type):
-            logits = _affine(self.head, features)
+            if self.classes.each is not None:
+                return self._own_logits(features, y.shape[1], chosen)
+            logits: Tensor = self.head(features)
             if self.expert is None:
                 return logits
             levels = self.layout(y.shape[1], y.device).levels
             with torch.no_grad():
                 terms = self.expert(to_indices(y), levels, chosen, num_terms=self.gate.out_features)
-            gate = _affine(self.gate, features)
+            gate = self.gate(features)
             return logits + (gate.unsqueeze(-2) * terms.to(logits.dtype)).sum(dim=-1)
+
+    def _own_logits(self, features: Tensor, length: int, chosen: Tensor | None) -> Tensor:
+        """Computes logits where dimensions have classes of their own; no others have mass."""
+        dimensions = chosen
+        if chosen is None:
+            dimensions = torch.arange(length, device=features.device)
+        elif chosen.ndim == 2:
+            dimensions = chosen.nonzero()[:, 1]
+        logits: Tensor = self.head(features, dimensions)
+        if self.absent is None:
+            return logits
+        return logits.masked_fill(self.absent[dimensions], -torch.inf)
 
     def forward(self, y: Tensor, context: Tensor | None = None, *, first_level: int = 0) -> Tensor:
         """Computes the logits of all dimensions.
@@ -435,10 +471,11 @@ class Conditioner(nn.Module):
         def step(y: Tensor, level: int, prefix_length: int) -> tuple[Tensor, Tensor]:
             features = first
             if level > layout.lowest:
-                content = self.embedding.content(y[:, layout.members[level - 1]])
+                before = layout.members[level - 1]
+                content = self.embedding.content(y[:, before], before)
                 features = backbone.advance(cache, level - layout.lowest, content)
-            before = bisect_left(layout.placed[level], prefix_length)
-            unknown = layout.members[level][before:]
-            return unknown, self._logits(features[:, before:], y, unknown)
+            known = bisect_left(layout.placed[level], prefix_length)
+            unknown = layout.members[level][known:]
+            return unknown, self._logits(features[:, known:], y, unknown)
 
         return step

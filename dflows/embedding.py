@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dflows.backbones import Backbone
+from dflows.classes import Classes
 from dflows.errors import UserError
 from dflows.orderings import Ordering
 from dflows.representations import is_one_hot
@@ -95,8 +96,8 @@ class Embedding(nn.Module):
     """Creates the embeddings of values, levels, positions and context that a backbone reads.
 
     Args:
-        num_classes: K.
-        length: D, the largest number of dimensions.
+        classes: The classes of D dimensions. Where they differ, a dimension has embeddings of its
+            own.
         num_levels: Levels of the ordering.
         backbone: The backbone, which says what input it needs.
         context: What else it is conditioned on.
@@ -105,16 +106,17 @@ class Embedding(nn.Module):
         UserError: If the backbone takes no context.
     """
 
+    offsets: Tensor | None
+
     def __init__(
         self,
-        num_classes: int,
-        length: int,
+        classes: Classes,
         num_levels: int,
         backbone: Backbone,
         context: Context | None = None,
     ) -> None:
         super().__init__()
-        self.length = length
+        self.length = length = classes.length
         self.width = width = backbone.width
         self.name = backbone.display_name
         self.aligned = context is not None and context.aligned
@@ -129,7 +131,10 @@ class Embedding(nn.Module):
             self.register_parameter("query", None)
             self.register_parameter("positions", None)
             return
-        self.values = nn.Parameter(torch.randn(num_classes, width))
+        offsets = None if classes.each is None else classes.numbers.cumsum(0) - classes.numbers
+        self.register_buffer("offsets", offsets, persistent=False)
+        self.num_classes = classes.largest
+        self.values = nn.Parameter(torch.randn(sum(classes.each or (classes.largest,)), width))
         if backbone.knows_levels:
             self.register_parameter("query", None)
         else:
@@ -146,13 +151,29 @@ class Embedding(nn.Module):
             self.current = nn.Parameter(torch.randn(num_levels, width) * 0.1)
         self.context = None if context is None else nn.Linear(context.features, width)
 
-    def content(self, y: Tensor) -> Tensor:
-        """Embeds indices (N, d) or one-hot vectors (N, d, K) to (N, d, width)."""
+    def content(self, y: Tensor, dimensions: Tensor | None = None) -> Tensor:
+        """Embeds values.
+
+        Args:
+            y: Indices (N, d) or one-hot vectors (N, d, K).
+            dimensions: The dimensions (d,) that they are of; the first d by default.
+
+        Returns:
+            Content (N, d, width).
+        """
         if not self.embeds:
             return y
-        if is_one_hot(y):
-            return y.to(self.values.dtype) @ self.values
-        return F.embedding(y, self.values)
+        if self.offsets is None:
+            if is_one_hot(y):
+                return y.to(self.values.dtype) @ self.values
+            return F.embedding(y, self.values)
+        offsets = self.offsets[: y.shape[1]] if dimensions is None else self.offsets[dimensions]
+        if not is_one_hot(y):
+            return F.embedding(y + offsets, self.values)
+        # Rows of classes that a dimension has not are some other's, times 0.
+        rows = offsets.unsqueeze(-1) + torch.arange(self.num_classes, device=y.device)
+        rows = rows.clamp(max=len(self.values) - 1)
+        return torch.einsum("ndk,dkw->ndw", y.to(self.values.dtype), self.values[rows])
 
     def check_context(self, context: Tensor | None) -> None:
         """Refuses a missing or unexpected context.

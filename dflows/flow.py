@@ -20,6 +20,7 @@ from torch.distributions import Distribution, constraints
 from dflows.acceleration import Acceleration
 from dflows.arguments import check_event
 from dflows.bases import Base
+from dflows.classes import Classes
 from dflows.errors import UserError
 from dflows.generation import Method, check_draft, check_sampling, expand_prompt, generate
 from dflows.gradients import example_weights
@@ -92,10 +93,16 @@ class DiscreteFlow(nn.Module):
                     f"a transform of {transform.length} dimensions does not fit a base of "
                     f"{base.length}: give both the same length"
                 )
-            if transform.bijection.num_classes != base.num_classes:
+            if not transform.keeps(base.classes):
                 raise UserError(
-                    f"a bijection of {transform.bijection.num_classes} classes does not fit a "
-                    f"base of {base.num_classes}: give both the same num_classes"
+                    f"a bijection of {transform.conditioner.classes} classes does not fit a base "
+                    f"of {base.classes}: give both the same num_classes"
+                )
+        for other in self.transforms:
+            if not other.keeps(base.classes):
+                raise UserError(
+                    f"a {type(other).__name__} makes values of classes that their dimensions have "
+                    "not: exchange only dimensions of as many classes"
                 )
         base.adapt(self._orderings)
         self.evaluations: list[int] = []
@@ -103,8 +110,13 @@ class DiscreteFlow(nn.Module):
 
     @property
     def num_classes(self) -> int:
-        """K."""
+        """K; the largest number, where the dimensions have different ones: :attr:`classes`."""
         return self.base.num_classes
+
+    @property
+    def classes(self) -> Classes:
+        """The classes of every dimension."""
+        return self.base.classes
 
     @property
     def length(self) -> int:
@@ -193,7 +205,7 @@ class DiscreteFlow(nn.Module):
         Raises:
             UserError: If they are no indices of the flow's classes, or have too many dimensions.
         """
-        return check_indices(y, self.num_classes, self.length, wait=wait)
+        return check_indices(y, self.classes, wait=wait)
 
     def log_prob(self, y: Tensor, context: Tensor | None = None) -> Tensor:
         """Computes the exact log-probability, in nats.
@@ -416,10 +428,10 @@ class FlowDistribution(Distribution):
 
     @property
     def support(self) -> constraints.Constraint:
-        """Events of D integers 0..K-1."""
-        return constraints.independent(
-            constraints.integer_interval(0, self.flow.num_classes - 1), 1
-        )
+        """Events of D integers, each from 0 to below the number of classes of its dimension."""
+        classes = self.flow.classes
+        most = classes.largest if classes.each is None else classes.numbers
+        return constraints.independent(constraints.integer_interval(0, most - 1), 1)
 
     @property
     def mode(self) -> Tensor:

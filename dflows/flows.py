@@ -5,14 +5,15 @@ Each is a function that returns a :class:`~dflows.flow.DiscreteFlow`; in a confi
 """
 
 from collections.abc import Callable
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 from torch import nn
 
 from dflows.arguments import check_layers
 from dflows.backbones import LSTM, DilatedConvolution, LevelConvolution
 from dflows.bases import AutoregressiveBase, Base, FactorizedBase
-from dflows.bijections import Bijection, RankPermutation
+from dflows.bijections import Bijection, PerDimension, RankPermutation
+from dflows.classes import NumClasses
 from dflows.conditioner import Conditioner
 from dflows.embedding import Context
 from dflows.errors import UserError
@@ -61,7 +62,7 @@ class AutoregressiveFactory:
         self.ngram_order = ngram_order
         self._made = False
 
-    def __call__(self, num_classes: int, length: int) -> AutoregressiveBase:
+    def __call__(self, num_classes: NumClasses, length: int) -> AutoregressiveBase:
         """Makes the base.
 
         Raises:
@@ -85,16 +86,23 @@ class AutoregressiveFactory:
         )
 
 
-BaseFactory: TypeAlias = Callable[[int, int], Base] | AutoregressiveFactory
+BaseFactory: TypeAlias = Callable[[Any, int], Base] | AutoregressiveFactory
 """Makes the distribution of x, given K and D."""
 
 
-def _expert(num_classes: int, ngram_order: int | None) -> NGramExpert | None:
-    return None if ngram_order is None else NGramExpert(num_classes, ngram_order)
+def _expert(num_classes: NumClasses, ngram_order: int | None) -> NGramExpert | None:
+    if ngram_order is None:
+        return None
+    if not isinstance(num_classes, int):
+        raise UserError(
+            f"ngram_order is {ngram_order}, and num_classes has a number for each dimension: "
+            "n-grams are of the same classes everywhere, so leave it away"
+        )
+    return NGramExpert(num_classes, ngram_order)
 
 
 def stack(
-    num_classes: int,
+    num_classes: NumClasses,
     length: int,
     orderings: list[Ordering],
     backbone: Callable[[], nn.Module],
@@ -108,7 +116,7 @@ def stack(
     """Makes a flow of one conditional transform an ordering.
 
     Args:
-        num_classes: K.
+        num_classes: K, or one number a dimension.
         length: D.
         orderings: Which dimensions condition which: one a transform, base → data.
         backbone: Makes the network of a transform.
@@ -137,7 +145,11 @@ def stack(
     shared = backbone() if share_backbone else None
     transforms = []
     for number, ordering in enumerate(orderings, start=1):
-        mapping = bijection(num_classes)
+        mapping = (
+            bijection(num_classes)
+            if isinstance(num_classes, int)
+            else PerDimension(bijection, num_classes)
+        )
         conditioner = Conditioner(
             num_classes,
             length,
@@ -153,7 +165,7 @@ def stack(
 
 
 def bipartite(
-    num_classes: int,
+    num_classes: NumClasses,
     length: int,
     backbone: Callable[[], nn.Module] | None = None,
     *,
@@ -168,7 +180,7 @@ def bipartite(
     Generation takes one network evaluation a transform.
 
     Args:
-        num_classes: K.
+        num_classes: K, or one number a dimension.
         length: D.
         backbone: Makes the network of a transform, of any kind; a dilated convolution by default.
         num_transforms: Number of transforms; the parts alternate.
@@ -200,7 +212,7 @@ def bipartite(
 
 
 def autoregressive(
-    num_classes: int,
+    num_classes: NumClasses,
     length: int,
     backbone: Callable[[], nn.Module] | None = None,
     *,
@@ -216,7 +228,7 @@ def autoregressive(
     evaluation a transform, generation D - 1.
 
     Args:
-        num_classes: K.
+        num_classes: K, or one number a dimension.
         length: D.
         backbone: Makes the network of a transform; an LSTM by default.
         num_transforms: Number of transforms.
@@ -247,7 +259,7 @@ def autoregressive(
 
 
 def strided(
-    num_classes: int,
+    num_classes: NumClasses,
     length: int,
     columns: int,
     backbone: Callable[[], nn.Module] | None = None,
@@ -262,7 +274,7 @@ def strided(
     Generation takes `columns` - 1 network evaluations, whatever the length.
 
     Args:
-        num_classes: K.
+        num_classes: K, or one number a dimension.
         length: D.
         columns: Number of columns, which are the levels.
         backbone: Makes the network; a level-causal convolution by default.
@@ -291,7 +303,7 @@ def strided(
 
 
 def language_model(
-    num_classes: int,
+    num_classes: NumClasses,
     length: int,
     backbone: Callable[[], nn.Module] | None = None,
     *,
@@ -302,7 +314,7 @@ def language_model(
     """Makes an autoregressive base without a transform: in the natural ordering, a language model.
 
     Args:
-        num_classes: K.
+        num_classes: K, or one number a dimension.
         length: D.
         backbone: Makes the network; an LSTM by default.
         ordering: Which dimensions condition which; natural by default.

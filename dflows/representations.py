@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from dflows.classes import Classes
 from dflows.errors import NonFiniteError, UserError
 from dflows.precision import has_bfloat16
 
@@ -41,31 +42,32 @@ def is_one_hot(value: Tensor) -> bool:
     return value.is_floating_point()
 
 
-def check_indices(y: Tensor, num_classes: int, length: int, *, wait: bool = False) -> Tensor:
+def check_indices(y: Tensor, classes: Classes, *, wait: bool = False) -> Tensor:
     """Returns indices as 64-bit integers.
 
     Args:
         y: Indices (…, d).
-        num_classes: K.
-        length: D, the most dimensions.
+        classes: The classes of D dimensions.
         wait: Whether to look at the values even where that waits for a device.
 
     Raises:
-        UserError: If they are no indices 0..K-1, or have more dimensions.
+        UserError: If they are no indices of the classes, or have more than D dimensions.
     """
     if y.is_floating_point() or y.dtype == torch.bool:
-        raise UserError(
-            f"values of dtype {y.dtype} were given: give indices 0..{num_classes - 1} as integers"
-        )
-    if y.ndim < 1 or not 1 <= y.shape[-1] <= length:
+        most = classes.largest - 1
+        raise UserError(f"values of dtype {y.dtype} were given: give indices 0..{most} as integers")
+    if y.ndim < 1 or not 1 <= y.shape[-1] <= classes.length:
         raise UserError(
             f"an event of {y.shape[-1] if y.ndim else 0} dimensions was given, and the flow has "
-            f"{length}: give 1 to that many"
+            f"{classes.length}: give 1 to that many"
         )
     if wait or (y.device.type == "cpu" and not torch.compiler.is_compiling()):
-        outside = (y < 0) | (y >= num_classes)
-        if outside.any():
-            raise UserError(f"a value of {int(y[outside][0])} lies outside 0..{num_classes - 1}")
+        inside = classes.contains(y)
+        if not inside.all():
+            place = (~inside).nonzero()[0].tolist()
+            where = "" if classes.each is None else f" at dimension {place[-1]}"
+            most = classes.largest - 1 if classes.each is None else classes.each[place[-1]] - 1
+            raise UserError(f"a value of {int(y[tuple(place)])}{where} lies outside 0..{most}")
     return y.long()
 
 

@@ -45,7 +45,7 @@ class AutoregressiveBase(Base):
     scores_parts = False
 
     def __init__(self, conditioner: Conditioner) -> None:
-        super().__init__(conditioner.num_classes, conditioner.length)
+        super().__init__(conditioner.classes.each or conditioner.num_classes, conditioner.length)
         if conditioner.num_logits != conditioner.num_classes:
             raise UserError(
                 f"a base reads the logits of {conditioner.num_classes} classes, and the "
@@ -74,7 +74,8 @@ class AutoregressiveBase(Base):
         return view(self, conditioner=self.conditioner.resized(num_levels=passes))
 
     def with_length(self, length: int) -> "AutoregressiveBase":
-        return view(self, conditioner=self.conditioner.resized(length), length=length)
+        conditioner = self.conditioner.resized(length)
+        return view(self, conditioner=conditioner, length=length, classes=conditioner.classes)
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         return self.score(self.conditioner(x, context), x)
@@ -184,7 +185,7 @@ class AutoregressiveBase(Base):
     @torch.no_grad()
     def init_from_counts(self, counts: Tensor) -> None:
         # The first likelihoods are those of the marginal, or else those of the expert.
-        total = counts if counts.ndim == 1 else counts.sum(dim=0)
-        marginal = (total + 1) / (total + 1).sum()
+        total = counts if counts.ndim == 1 or self.classes.each else counts.sum(dim=0)
+        marginal = (total + 1) / (total + 1).sum(dim=-1, keepdim=True)
         known = self.conditioner.expert is not None
         self.conditioner.init_head(torch.zeros_like(marginal) if known else marginal.log())

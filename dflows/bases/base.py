@@ -8,6 +8,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from dflows.arguments import check_dimensions
+from dflows.classes import Classes, NumClasses
 from dflows.decoding import Decide
 from dflows.drafting import Drafter
 from dflows.errors import UserError
@@ -20,8 +21,14 @@ class Base(nn.Module, ABC):
     """A distribution of x in {0, …, K-1}^D.
 
     Args:
-        num_classes: K.
+        num_classes: K, or one number a dimension.
         length: D, the largest number of dimensions; fewer are an event of their own.
+
+    Attributes:
+        classes: The classes of every dimension; `num_classes` is the largest number of them.
+
+    Raises:
+        UserError: If there are not as many numbers as dimensions, or one is below 1.
     """
 
     scores_parts: ClassVar[bool]
@@ -33,10 +40,11 @@ class Base(nn.Module, ABC):
     takes_context: bool = False
     """Whether the distribution may depend on a context."""
 
-    def __init__(self, num_classes: int, length: int) -> None:
+    def __init__(self, num_classes: NumClasses, length: int) -> None:
         super().__init__()
-        self.num_classes = num_classes
         self.length = check_dimensions(length)
+        self.classes = Classes(num_classes, length)
+        self.num_classes = self.classes.largest
 
     def adapt(self, orderings: Sequence[Ordering]) -> None:
         """Adapts to the orderings of the transforms; the flow calls it when it is created.

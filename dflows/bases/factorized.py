@@ -8,10 +8,11 @@ from torch import Generator, Tensor, nn
 
 from dflows.bases.base import Base, ClosedFormBase
 from dflows.categorical import inverse_cdf, select_log_prob
+from dflows.classes import NumClasses
 from dflows.decoding import Decide
 from dflows.errors import UserError
 from dflows.orderings import Ordering, alike, untransformed
-from dflows.representations import check_logits, full_precision, is_one_hot
+from dflows.representations import check_logits, is_one_hot
 
 __all__ = ["FactorizedBase"]
 
@@ -32,10 +33,10 @@ class FactorizedBase(ClosedFormBase):
     transformed.
 
     Args:
-        num_classes: K.
+        num_classes: K, or one number a dimension.
         length: D.
-        sharing: ``levels``: dimensions of equal levels in all orderings share a distribution;
-            ``positions``: every dimension has its own.
+        sharing: ``levels``: dimensions of equal levels in all orderings, and of equally many
+            classes, share a distribution; ``positions``: every dimension has its own.
 
     Raises:
         UserError: If `sharing` is neither.
@@ -54,9 +55,13 @@ class FactorizedBase(ClosedFormBase):
     takes_context = False
     groups: Tensor
     peaked: Tensor
+    absent: Tensor | None
 
     def __init__(
-        self, num_classes: int, length: int, sharing: Literal["levels", "positions"] = "levels"
+        self,
+        num_classes: NumClasses,
+        length: int,
+        sharing: Literal["levels", "positions"] = "levels",
     ) -> None:
         super().__init__(num_classes, length)
         if sharing not in ("levels", "positions"):
@@ -68,6 +73,13 @@ class FactorizedBase(ClosedFormBase):
     def _group(self, orderings: list[Ordering]) -> None:
         own = self.sharing == "positions"
         groups = torch.arange(self.length) if own else alike(orderings, self.length)
+        absent = self.classes.absent
+        if absent is not None:
+            both = torch.stack([groups, self.classes.numbers])
+            groups = both.unique(dim=1, return_inverse=True)[1]
+            first = [int((groups == group).nonzero()[0]) for group in range(int(groups.max()) + 1)]
+            absent = absent[first]
+        self.register_buffer("absent", absent, persistent=False)
         peaked = torch.ones(int(groups.max()) + 1, dtype=torch.bool)
         peaked[groups[untransformed(orderings, self.length)]] = False
         self.register_buffer("groups", groups)
@@ -90,6 +102,15 @@ class FactorizedBase(ClosedFormBase):
             self._group(orderings)
             self.to(device, dtype)
 
+    def _group_logits(self) -> Tensor:
+        """Returns the logits (G, K) of the groups; -inf of classes that their dimensions have not.
+
+        Raises:
+            NonFiniteError: If others are not finite.
+        """
+        logits = check_logits(self.logits, type(self).__name__)
+        return logits if self.absent is None else logits.masked_fill(self.absent, -torch.inf)
+
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, length={self.length}, groups={len(self.peaked)}"
 
@@ -98,8 +119,7 @@ class FactorizedBase(ClosedFormBase):
         return 0
 
     def log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        logits = check_logits(full_precision(self.logits), type(self).__name__)
-        table = logits.log_softmax(dim=-1)
+        table = self._group_logits().log_softmax(dim=-1)
         if is_one_hot(x):
             return select_log_prob(table[self.groups[: x.shape[1]]], x)
         # One flat look-up: a gather of (N, d, K) rows would cost K times as much.
@@ -120,7 +140,7 @@ class FactorizedBase(ClosedFormBase):
         prefix: Tensor | None = None,
         draft: Base | None = None,
     ) -> tuple[Tensor, int]:
-        logits = check_logits(self.logits, type(self).__name__)[self.groups[: noise.shape[1]]]
+        logits = self._group_logits()[self.groups[: noise.shape[1]]]
         x = inverse_cdf(noise, logits=logits, temperature=temperature).contiguous()
         if prefix is not None:
             x[:, : prefix.shape[1]] = prefix
@@ -135,8 +155,7 @@ class FactorizedBase(ClosedFormBase):
 
     def greedy(self, num_values: int, length: int, context: Tensor | None = None) -> Tensor:
         # One argmax of the table, and not one for every event.
-        logits = check_logits(self.logits, type(self).__name__)
-        return logits.argmax(dim=-1)[self.groups[:length]].expand(num_values, -1)
+        return self._group_logits().argmax(dim=-1)[self.groups[:length]].expand(num_values, -1)
 
     def decode(
         self,
@@ -147,7 +166,7 @@ class FactorizedBase(ClosedFormBase):
         *,
         prefix: Tensor | None = None,
     ) -> Tensor:
-        logits = check_logits(full_precision(self.logits), type(self).__name__)
+        logits = self._group_logits()
         known = 0 if prefix is None else prefix.shape[1]
         dimensions = torch.arange(known, length, device=logits.device)
         rows = logits[self.groups[known:length]].expand(num_values, -1, -1)

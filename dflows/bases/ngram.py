@@ -7,8 +7,10 @@ import torch
 from torch import Generator, Tensor
 
 from dflows.bases.base import Base
+from dflows.classes import NumClasses
 from dflows.decoding import Decide
 from dflows.drafting import Drafter
+from dflows.errors import UserError
 from dflows.ngrams import NGrams, decide_left_to_right, drafter, draw_left_to_right
 from dflows.representations import to_indices
 
@@ -54,8 +56,13 @@ class NGramBase(Base):
     takes_context = False
 
     def __init__(
-        self, num_classes: int, length: int, *, order: int = 6, discount: float | None = None
+        self, num_classes: NumClasses, length: int, *, order: int = 6, discount: float | None = None
     ) -> None:
+        if not isinstance(num_classes, int):
+            raise UserError(
+                "an NGramBase counts the same classes in all dimensions, and num_classes has a "
+                "number for each: choose a FactorizedBase or an AutoregressiveBase"
+            )
         super().__init__(num_classes, length)
         self.ngrams = NGrams(num_classes, order, discount)
 

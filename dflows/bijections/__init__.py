@@ -3,6 +3,7 @@
 from dflows.bijections.affine import ModularAffine
 from dflows.bijections.bijection import Bijection, SoftmaxBijection
 from dflows.bijections.matched import MatchedAffine
+from dflows.bijections.per_dimension import PerDimension
 from dflows.bijections.rank import RankPermutation
 from dflows.bijections.shift import ModularShift
 
@@ -11,6 +12,7 @@ __all__ = [
     "MatchedAffine",
     "ModularAffine",
     "ModularShift",
+    "PerDimension",
     "RankPermutation",
     "SoftmaxBijection",
 ]

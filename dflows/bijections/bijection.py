@@ -1,7 +1,6 @@
 """The interface of all bijections: maps of one K-class variable, given logits."""
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -34,10 +33,12 @@ class Bijection(nn.Module, ABC):
         UserError: If K is below 2.
     """
 
-    needs_target: ClassVar[bool]
+    needs_target: bool
     """Whether the local objective needs a target distribution of x."""
     rule: GradientRule | None
     """How the choice of the map is differentiated; None where no softmax chooses it."""
+    each: tuple[int, ...] | None = None
+    """The classes of every dimension, where they differ: :class:`PerDimension`."""
 
     def __init__(self, num_classes: int, num_logits: int) -> None:
         super().__init__()
@@ -48,6 +49,14 @@ class Bijection(nn.Module, ABC):
         self.num_classes = num_classes
         self.num_logits = num_logits
         self.rule = None
+
+    def at(self, dimensions: Tensor) -> "Bijection":
+        """Returns the map of some dimensions.
+
+        Args:
+            dimensions: The dimensions (D,) of the values that it is called with.
+        """
+        return self
 
     @abstractmethod
     def initial_logits(self) -> Tensor:

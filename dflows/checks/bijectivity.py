@@ -15,6 +15,7 @@ from dflows.checks.probing import (
     values_of,
     variants,
 )
+from dflows.classes import Classes, NumClasses
 from dflows.decoding import decide_levels
 from dflows.errors import LengthError, UserError
 from dflows.modules import device_of
@@ -55,14 +56,17 @@ def _name(transform: DiscreteTransform) -> str:
 
 
 def _shape_of(
-    transform: DiscreteTransform, num_classes: int | None, length: int | None
-) -> tuple[int, int]:
+    transform: DiscreteTransform, num_classes: NumClasses | None, length: int | None
+) -> tuple[Classes, int]:
+    classes = None
     for part in _conditional(transform):
-        num_classes = num_classes or part.bijection.num_classes
-        length = length or part.length
-    if num_classes is None or length is None:
+        classes, length = part.conditioner.classes, length or part.length
+    if num_classes is not None:
+        most = (length or 1) if isinstance(num_classes, int) else len(num_classes)
+        classes = Classes(num_classes, most)
+    if classes is None or length is None:
         raise UserError(f"{_name(transform)} does not tell its shape: give num_classes and length")
-    return num_classes, length
+    return classes, length
 
 
 def _work(transform: DiscreteTransform, length: int) -> int:
@@ -78,7 +82,7 @@ def check_bijective(
     context: Tensor | None = None,
     num_values: int = 512,
     *,
-    num_classes: int | None = None,
+    num_classes: NumClasses | None = None,
     length: int | None = None,
     batch: Tensor | None = None,
     trained: bool = False,
@@ -101,7 +105,8 @@ def check_bijective(
         transform: The transform.
         context: Encoded contexts, (B, C) or (B, S, C), which events take in turn.
         num_values: Values that are tried at least, over all dimensions.
-        num_classes: K, of a transform that holds no conditional one, which would tell.
+        num_classes: K, or one number a dimension, of a transform that holds no conditional one,
+            which would tell.
         length: D, likewise.
         batch: Data, indices (B, d), on whose rows it is shown as well as on random ones.
         trained: Whether to show it of the weights as they are too, not of shaken ones alone.
@@ -110,20 +115,20 @@ def check_bijective(
         CertificateError: If values do not come back, or are not values.
         UserError: If the shape is not known.
     """
-    num_classes, length = _shape_of(transform, num_classes, length)
+    classes, length = _shape_of(transform, num_classes, length)
     passes = max(transform.passes, transform.inv.passes)
     shown = min(length, MOST_PASSES) if passes > MOST_PASSES else length
     with probed(transform) as copied:
         for probe, shaken in variants(copied, trained):
             # Few levels choose few maps each time.
             tries = 8 if shaken and passes <= MOST_LEVELS else 1
-            trips = _RoundTrips(probe, num_classes, context)
+            trips = _RoundTrips(probe, classes, context)
             number = max(EVENTS, num_values // (tries * shown))
             for attempt in range(tries):
                 if attempt:
                     stir(probe)
                 else:
-                    _check_precision(probe, num_classes, context, shown)
+                    _check_precision(probe, classes, context, shown)
                 try:
                     trips.try_both((number, shown), batch)
                 except LengthError:
@@ -135,7 +140,7 @@ def check_bijective(
 
 
 def _check_precision(
-    transform: DiscreteTransform, num_classes: int, context: Tensor | None, length: int
+    transform: DiscreteTransform, classes: Classes, context: Tensor | None, length: int
 ) -> None:
     """Shows that features of half precision are the same at once and level by level, to the bit.
 
@@ -145,7 +150,7 @@ def _check_precision(
     for part in _conditional(transform):
         conditioner = part.conditioner
         device = device_of(part)
-        y = values_of(None, num_classes, (EVENTS, length)).to(device)
+        y = values_of(None, classes, (EVENTS, length)).to(device)
         contexts = context_rows(context, EVENTS) if part.takes_context else None
         try:
             hide = None if conditioner.one_pass else torch.ones(1, dtype=torch.long, device=device)
@@ -178,15 +183,15 @@ class _RoundTrips:
 
     Args:
         transform: The transform.
-        num_classes: K.
+        classes: The classes of the dimensions.
         context: Encoded contexts, which events take in turn.
     """
 
     def __init__(
-        self, transform: DiscreteTransform, num_classes: int, context: Tensor | None
+        self, transform: DiscreteTransform, classes: Classes, context: Tensor | None
     ) -> None:
         self.transform = transform
-        self.num_classes = num_classes
+        self.classes = classes
         self.context = context
         self.events = self.values = self.near_ties = 0
 
@@ -209,7 +214,7 @@ class _RoundTrips:
         transform = self.transform.inv if inverted else self.transform
         device = device_of(transform) if self.context is None else self.context.device
         contexts = context_rows(self.context, shape[0])
-        value = values_of(batch, self.num_classes, shape).to(device)
+        value = values_of(batch, self.classes, shape).to(device)
         missed = self._there_and_back(transform, value, contexts) != value
         self.events += shape[0]
         self.values += value.numel()
@@ -276,8 +281,8 @@ class _RoundTrips:
                 f"{_name(transform)} makes {tuple(made.shape)} of dtype {made.dtype} of indices "
                 f"{tuple(value.shape)}: a transform must return the kind that it was given"
             )
-        if ((made < 0) | (made >= self.num_classes)).any():
-            raise CertificateError(
-                f"{_name(transform)} makes values outside 0..{self.num_classes - 1}"
-            )
+        if not self.classes.contains(made).all():
+            most = self.classes.largest - 1
+            own = f"outside 0..{most}" if self.classes.each is None else "that dimensions have not"
+            raise CertificateError(f"{_name(transform)} makes values {own}")
         return made

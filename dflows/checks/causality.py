@@ -74,7 +74,7 @@ class _Round:
     def rows(self, number: int) -> tuple[Tensor, Tensor | None]:
         """Returns values (number, d), and their contexts."""
         shape = number, self.length
-        y = values_of(self.batch, self.conditioner.num_classes, shape)
+        y = values_of(self.batch, self.conditioner.classes, shape)
         return y.to(device_of(self.conditioner)), context_rows(self.context, number)
 
     def evaluate(self, y: Tensor, context: Tensor | None) -> Tensor:
@@ -200,7 +200,7 @@ def _check_examples(probes: _Round, shaken: bool) -> None:
             "deterministic in evaluation mode"
         )
     for kept in (0, len(y) - 1):
-        other = (y + 1) % probes.conditioner.num_classes
+        other = probes.conditioner.classes.shift(y, 1)
         other[kept] = y[kept]
         where = _first_change(before[[kept]], probes.evaluate(other, contexts)[[kept]])
         if where is not None:
@@ -293,8 +293,7 @@ def _check_levels(probes: _Round, name: str, evaluate: Evaluate) -> None:
         y, contexts = probes.rows(rows)
         # Rows of equal number and place are rounded alike.
         begin = chunk[torch.arange(rows, device=device) % len(chunk)].unsqueeze(-1)
-        changes = torch.randint(1, conditioner.num_classes, y.shape, device=device)
-        changed = torch.where(levels >= begin, (y + changes) % conditioner.num_classes, y)
+        changed = torch.where(levels >= begin, conditioner.classes.other(y), y)
         before, after = evaluate(y, contexts), evaluate(changed, contexts)
         forbidden = ((levels <= begin) & needed).unsqueeze(-1)
         where = _first_change(before, after, forbidden)

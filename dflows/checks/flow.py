@@ -51,7 +51,7 @@ def check_shorter(
     with probed(flow) as probe:
         context = None if context is None else context[:1]
         for length in sorted(lengths, reverse=True):
-            y = values_of(batch, flow.num_classes, (1, length)).to(device_of(flow))
+            y = values_of(batch, flow.classes, (1, length)).to(device_of(flow))
             try:
                 log_prob = probe._log_prob(y, context)
             except LengthError:
@@ -156,7 +156,10 @@ def check_flow(
                 shorter=shorter,
             )
         check_maps = partial(
-            check_bijective, num_classes=flow.num_classes, batch=batch, trained=trained
+            check_bijective,
+            num_classes=flow.classes.each or flow.num_classes,
+            batch=batch,
+            trained=trained,
         )
         stack = [Composition(flow.transforms)] if len(flow.transforms) > 1 else []
         for transform in [*dict.fromkeys(flow.transforms), *stack]:
@@ -169,7 +172,7 @@ def check_flow(
                     check_maps(whole, encoded, num_values=0, length=flow.length // 2 + 1)
         for length in SHORT if shorter else ():
             if length < flow.length:
-                many = flow.num_classes**length > MOST_STATES
+                many = flow.classes.count(length) > MOST_STATES
                 check_normalized(
                     flow,
                     encoded,

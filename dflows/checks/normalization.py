@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dflows.checks.probing import CertificateError, context_rows, probed, variants
+from dflows.classes import Classes
 from dflows.errors import LengthError
 from dflows.flow import DiscreteFlow
 from dflows.modules import device_of
@@ -37,7 +38,7 @@ def check_normalized(
         length: Dimensions of the states; D by default.
         trained: Whether to show it of the weights as they are too, not of shaken ones alone.
         base_alone: Whether to show it of the base, without the transforms.
-        max_states: The most states K^d to enumerate.
+        max_states: The most states to enumerate.
         max_seconds: Time after which the enumeration is given up, unless the sum is above 1 then.
         tolerance: How far from 1 the sum may be.
 
@@ -49,7 +50,7 @@ def check_normalized(
         CertificateError: If the sum is not 1.
     """
     length = flow.length if length is None else length
-    states = flow.num_classes**length
+    states = flow.classes.count(length)
     if states > max_states:
         return None
     total: float | None = None
@@ -64,8 +65,7 @@ def check_normalized(
                     return probe.base.log_prob(x, context).sum(dim=-1)
 
             def sum_of(log_prob: Callable[[Tensor, Tensor | None], Tensor]) -> float | None:
-                shape = flow.num_classes, length
-                return _sum(log_prob, shape, device_of(flow), context, max_seconds)
+                return _sum(log_prob, flow.classes, length, device_of(flow), context, max_seconds)
 
             try:
                 total = sum_of(of_base if base_alone else of_flow)
@@ -90,21 +90,20 @@ def check_normalized(
 
 def _sum(
     log_prob: Callable[[Tensor, Tensor | None], Tensor],
-    shape: tuple[int, int],
+    classes: Classes,
+    length: int,
     device: torch.device,
     context: Tensor | None,
     max_seconds: float,
 ) -> float | None:
-    """Sums the probabilities of all states of (K, d), in blocks of one size that round alike."""
-    num_classes, length = shape
-    states = num_classes**length
+    """Sums the probabilities of all states of d dimensions, in blocks that round alike."""
+    states = classes.count(length)
     rows = min(BLOCK, states)
     contexts = None if context is None else context_rows(context[:1], rows)
-    powers = num_classes ** torch.arange(length, device=device)
     begin, total = time.monotonic(), 0.0
     for block in torch.arange(states, device=device).split(rows):
         padded = torch.cat([block, block[:1].expand(rows - len(block))])
-        y = padded.unsqueeze(-1) // powers % num_classes
+        y = classes.states(padded, length)
         total += log_prob(y, contexts)[: len(block)].double().exp().sum().item()
         if time.monotonic() - begin > max_seconds and block[-1] < states - 1:
             # No more could bring it back to 1.

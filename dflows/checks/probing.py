@@ -8,6 +8,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from dflows.classes import Classes
 from dflows.conditioner import Conditioner
 from dflows.errors import UserError
 from dflows.modules import device_of
@@ -81,10 +82,10 @@ def context_rows(context: Tensor | None, rows: int) -> Tensor | None:
     return context[torch.arange(rows, device=context.device) % len(context)]
 
 
-def values_of(batch: Tensor | None, num_classes: int, shape: tuple[int, int]) -> Tensor:
+def values_of(batch: Tensor | None, classes: Classes, shape: tuple[int, int]) -> Tensor:
     """Returns values (rows, d): the data's rows in turn, or random ones where there are none."""
     rows, length = shape
     if batch is None or batch.shape[1] < length:
         device = None if batch is None else batch.device
-        return torch.randint(num_classes, shape, device=device)
+        return classes.draw(shape, device)
     return batch[torch.arange(rows, device=batch.device) % len(batch), :length].long()

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from dflows.arguments import check_temperature
+from dflows.bijections import Bijection
 from dflows.errors import UserError
 from dflows.flow import DiscreteFlow
 from dflows.objectives.layerwise import Layerwise
 from dflows.objectives.local import Step
-from dflows.transforms import ConditionalTransform
 
 __all__ = ["LocalExpectationGradient"]
 
@@ -90,27 +90,24 @@ class LocalExpectationGradient(Layerwise):
             return super().learn(flow, position, number, y, context, rounds)
         transform = flow.conditional_transforms[number]
         dimensions = transform.transformed(y)
+        bijection = transform.bijection.at(dimensions)
         logits, part = transform.logits(y, dimensions, context), y[:, dimensions]
         with torch.no_grad():
-            x = y.index_copy(1, dimensions, transform.bijection.inverse(part, logits))
-            values = _values(flow, position, transform, x, dimensions, context)
-        zeros = self._policy(transform, part, logits, values)
+            x = y.index_copy(1, dimensions, bijection.inverse(part, logits))
+            values = _values(flow, position, x, dimensions, context)
+        zeros = self._policy(bijection, part, logits, values)
         return Step(x, zeros + self.idle(None, number))
 
-    def _policy(
-        self, transform: ConditionalTransform, y: Tensor, logits: Tensor, values: Tensor
-    ) -> Tensor:
+    def _policy(self, bijection: Bijection, y: Tensor, logits: Tensor, values: Tensor) -> Tensor:
         """Computes zeros (N,) with the policy's gradient.
 
         Args:
-            transform: The transform.
+            bijection: The map of these dimensions.
             y: Indices (N, n).
             logits: Logits (N, n, num_logits).
             values: Log-likelihoods (N, n, K) beneath, for every x of a dimension.
         """
-        x, log_policy = transform.bijection.sample_inverse(
-            y, logits, self.num_samples, self.temperature
-        )
+        x, log_policy = bijection.sample_inverse(y, logits, self.num_samples, self.temperature)
         rewards = values.expand(self.num_samples, *values.shape)
         rewards = rewards.gather(-1, x.unsqueeze(-1)).squeeze(-1)
         better = (rewards - rewards.mean(dim=0)) / (self.num_samples - 1)
@@ -121,18 +118,21 @@ class LocalExpectationGradient(Layerwise):
 def _values(
     flow: DiscreteFlow,
     position: int,
-    transform: ConditionalTransform,
     x: Tensor,
     dimensions: Tensor,
     context: Tensor | None,
 ) -> Tensor:
-    """Computes log-likelihoods (N, n, K) beneath a transform, for every x of some dimensions."""
-    num_classes = transform.bijection.num_classes
+    """Computes log-likelihoods (N, n, K) beneath a transform, for every x of some dimensions.
+
+    In the place of a class that a dimension has not stands its last one.
+    """
+    num_classes = flow.num_classes
     count = len(dimensions) * num_classes
     changed = x.unsqueeze(1).repeat(1, count, 1).unflatten(1, (-1, num_classes))
     classes = torch.arange(num_classes, device=x.device)
     numbers = torch.arange(len(dimensions), device=x.device)
-    changed[:, numbers, :, dimensions] = classes
+    most = flow.classes.numbers.to(x.device)[dimensions].unsqueeze(-1) - 1
+    changed[:, numbers, :, dimensions] = classes.minimum(most).unsqueeze(1)
     rows = None if context is None else context.repeat_interleave(count, dim=0)
     value = changed.flatten(0, 2)
     for beneath in reversed(flow.transforms[:position]):

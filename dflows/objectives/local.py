@@ -107,8 +107,9 @@ class LocalLosses(Objective):
         dimensions = transform.transformed(y)
         logits = transform.logits(y, dimensions, context)
         part = y[:, dimensions]
-        local = transform.bijection.local_log_likelihood(part, logits, target).sum(dim=-1)
-        x = y.index_copy(1, dimensions, transform.bijection.inverse(part, logits.detach()))
+        bijection = transform.bijection.at(dimensions)
+        local = bijection.local_log_likelihood(part, logits, target).sum(dim=-1)
+        x = y.index_copy(1, dimensions, bijection.inverse(part, logits.detach()))
         return Step(x, _zeros(local))
 
 
@@ -116,7 +117,7 @@ def _sampled_level(
     transform: ConditionalTransform, y: Tensor, target: Tensor | None, context: Tensor | None
 ) -> Step:
     """Inverts and trains one sampled level an example."""
-    conditioner, bijection = transform.conditioner, transform.bijection
+    conditioner = transform.conditioner
     layout = conditioner.layout(y.shape[1], y.device)
     num_levels = len(layout.members) - 1
     weight = (layout.levels == 0).float().expand(y.shape)
@@ -124,8 +125,10 @@ def _sampled_level(
         return Step(y, torch.zeros(len(y), device=y.device), weight)
     level = torch.randint(1, num_levels + 1, y.shape[:1], device=y.device)
     sampled, logits = conditioner.sampled_level_logits(y, level, context)
+    rows, dimensions = sampled.nonzero().unbind(dim=-1)
+    bijection = transform.bijection.at(dimensions)
     local = num_levels * bijection.local_log_likelihood(y[sampled], logits, target)
-    zeros = local.new_zeros(len(y)).index_add(0, sampled.nonzero()[:, 0], _zeros(local))
+    zeros = local.new_zeros(len(y)).index_add(0, rows, _zeros(local))
     x = y.masked_scatter(sampled, bijection.inverse(y[sampled], logits.detach()))
     return Step(x, zeros, weight + num_levels * sampled)
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from dflows.bijections import Bijection
+from dflows.classes import Classes
 from dflows.conditioner import Conditioner
 from dflows.decoding import decide_levels, solve_fixed_point
 from dflows.errors import UserError
@@ -56,10 +57,11 @@ class ConditionalTransform(DiscreteTransform):
     def __init__(self, bijection: Bijection, conditioner: Conditioner) -> None:
         super().__init__()
         name = type(bijection).__name__
-        if conditioner.num_classes != bijection.num_classes:
+        own = Classes(bijection.each or bijection.num_classes, conditioner.length)
+        if conditioner.classes != own:
             raise UserError(
-                f"a {name} of {bijection.num_classes} classes was given a conditioner of "
-                f"{conditioner.num_classes}: give both the same num_classes"
+                f"a {name} of {own} classes was given a conditioner of {conditioner.classes}: give "
+                "both the same num_classes"
             )
         if conditioner.num_logits != bijection.num_logits:
             raise UserError(
@@ -84,6 +86,9 @@ class ConditionalTransform(DiscreteTransform):
     @property
     def ordering(self) -> Ordering:
         return self.conditioner.ordering
+
+    def keeps(self, classes: Classes) -> bool:
+        return self.conditioner.classes == classes
 
     @property
     def takes_context(self) -> bool:  # type: ignore[override]
@@ -110,7 +115,7 @@ class ConditionalTransform(DiscreteTransform):
         y, context, shape = flatten_batch(y, context)
         dimensions = self.transformed(y)
         logits = self.logits(y, dimensions, context)
-        part = self.bijection.inverse(y[:, dimensions], logits)
+        part = self.bijection.at(dimensions).inverse(y[:, dimensions], logits)
         x = y.index_copy(1, dimensions, part.to(y.dtype))
         return x.reshape(shape + x.shape[1:])
 
@@ -119,11 +124,10 @@ class ConditionalTransform(DiscreteTransform):
     ) -> Tensor:
         flat, context, shape = flatten_batch(value, context)
         mapped = flat.clone()
-        bijection = self.bijection.inverse if inverse else self.bijection
 
         def decide(dimensions: Tensor, logits: Tensor) -> Tensor:
-            part = flat[:, dimensions]
-            image: Tensor = bijection(part, logits)
+            part, bijection = flat[:, dimensions], self.bijection.at(dimensions)
+            image: Tensor = (bijection.inverse if inverse else bijection)(part, logits)
             mapped[:, dimensions] = image
             return part if inverse else image
 
@@ -150,7 +154,7 @@ class ConditionalTransform(DiscreteTransform):
             y = torch.cat([prefix.reshape(-1, known), flat[:, known:]], dim=1)
 
         def decide(dimensions: Tensor, logits: Tensor) -> Tensor:
-            value: Tensor = self.bijection(flat[:, dimensions], logits)
+            value: Tensor = self.bijection.at(dimensions)(flat[:, dimensions], logits)
             return value.to(flat.dtype)
 
         if fixed_point:

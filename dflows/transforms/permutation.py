@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dflows.classes import Classes
 from dflows.errors import UserError
 from dflows.representations import batch_shape
 from dflows.transforms.transform import DiscreteTransform
@@ -47,6 +48,10 @@ class PermutationTransform(DiscreteTransform):
     @property
     def passes(self) -> int:
         return 0
+
+    def keeps(self, classes: Classes) -> bool:
+        numbers = classes.numbers.to(self.order.device)
+        return classes.each is None or torch.equal(numbers[self.order], numbers)
 
     def _permute(self, value: Tensor, inverse: bool) -> Tensor:
         dim = len(batch_shape(value))

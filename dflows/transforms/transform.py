@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from dflows.classes import Classes
 from dflows.orderings import Ordering
 from dflows.representations import batch_shape
 
@@ -35,6 +36,10 @@ class DiscreteTransform(nn.Module, ABC):
     def ordering(self) -> Ordering | None:
         """The ordering of a :class:`~dflows.transforms.ConditionalTransform`; None elsewhere."""
         return None
+
+    def keeps(self, classes: Classes) -> bool:
+        """Returns whether events of these classes are mapped onto themselves."""
+        return True
 
     @property
     def parts(self) -> Sequence[DiscreteTransform]:
@@ -126,6 +131,9 @@ class Inverse(DiscreteTransform):
     @property
     def passes(self) -> int:
         return 1 if self.transform.passes else 0
+
+    def keeps(self, classes: Classes) -> bool:
+        return self.transform.keeps(classes)
 
     @property
     def inv(self) -> DiscreteTransform:
