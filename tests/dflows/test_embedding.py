@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dflows.backbones import DilatedConvolution, LevelConvolution, Masked, Table, Transformer
+from dflows.classes import Classes
 from dflows.embedding import Context, Embedding, Layout
 from dflows.errors import UserError
 from dflows.orderings import BehindContext, Natural, Parity
@@ -15,7 +16,7 @@ CLASSES, LENGTH = 3, 5
 
 def make(backbone, context=None):
     num_levels = int(Parity().levels(LENGTH).max()) + 1
-    return Embedding(CLASSES, LENGTH, num_levels, backbone, context)
+    return Embedding(Classes(CLASSES, LENGTH), num_levels, backbone, context)
 
 
 def causal():
@@ -53,6 +54,19 @@ class TestValues:
         content = embedding.content(y)
         assert torch.equal(content, embedding.values[y])
         torch.testing.assert_close(embedding.content(to_one_hot(y, CLASSES)), content)
+
+    def test_dimensions_of_other_classes_have_embeddings_of_their_own(self):
+        classes = Classes([2, 5, 3], 3)
+        embedding, y = Embedding(classes, 2, causal()), classes.draw((6, 3))
+        content, offsets = embedding.content(y), torch.tensor([0, 2, 7])
+        assert len(embedding.values) == 10
+        assert torch.equal(content, embedding.values[y + offsets])
+        torch.testing.assert_close(embedding.content(to_one_hot(y, 5)), content)
+        some = torch.tensor([2, 0])
+        assert torch.equal(embedding.content(y[:, some], some), content[:, some])
+        torch.testing.assert_close(
+            embedding.content(to_one_hot(y[:, some], 5), some), content[:, some]
+        )
 
     def test_a_backbone_that_embeds_by_itself_gets_the_values(self):
         embedding, y = make(Table(WIDTH, CLASSES, LENGTH)), torch.randint(CLASSES, (6, LENGTH))
