@@ -101,12 +101,15 @@ class Embedding(nn.Module):
         num_levels: Levels of the ordering.
         backbone: The backbone, which says what input it needs.
         context: What else it is conditioned on.
+        any_order: Whether it embeds no levels, so that one network serves all orderings.
 
     Raises:
-        UserError: If the backbone takes no context.
+        UserError: If the backbone takes no context, or keeps to an ordering by itself where it is
+            to serve all.
     """
 
     offsets: Tensor | None
+    current: nn.Parameter | None
 
     def __init__(
         self,
@@ -114,8 +117,16 @@ class Embedding(nn.Module):
         num_levels: int,
         backbone: Backbone,
         context: Context | None = None,
+        *,
+        any_order: bool = False,
     ) -> None:
         super().__init__()
+        if any_order and backbone.level_causal:
+            raise UserError(
+                f"a {backbone.display_name} keeps to one ordering by itself: choose a backbone "
+                "that sees all dimensions, a Transformer of attention='full' say"
+            )
+        self.any_order = any_order
         self.length = length = classes.length
         self.width = width = backbone.width
         self.name = backbone.display_name
@@ -135,7 +146,7 @@ class Embedding(nn.Module):
         self.register_buffer("offsets", offsets, persistent=False)
         self.num_classes = classes.largest
         self.values = nn.Parameter(torch.randn(sum(classes.each or (classes.largest,)), width))
-        if backbone.knows_levels:
+        if backbone.knows_levels or any_order:
             self.register_parameter("query", None)
         else:
             self.query = nn.Parameter(torch.randn(num_levels, width) * 0.1)
@@ -148,7 +159,8 @@ class Embedding(nn.Module):
             self.register_parameter("current", None)
         else:
             self.hidden = nn.Parameter(torch.randn(width))
-            self.current = nn.Parameter(torch.randn(num_levels, width) * 0.1)
+            levels = None if any_order else nn.Parameter(torch.randn(num_levels, width) * 0.1)
+            self.register_parameter("current", levels)
         self.context = None if context is None else nn.Linear(context.features, width)
 
     def content(self, y: Tensor, dimensions: Tensor | None = None) -> Tensor:
@@ -215,12 +227,32 @@ class Embedding(nn.Module):
             level: The lowest hidden level (N,) or (1,).
             context: As in :meth:`causal`.
         """
+        visible = layout.levels < level.unsqueeze(-1)
+        current = None if self.current is None else self.current[level].unsqueeze(1)
+        return self.visible(y, visible, layout, context, current)
+
+    def visible(
+        self,
+        y: Tensor,
+        visible: Tensor,
+        layout: Layout,
+        context: Tensor | None,
+        current: Tensor | None = None,
+    ) -> tuple[Tensor, int]:
+        """Computes the features (N, S + d, width) of the values that are visible, and S.
+
+        Args:
+            y: Indices (N, d) or one-hot vectors (N, d, K).
+            visible: Which of them are, (N, d) or (1, d).
+            layout: The dimensions.
+            context: As in :meth:`causal`.
+            current: What all dimensions of an example are told, (N, 1, width) or (1, 1, width).
+        """
         content = self.content(y)
         query, tokens = self._known(layout.levels, context)
-        visible = (layout.levels < level.unsqueeze(-1)).unsqueeze(-1)
-        content = torch.where(visible, content, self.hidden.to(content.dtype))
-        content = content + (query + self.current[level].unsqueeze(1))
-        return behind(tokens, content), 0 if tokens is None else tokens.shape[1]
+        content = torch.where(visible.unsqueeze(-1), content, self.hidden.to(content.dtype))
+        known = query if current is None else query + current
+        return behind(tokens, content + known), 0 if tokens is None else tokens.shape[1]
 
     def _known(self, levels: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
         query = self.values.new_zeros(len(levels), self.width)

@@ -43,7 +43,6 @@ class DiscreteFlow(nn.Module):
     r"""Creates a discrete flow, :math:`p(y) = p_\mathrm{base}(f^{-1}(y))`.
 
     Called with an optional context it is a `torch.distributions.Distribution`.
-    :mod:`dflows.flows` has ready-made ones.
 
     Args:
         base: The distribution of x, which adapts to the orderings of the transforms.
@@ -52,8 +51,7 @@ class DiscreteFlow(nn.Module):
             contexts must already have one of these shapes.
 
     Attributes:
-        evaluations: Sequential network evaluations of the last samples: of the base, and of every
-            transform.
+        evaluations: Sequential network evaluations of the last samples, by base and transforms.
 
     Raises:
         UserError: If the parts do not fit each other.
@@ -63,17 +61,10 @@ class DiscreteFlow(nn.Module):
         | https://arxiv.org/abs/1905.10347
 
     Example:
-        >>> _ = torch.manual_seed(0)
-        >>> from dflows.backbones import DilatedConvolution
-        >>> from dflows.bases import FactorizedBase
-        >>> from dflows.bijections import RankPermutation
-        >>> from dflows.conditioner import Conditioner
-        >>> from dflows.orderings import Parity
-        >>> conditioner = Conditioner(3, 4, Parity(), DilatedConvolution(width=8))
-        >>> transform = ConditionalTransform(RankPermutation(3), conditioner)
-        >>> flow = DiscreteFlow(FactorizedBase(num_classes=3, length=4), [transform])
+        >>> from dflows import flows
+        >>> flow = flows.bipartite(num_classes=3, length=4)
         >>> flow.log_prob(torch.zeros(2, 4, dtype=torch.long)).shape, flow.passes
-        (torch.Size([2]), 1)
+        (torch.Size([2]), 2)
     """
 
     def __init__(
@@ -110,7 +101,7 @@ class DiscreteFlow(nn.Module):
 
     @property
     def num_classes(self) -> int:
-        """K; the largest number, where the dimensions have different ones: :attr:`classes`."""
+        """K, or the largest number."""
         return self.base.num_classes
 
     @property
@@ -144,7 +135,7 @@ class DiscreteFlow(nn.Module):
         Raises:
             UserError: If it has transforms, or its base cannot have so many.
         """
-        own = self._own_acceleration(f"{passes} passes were")
+        own = _own_acceleration(self, f"{passes} passes were")
         return view(self, base=self.base.with_passes(passes), _acceleration=own)
 
     def with_length(self, length: int) -> "DiscreteFlow":
@@ -153,16 +144,17 @@ class DiscreteFlow(nn.Module):
         Raises:
             UserError: If it has transforms, or its base has parameters for each dimension.
         """
-        own = self._own_acceleration(f"{length} dimensions were")
+        own = _own_acceleration(self, f"{length} dimensions were")
         return view(self, base=self.base.with_length(length), _acceleration=own)
 
-    def _own_acceleration(self, what: str) -> Acceleration:
-        if len(self.transforms):
-            raise UserError(
-                f"{what} asked for, and a base is fitted to the levels and dimensions of its "
-                "transforms: train a flow without transforms, dflows.flows.language_model say"
-            )
-        return copy(self._acceleration)  # without its graphs, which are of this size
+    def with_ordering(self, ordering: Ordering) -> "DiscreteFlow":
+        """Returns this flow over another ordering; both share all parameters.
+
+        Raises:
+            UserError: If it has transforms, or its base serves one ordering alone.
+        """
+        own = _own_acceleration(self, "another ordering was")
+        return view(self, base=self.base.with_ordering(ordering), _acceleration=own)
 
     @property
     def untransformed(self) -> int:
@@ -368,8 +360,6 @@ class DiscreteFlow(nn.Module):
     def accelerate(self, *, compile: bool = False, cuda_graph: bool = False) -> None:  # noqa: A002
         """Sets how samples are computed; those of a seed stay the same to round-off.
 
-        The first samples of every shape take longer: seconds to compile or to capture.
-
         Args:
             compile: Whether to compile the parts that run level by level (``torch.compile``).
             cuda_graph: Whether to capture all levels as one CUDA graph and replay it. It needs a
@@ -400,6 +390,17 @@ class DiscreteFlow(nn.Module):
             for transform in self.transforms:
                 value = transform(value, context)
         return value.squeeze(0) if context is None else value
+
+
+def _own_acceleration(flow: DiscreteFlow, what: str) -> Acceleration:
+    """Returns a flow's acceleration for a view of it, without its graphs, which are of one size."""
+    if len(flow.transforms):
+        raise UserError(
+            f"{what} asked for, and a base is fitted to the levels and dimensions of its "
+            "transforms: train a flow without transforms, dflows.flows.language_model or "
+            "any_order say"
+        )
+    return copy(flow._acceleration)
 
 
 class FlowDistribution(Distribution):

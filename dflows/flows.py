@@ -10,8 +10,8 @@ from typing import Any, Literal, TypeAlias
 from torch import nn
 
 from dflows.arguments import check_layers
-from dflows.backbones import LSTM, DilatedConvolution, LevelConvolution
-from dflows.bases import AutoregressiveBase, Base, FactorizedBase
+from dflows.backbones import LSTM, DilatedConvolution, LevelConvolution, Transformer
+from dflows.bases import AnyOrderBase, AutoregressiveBase, Base, FactorizedBase
 from dflows.bijections import Bijection, PerDimension, RankPermutation
 from dflows.classes import NumClasses
 from dflows.conditioner import Conditioner
@@ -24,6 +24,7 @@ from dflows.transforms import ConditionalTransform
 
 __all__ = [
     "AutoregressiveFactory",
+    "any_order",
     "autoregressive",
     "bipartite",
     "language_model",
@@ -333,6 +334,47 @@ def language_model(
     return DiscreteFlow(make(num_classes, length), (), encoder)
 
 
+def any_order(
+    num_classes: NumClasses,
+    length: int,
+    backbone: Callable[[], nn.Module] | None = None,
+    *,
+    ordering: Ordering | None = None,
+    context: Context | None = None,
+) -> DiscreteFlow:
+    """Makes a base with one network for all orderings: any dimensions given any others.
+
+    Train it with :class:`dflows.objectives.RandomOrderings`.
+
+    Args:
+        num_classes: K, or one number a dimension.
+        length: D.
+        backbone: Makes the network, one that runs masked; a Transformer of full attention by
+            default.
+        ordering: That of likelihoods and samples, until another is asked for
+            (:meth:`dflows.DiscreteFlow.with_ordering`); natural by default.
+        context: What it is conditioned on.
+
+    Raises:
+        UserError: If the choices do not fit each other.
+
+    Example:
+        >>> flow = any_order(num_classes=[2, 5, 3, 4], length=4)
+        >>> flow.passes, flow.with_ordering(Strided(2)).passes
+        (4, 2)
+    """
+    conditioner = Conditioner(
+        num_classes,
+        length,
+        ordering or Natural(),
+        (backbone or _full_attention)(),
+        context=context,
+        any_order=True,
+    )
+    encoder = None if context is None else context.encoder
+    return DiscreteFlow(AnyOrderBase(conditioner), (), encoder)
+
+
 def _checked(num_transforms: int) -> int:
     check_layers(num_transforms=num_transforms)
     return num_transforms
@@ -344,6 +386,10 @@ def _dilated_convolution() -> nn.Module:
 
 def _level_convolution() -> nn.Module:
     return LevelConvolution(WIDTH, window=8)
+
+
+def _full_attention() -> nn.Module:
+    return Transformer(WIDTH, attention="full")
 
 
 def _lstm() -> nn.Module:

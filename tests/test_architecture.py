@@ -42,7 +42,6 @@ NAMED = {
     "dflows.exact.expectations": {"ConditionalTransform"},
     "dflows.flow": {"ConditionalTransform"},
     "dflows.latent.prior": {"LSTM", "SteppedLSTM"},
-    "dflows.objectives.expectation": {"ConditionalTransform"},
     "dflows.objectives.local": {"ConditionalTransform"},
     "lightning_modules.flow": {"EndToEnd", "Layerwise", "Local"},
     "lightning_modules.language_model": {"AutoregressiveBase"},

@@ -17,6 +17,12 @@ from dflows.orderings import Ordering
 __all__ = ["Base", "ClosedFormBase"]
 
 
+ONE_ORDERING = (
+    "has one ordering, and is conditioned on what this takes first: train a flow of "
+    "dflows.flows.any_order, or over an ordering that takes the known dimensions first"
+)
+
+
 class Base(nn.Module, ABC):
     """A distribution of x in {0, …, K-1}^D.
 
@@ -39,6 +45,9 @@ class Base(nn.Module, ABC):
 
     takes_context: bool = False
     """Whether the distribution may depend on a context."""
+
+    any_order: ClassVar[bool] = False
+    """Whether it serves all orderings."""
 
     def __init__(self, num_classes: NumClasses, length: int) -> None:
         super().__init__()
@@ -76,6 +85,14 @@ class Base(nn.Module, ABC):
             f"a {type(self).__name__} cannot have another number of passes: train an "
             "AutoregressiveBase over Strided"
         )
+
+    def with_ordering(self, ordering: Ordering) -> "Base":
+        """Returns this base over another ordering; both share all parameters.
+
+        Raises:
+            UserError: If it serves one ordering alone.
+        """
+        raise UserError(f"a {type(self).__name__} {ONE_ORDERING}")
 
     def with_length(self, length: int) -> "Base":
         """Returns this base over events of another length; both share all parameters.
@@ -198,6 +215,62 @@ class Base(nn.Module, ABC):
         """
         noise = self.noise(num_samples, length, generator)
         return self.from_noise(noise, context, temperature=temperature, fixed_point=fixed_point)[0]
+
+    def complete(
+        self,
+        x: Tensor,
+        known: Tensor,
+        context: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> Tensor:
+        """Decides the values that are not known, given those that are, level by level.
+
+        Args:
+            x: Indices (N, d); unknown ones do not matter.
+            known: Which of them are known, (N, d).
+            context: Vectors (N, C) or sequences (N, S, C).
+            noise: Numbers (N, d) from :meth:`noise`, of exact samples; by default the likeliest
+                value is taken, given those decided before.
+
+        Returns:
+            Indices (N, d).
+
+        Raises:
+            UserError: If it serves one ordering alone.
+        """
+        raise UserError(f"a {type(self).__name__} {ONE_ORDERING}")
+
+    def log_prob_given(self, x: Tensor, known: Tensor, context: Tensor | None = None) -> Tensor:
+        """Computes the log-probability of every unknown value, given those that are known.
+
+        Args:
+            x: Indices (N, d).
+            known: Which of them are known, (N, d).
+            context: As in :meth:`complete`.
+
+        Returns:
+            Log-probabilities (N, d), each given the known values and unknown ones of lower levels;
+            0 where a value is known.
+
+        Raises:
+            UserError: If it serves one ordering alone.
+        """
+        raise UserError(f"a {type(self).__name__} {ONE_ORDERING}")
+
+    def random_order_log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        """Estimates the mean log-probability over all orders of the dimensions, without a bias.
+
+        Args:
+            x: Indices (N, d).
+            context: Vectors (N, C) or sequences (N, S, C).
+
+        Returns:
+            Log-probabilities (N,), in nats.
+
+        Raises:
+            UserError: If it serves one ordering alone.
+        """
+        raise UserError(f"a {type(self).__name__} {ONE_ORDERING}")
 
     @property
     @abstractmethod

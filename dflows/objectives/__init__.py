@@ -14,6 +14,7 @@ from dflows.objectives.expectation import LocalExpectationGradient
 from dflows.objectives.layerwise import Layerwise
 from dflows.objectives.local import Local
 from dflows.objectives.objective import Objective
+from dflows.objectives.random_orderings import RandomOrderings
 from dflows.objectives.sampled_passes import SampledPasses
 from dflows.objectives.sequence import OneAfterAnother
 
@@ -24,5 +25,6 @@ __all__ = [
     "LocalExpectationGradient",
     "Objective",
     "OneAfterAnother",
+    "RandomOrderings",
     "SampledPasses",
 ]
