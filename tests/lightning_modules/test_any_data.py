@@ -19,12 +19,14 @@ from dflows.checks import CertificateError
 from dflows.embedding import Context
 from dflows.errors import UserError
 from dflows.latent import AutoregressivePrior, LatentFlow
+from dflows.objectives import Local, RandomOrderings
 from lightning_modules import FlowModule, LanguageModel, LatentFlowModule, NGramModule
 from tests.commands import ROOT, environment
 from tests.dflows.cli.bad_backbones import Leaking
 from tests.training import trainer
 
 K, D, N = 3, 6, 64
+SIZES = (K, K + 2, K, K, K + 1, K)
 CONVOLUTION = partial(DilatedConvolution, width=8, layers=1)
 RECURRENT = partial(LSTM, width=8)
 
@@ -94,6 +96,8 @@ MODULES = {
     "counted": lambda: FlowModule(
         flows.bipartite(K, D, CONVOLUTION, base=partial(NGramBase, order=2)), base_count_windows=8
     ),
+    "own-classes": lambda: FlowModule(flows.bipartite(SIZES, D, CONVOLUTION), Local()),
+    "any-order": lambda: FlowModule(flows.any_order(SIZES, D, CONVOLUTION), RandomOrderings()),
     "language-model": lambda: LanguageModel(flows.language_model(K, D, RECURRENT)),
     "ngram": lambda: NGramModule(K, D, order=2),
     "latent": lambda: LatentFlowModule(
