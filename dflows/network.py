@@ -61,22 +61,7 @@ def _check_size(network: "OrderedNetwork", length: int, num_levels: int) -> None
 class OrderedNetwork(nn.Module):
     """A backbone between embeddings and a head, over an ordering.
 
-    Args:
-        num_classes: K, the classes of a value; or one number a dimension, each of which then has
-            embeddings and a head of its own.
-        length: D, the largest number of dimensions.
-        ordering: Which dimensions condition which.
-        backbone: The network, from features (N, D, width) to features (N, D, width). Conditioners
-            may share one: their embeddings and heads are their own.
-        num_logits: Logits of one dimension, such as those of a bijection; K by default.
-        context: What else it is conditioned on.
-        expert: Adds its terms to the logits, each times a gate that the network computes, 1 at
-            first. The network learns what the expert does not know.
-        any_order: Whether one network serves all orderings (:meth:`with_ordering`): it embeds no
-            levels, and is to be trained over random orderings.
-
-    Raises:
-        UserError: If the parts do not fit each other.
+    Its arguments are those of :class:`dflows.conditioner.Conditioner`, which is made of it.
     """
 
     absent: Tensor | None
