@@ -66,7 +66,7 @@ class PerDimension(Bijection):
             numbers = self.numbers[self._dimensions]
         for member in self._members():
             places = (numbers == member.num_classes).nonzero().squeeze(-1)
-            if len(places):
+            if len(places) or not len(numbers):
                 yield member, places
 
     def initial_logits(self) -> Tensor:

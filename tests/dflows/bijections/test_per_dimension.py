@@ -66,6 +66,15 @@ def test_some_dimensions_are_mapped_as_among_all(name):
 
 
 @each_bijection
+def test_no_dimension_is_an_event_too(name):
+    bijection = made(name)
+    none, logits = torch.zeros(4, 0, dtype=torch.long), torch.zeros(4, 0, bijection.num_logits)
+    assert bijection.inverse(bijection(none, logits), logits).shape == (4, 0)
+    assert bijection.local_log_likelihood(none, logits, torch.zeros(5)).shape == (4, 0)
+    assert bijection.sample_inverse(none, logits, 2, 1.0)[0].shape == (2, 4, 0)
+
+
+@each_bijection
 @pytest.mark.parametrize("inverse", [False, True])
 def test_gradients_of_one_hot_vectors_are_those_of_the_parts(name, inverse):
     bijection = made(name).double()
