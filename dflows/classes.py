@@ -1,6 +1,7 @@
 """The numbers of classes of an event: one for all dimensions, or one for each."""
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -9,10 +10,38 @@ from torch import Tensor
 
 from dflows.errors import UserError
 
-__all__ = ["Classes", "NumClasses"]
+__all__ = ["Classes", "NumClasses", "numbers_of"]
+
+SHOWN = 12
+"""The most numbers that a message has."""
 
 NumClasses: TypeAlias = int | Sequence[int]
 """K, the classes of every dimension; or K_d, one number for each of D dimensions."""
+
+
+def numbers_of(num_classes: NumClasses) -> int | tuple[int, ...]:
+    """Returns a number of classes, or several, as Python's integers.
+
+    Raises:
+        UserError: If it is no whole number, or an empty sequence.
+
+    Example:
+        >>> numbers_of(torch.tensor([2, 3]))
+        (2, 3)
+    """
+    try:
+        return operator.index(num_classes)  # type: ignore[arg-type]
+    except TypeError:
+        pass
+    try:
+        numbers = tuple(map(operator.index, num_classes))  # type: ignore[arg-type]
+    except TypeError:
+        raise UserError(
+            f"num_classes is {num_classes}: give a whole number, or one for each dimension"
+        ) from None
+    if not numbers:
+        raise UserError("num_classes is empty: give a whole number, or one for each dimension")
+    return numbers
 
 
 class Classes:
@@ -42,15 +71,16 @@ class Classes:
 
     def __init__(self, numbers: NumClasses, length: int) -> None:
         self.length = length
-        self.each = None if isinstance(numbers, int) else tuple(numbers)
-        self.largest = numbers if isinstance(numbers, int) else max(numbers, default=0)
+        found = numbers_of(numbers)
+        self.each = None if isinstance(found, int) else found
+        self.largest = found if isinstance(found, int) else max(found)
         if self.each is not None and len(self.each) != length:
             raise UserError(
                 f"num_classes has {len(self.each)} numbers, and there are {length} dimensions: "
                 "give one for each, or one for all"
             )
         if min(self.each or (self.largest,)) < 1:
-            raise UserError(f"num_classes is {numbers}: give at least 1")
+            raise UserError(f"num_classes is {found}: give at least 1")
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Classes):
@@ -63,7 +93,8 @@ class Classes:
     def __str__(self) -> str:
         if self.each is None:
             return str(self.largest)
-        return f"{min(self.each)} to {self.largest}"
+        shown = ", ".join(map(str, self.each[:SHOWN]))
+        return shown if len(self.each) <= SHOWN else f"{shown}, …"
 
     @property
     def numbers(self) -> Tensor:

@@ -50,7 +50,8 @@ def complete(
     flat, known, context, shape = _flattened(flow, y.where(known, 0), known, context)
     noise = None if greedy else flow.base.noise(len(flat), flat.shape[1], generator)
     with exactly(flat.device):
-        return flow.base.complete(flat, known, context, noise).reshape(*shape, -1)
+        found = flow.base.complete(flat, known, context, noise)
+    return found.reshape(shape + found.shape[1:])
 
 
 @torch.no_grad()
@@ -82,7 +83,8 @@ def log_prob_given(
     _check_known(y, known)
     flat, known, context, shape = _flattened(flow, y, known, context)
     with exactly(flat.device):
-        return flow.base.log_prob_given(flat, known, context).reshape(*shape, -1)
+        terms = flow.base.log_prob_given(flat, known, context)
+    return terms.reshape(shape + terms.shape[1:])
 
 
 def _check_known(y: Tensor, known: Tensor) -> None:

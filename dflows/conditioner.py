@@ -90,16 +90,16 @@ class Conditioner(OrderedNetwork):
 
     @property
     def left_to_right(self) -> bool:
-        """Whether every dimension depends on all before it, and there is no context."""
+        """Whether every dimension depends on all before it and nothing else, and all are alike."""
         natural = torch.arange(self.length)
-        return not self.takes_context and torch.equal(self.ordering.levels(self.length), natural)
+        alike = not self.takes_context and self.classes.each is None
+        return alike and torch.equal(self.ordering.levels(self.length), natural)
 
     @property
     def stateful(self) -> bool:
         """Whether windows can continue where others ended: :meth:`resume`."""
         stateful = isinstance(self.backbone, StatefulBackbone) and self.backbone.stateful
-        alike = self.expert is None and self.classes.each is None
-        return stateful and self.left_to_right and alike
+        return stateful and self.left_to_right and self.expert is None
 
     def forward(self, y: Tensor, context: Tensor | None = None, *, first_level: int = 0) -> Tensor:
         """Computes the logits of all dimensions.
@@ -211,7 +211,10 @@ class Conditioner(OrderedNetwork):
         """
         sampled = self.layout(y.shape[1], y.device).levels == level.unsqueeze(-1)
         hide = None if self.one_pass else level
-        return sampled, self._logits(self.features(y, hide, context)[sampled], y, sampled)
+        features = self.features(y, hide, context)
+        if self.classes.each is not None:  # heads of all dimensions are quicker than one a value
+            return sampled, self._logits(features, y)[sampled]
+        return sampled, self._logits(features[sampled], y, sampled)
 
     def level_by_level(self, y: Tensor, context: Tensor | None = None) -> LevelByLevel:
         """Starts an evaluation level by level.

@@ -91,10 +91,8 @@ class DiscreteFlow(nn.Module):
                 )
         for other in self.transforms:
             if not other.keeps(base.classes):
-                raise UserError(
-                    f"a {type(other).__name__} makes values of classes that their dimensions have "
-                    "not: exchange only dimensions of as many classes"
-                )
+                name = type(other).__name__
+                raise UserError(f"a {name} makes values of classes that their dimensions have not")
         base.adapt(self._orderings)
         self.evaluations: list[int] = []
         self._acceleration = Acceleration()
@@ -117,12 +115,12 @@ class DiscreteFlow(nn.Module):
     @property
     def conditional_transforms(self) -> list[ConditionalTransform]:
         """The transforms of the stack that are conditional over an ordering, base → data."""
-        found = [transform for transform in self.transforms if transform.ordering is not None]
-        return cast("list[ConditionalTransform]", found)
+        found = (one for one in self.transforms if one.ordering is not None)
+        return cast("list[ConditionalTransform]", [*found])
 
     @property
     def _orderings(self) -> list[Ordering]:
-        return [transform.ordering for transform in self.conditional_transforms]
+        return [one.ordering for one in self.conditional_transforms]
 
     @property
     def passes(self) -> int:
@@ -397,8 +395,7 @@ def _own_acceleration(flow: DiscreteFlow, what: str) -> Acceleration:
     if len(flow.transforms):
         raise UserError(
             f"{what} asked for, and a base is fitted to the levels and dimensions of its "
-            "transforms: train a flow without transforms, dflows.flows.language_model or "
-            "any_order say"
+            "transforms: train a flow without transforms, dflows.flows.language_model say"
         )
     return copy(flow._acceleration)
 

@@ -13,7 +13,7 @@ from dflows.arguments import check_layers
 from dflows.backbones import LSTM, DilatedConvolution, LevelConvolution, Transformer
 from dflows.bases import AnyOrderBase, AutoregressiveBase, Base, FactorizedBase
 from dflows.bijections import Bijection, PerDimension, RankPermutation
-from dflows.classes import NumClasses
+from dflows.classes import NumClasses, numbers_of
 from dflows.conditioner import Conditioner
 from dflows.embedding import Context
 from dflows.errors import UserError
@@ -94,12 +94,13 @@ BaseFactory: TypeAlias = Callable[[Any, int], Base] | AutoregressiveFactory
 def _expert(num_classes: NumClasses, ngram_order: int | None) -> NGramExpert | None:
     if ngram_order is None:
         return None
-    if not isinstance(num_classes, int):
+    number = numbers_of(num_classes)
+    if not isinstance(number, int):
         raise UserError(
             f"ngram_order is {ngram_order}, and num_classes has a number for each dimension: "
             "n-grams are of the same classes everywhere, so leave it away"
         )
-    return NGramExpert(num_classes, ngram_order)
+    return NGramExpert(number, ngram_order)
 
 
 def stack(
@@ -143,13 +144,12 @@ def stack(
             f"ngram_order is {ngram_order}, and there is no transform to condition on n-grams: "
             "give orderings, or unset ngram_order"
         )
+    numbers = numbers_of(num_classes)
     shared = backbone() if share_backbone else None
     transforms = []
     for number, ordering in enumerate(orderings, start=1):
         mapping = (
-            bijection(num_classes)
-            if isinstance(num_classes, int)
-            else PerDimension(bijection, num_classes)
+            bijection(numbers) if isinstance(numbers, int) else PerDimension(bijection, numbers)
         )
         conditioner = Conditioner(
             num_classes,

@@ -52,16 +52,20 @@ class HeadPerDimension(nn.Module):
         self.weight = nn.Parameter(torch.empty(length, num_logits, width).uniform_(-bound, bound))
         self.bias = nn.Parameter(torch.empty(length, num_logits).uniform_(-bound, bound))
 
+    def extra_repr(self) -> str:
+        length, num_logits, width = self.weight.shape
+        return f"{length=}, {width=}, {num_logits=}"
+
     def forward(self, features: Tensor, dimensions: Tensor) -> Tensor:
         """Computes logits of features.
 
         Args:
-            features: Features (N, n, width), or (n, width).
+            features: Features (N, n, width).
             dimensions: The dimensions (n,) that they are of.
 
         Returns:
-            Logits (N, n, num_logits), or (n, num_logits).
+            Logits (N, n, num_logits).
         """
         weight = full_precision(self.weight[dimensions])
-        logits = torch.einsum("...dw,dlw->...dl", features.to(weight.dtype), weight)
+        logits = torch.einsum("ndw,dlw->ndl", features.to(weight.dtype), weight)
         return logits + full_precision(self.bias[dimensions])

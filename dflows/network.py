@@ -82,6 +82,7 @@ class OrderedNetwork(nn.Module):
         self.length = check_dimensions(length)
         self.classes = Classes(num_classes, length)
         self.num_classes = num_classes = self.classes.largest
+        of_classes = num_logits is None
         num_logits = num_classes if num_logits is None else num_logits
         if expert is not None and any_order:
             raise UserError(
@@ -112,8 +113,8 @@ class OrderedNetwork(nn.Module):
         self.head: Head | HeadPerDimension = (
             Head(width, num_logits) if alike else HeadPerDimension(length, width, num_logits)
         )
-        # Of other logits than those of classes, a bijection knows itself which ones it reads.
-        absent = self.classes.absent if num_logits == num_classes else None
+        # A bijection knows itself which logits it reads.
+        absent = self.classes.absent if of_classes else None
         self.register_buffer("absent", absent, persistent=False)
         self.expert = expert
         if expert is not None:
@@ -288,11 +289,7 @@ class OrderedNetwork(nn.Module):
 
     def _own_logits(self, features: Tensor, length: int, chosen: Tensor | None) -> Tensor:
         """Computes logits where dimensions have classes of their own; no others have mass."""
-        dimensions = chosen
-        if chosen is None:
-            dimensions = torch.arange(length, device=features.device)
-        elif chosen.ndim == 2:
-            dimensions = chosen.nonzero()[:, 1]
+        dimensions = torch.arange(length, device=features.device) if chosen is None else chosen
         logits: Tensor = self.head(features, dimensions)
         if self.absent is None:
             return logits

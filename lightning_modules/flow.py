@@ -17,7 +17,7 @@ from dflows.errors import UserError
 from dflows.experts import Expert
 from dflows.flow import DiscreteFlow
 from dflows.metrics import ExactMatch, LevelBits, ResidualEntropy
-from dflows.objectives import EndToEnd, Layerwise, Local, Objective
+from dflows.objectives import EndToEnd, Layerwise, Local, Objective, RandomOrderings
 from dflows.orderings import Ordering, alike
 from dflows.reporting import Report
 from dflows.representations import exactly
@@ -37,12 +37,12 @@ FINE = 128
 def default_objective(flow: DiscreteFlow) -> Objective:
     """Returns the objective that trains a flow well.
 
-    It is the likelihood of a base alone, the local objective of a single transform, and layerwise
-    training of several, unless they share a network.
+    It is the likelihood of a base alone, over random orderings where it serves all; the local
+    objective of a single transform; and layerwise training of several, unless they share a network.
     """
     conditional = flow.conditional_transforms
     if not conditional:
-        return EndToEnd()
+        return RandomOrderings() if flow.base.any_order else EndToEnd()
     networks = {id(transform.conditioner.backbone) for transform in conditional}
     layerwise = 1 < len(conditional) == len(networks)
     return Layerwise() if layerwise else Local()
@@ -316,7 +316,7 @@ class FlowModule(BaseModule):
         """Returns what the model is, in a line."""
         flow = self.flow
         parts = [
-            f"{type(flow.base).__name__}, {flow.length} dimensions of {flow.num_classes} classes",
+            f"{type(flow.base).__name__}, {flow.length} dimensions of {flow.classes} classes",
             f"{flow.passes} passes to generate",
             f"{sum(parameter.numel() for parameter in self.parameters()):,} parameters",
         ]

@@ -76,6 +76,11 @@ class LanguageModel(TextModule):
         auxiliary: Auxiliary | None = None,
     ) -> None:
         super().__init__(flow, optimization)
+        if flow.base.any_order:
+            raise UserError(
+                "a LanguageModel trains one ordering, and the flow serves all: train it with "
+                "FlowModule"
+            )
         if len(flow.transforms) or flow.base.ordering is None:
             raise UserError(
                 f"a LanguageModel is an autoregressive base alone, and the flow has a "

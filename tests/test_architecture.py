@@ -43,7 +43,7 @@ NAMED = {
     "dflows.flow": {"ConditionalTransform"},
     "dflows.latent.prior": {"LSTM", "SteppedLSTM"},
     "dflows.objectives.local": {"ConditionalTransform"},
-    "lightning_modules.flow": {"EndToEnd", "Layerwise", "Local"},
+    "lightning_modules.flow": {"EndToEnd", "Layerwise", "Local", "RandomOrderings"},
     "lightning_modules.language_model": {"AutoregressiveBase"},
     "lightning_modules.ngram": {"NGramBase"},
 }

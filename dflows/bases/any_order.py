@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from dflows.bases.autoregressive import AutoregressiveBase
+from dflows.bases.autoregressive import AutoregressiveBase, check_start
 from dflows.categorical import inverse_cdf
 from dflows.conditioner import Conditioner
 from dflows.decoding import Decide
 from dflows.errors import UserError
 from dflows.orderings import Ordering
-from dflows.representations import check_logits
+from dflows.representations import check_logits, full_precision
 from dflows.views import view
 
 __all__ = ["AnyOrderBase"]
@@ -63,6 +63,7 @@ class AnyOrderBase(AutoregressiveBase):
             )
 
     def with_ordering(self, ordering: Ordering) -> "AnyOrderBase":
+        check_start(ordering, self.length)
         return view(self, conditioner=self.conditioner.with_ordering(ordering))
 
     def random_order_log_prob(self, x: Tensor, context: Tensor | None = None) -> Tensor:
@@ -73,7 +74,7 @@ class AnyOrderBase(AutoregressiveBase):
         visible = rank < known
         scores = self.score(self.conditioner.visible_logits(x, visible, context), x)
         hidden = scores.masked_fill(visible, 0).sum(dim=-1)
-        return hidden * (length / (length - known.squeeze(-1)))
+        return hidden * length / (length - known.squeeze(-1))
 
     def complete(
         self,
@@ -97,12 +98,13 @@ class AnyOrderBase(AutoregressiveBase):
     ) -> tuple[Tensor, Tensor]:
         """Decides unknown values level by level, and scores them given what was known then."""
         found, visible, terms = x.clone(), known.clone(), []
+        dtype = full_precision(self.conditioner.head.weight).dtype
         members = self.conditioner.layout(x.shape[1], x.device).members
         for dimensions in members:
             unknown = ~visible[:, dimensions]
             values = found[:, dimensions]
             if not unknown.any():
-                terms.append(torch.zeros_like(values, dtype=torch.float))
+                terms.append(torch.zeros_like(values, dtype=dtype))
                 continue
             logits = self.conditioner.visible_logits(found, visible, context)[:, dimensions]
             logits = check_logits(logits, type(self).__name__)

@@ -12,7 +12,20 @@ from dflows.orderings import Ordering
 from dflows.representations import check_logits, is_one_hot
 from dflows.views import view
 
-__all__ = ["AutoregressiveBase"]
+__all__ = ["AutoregressiveBase", "check_start"]
+
+
+def check_start(ordering: Ordering, length: int) -> None:
+    """Refuses an ordering in which nothing comes first.
+
+    Raises:
+        UserError: If no dimension has level 0.
+    """
+    if int(ordering.levels(length).min()):
+        raise UserError(
+            f"{ordering!r} has no dimension of level 0, where a base starts: give it the ordering "
+            "inside"
+        )
 
 
 class AutoregressiveBase(Base):
@@ -51,11 +64,12 @@ class AutoregressiveBase(Base):
                 f"a base reads the logits of {conditioner.num_classes} classes, and the "
                 f"conditioner has {conditioner.num_logits}: leave out its num_logits"
             )
-        if int(conditioner.ordering.levels(conditioner.length).min()):
+        if conditioner.classes.each is not None and conditioner.absent is None:
             raise UserError(
-                f"{conditioner.ordering!r} has no dimension of level 0, where a base starts: "
-                "give it the ordering inside"
+                "a base reads the logits of classes, and the conditioner was given num_logits: "
+                "leave it out"
             )
+        check_start(conditioner.ordering, conditioner.length)
         self.conditioner = conditioner
 
     @property

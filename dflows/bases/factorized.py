@@ -179,7 +179,11 @@ class FactorizedBase(ClosedFormBase):
         if marginal.ndim == 2:  # of every dimension: a group's is the mean of its dimensions'
             size = self.groups.bincount().unsqueeze(-1)
             marginal = torch.zeros_like(self.logits).index_add(0, self.groups, marginal) / size
-        peaked = torch.full_like(self.logits, (1 - PEAK) / (self.num_classes - 1))
+        there = torch.ones_like(self.logits)
+        if self.absent is not None:
+            there = there.masked_fill(self.absent, 0)
+        others = (there.sum(dim=-1, keepdim=True) - 1).clamp(min=1)
+        peaked = (1 - PEAK) / others.repeat(1, self.num_classes)
         peaked[:, 0] = PEAK
         self.logits.copy_(torch.where(self.peaked.unsqueeze(-1), peaked, marginal).log())
 

@@ -7,7 +7,7 @@ import torch
 from torch import Generator, Tensor
 
 from dflows.bases.base import Base
-from dflows.classes import NumClasses
+from dflows.classes import NumClasses, numbers_of
 from dflows.decoding import Decide
 from dflows.drafting import Drafter
 from dflows.errors import UserError
@@ -58,13 +58,14 @@ class NGramBase(Base):
     def __init__(
         self, num_classes: NumClasses, length: int, *, order: int = 6, discount: float | None = None
     ) -> None:
-        if not isinstance(num_classes, int):
+        number = numbers_of(num_classes)
+        if not isinstance(number, int):
             raise UserError(
                 "an NGramBase counts the same classes in all dimensions, and num_classes has a "
                 "number for each: choose a FactorizedBase or an AutoregressiveBase"
             )
-        super().__init__(num_classes, length)
-        self.ngrams = NGrams(num_classes, order, discount)
+        super().__init__(number, length)
+        self.ngrams = NGrams(number, order, discount)
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, length={self.length}"

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dflows.bijections.bijection import Bijection
+from dflows.classes import Classes
 from dflows.representations import is_one_hot
 from dflows.views import view
 
@@ -40,13 +41,15 @@ class PerDimension(Bijection):
     numbers: Tensor
 
     def __init__(self, bijection: Callable[[int], Bijection], num_classes: Sequence[int]) -> None:
-        members = {number: bijection(number) for number in sorted(set(num_classes))}
+        classes = Classes(num_classes, len(num_classes))
+        numbers = classes.numbers.tolist()
+        members = {number: bijection(number) for number in sorted(set(numbers))}
         most = max(member.num_logits for member in members.values())
-        super().__init__(max(num_classes), most)
-        self.each = tuple(num_classes)
+        super().__init__(classes.largest, most)
+        self.each = tuple(numbers)
         self.members = nn.ModuleDict({str(number): one for number, one in members.items()})
         self.needs_target = any(one.needs_target for one in members.values())
-        self.rule = members[max(num_classes)].rule
+        self.rule = members[classes.largest].rule
         self.register_buffer("numbers", torch.tensor(self.each), persistent=False)
         self._dimensions: Tensor | None = None
 
@@ -66,7 +69,9 @@ class PerDimension(Bijection):
             numbers = self.numbers[self._dimensions]
         for member in self._members():
             places = (numbers == member.num_classes).nonzero().squeeze(-1)
-            if len(places) or not len(numbers):
+            # Whoever has parameters is called, so that they have a gradient, if of zeros.
+            learns = any(True for _ in member.parameters())
+            if len(places) or learns or not len(numbers):
                 yield member, places
 
     def initial_logits(self) -> Tensor:

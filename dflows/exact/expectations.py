@@ -28,7 +28,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dflows.bijections import SoftmaxBijection
 from dflows.errors import UserError
-from dflows.exact.measures import states
+from dflows.exact.measures import check_alike, states
 from dflows.flow import DiscreteFlow
 from dflows.representations import to_one_hot
 from dflows.transforms import ConditionalTransform, DiscreteTransform
@@ -131,7 +131,12 @@ def _through_all(
 
 
 def states_of(flow: DiscreteFlow) -> Tensor:
-    """Returns all states (K^D, D) of a flow, on its device."""
+    """Returns all states (K^D, D) of a flow, on its device.
+
+    Raises:
+        UserError: If its dimensions have different numbers of classes.
+    """
+    check_alike(flow)
     return states(flow.num_classes, flow.length).to(next(flow.parameters()).device)
 
 

@@ -59,6 +59,19 @@ def check_enumerable(num_classes: int, length: int) -> None:
         )
 
 
+def check_alike(flow: DiscreteFlow) -> None:
+    """Refuses a flow whose dimensions have different numbers of classes.
+
+    Raises:
+        UserError: If they have: tables here have the shape (K,) * D.
+    """
+    if flow.classes.each is not None:
+        raise UserError(
+            f"the dimensions of the flow have {flow.classes} classes, and a table is of one number "
+            "for all: sum over flow.classes.states() by flow.log_prob"
+        )
+
+
 def check_probabilities(probabilities: Tensor) -> Tensor:
     """Refuses what is no table of probabilities.
 
@@ -248,6 +261,7 @@ def probabilities(flow: DiscreteFlow, block_size: int = BLOCK_SIZE) -> Tensor:
         >>> table.shape, round(table.sum().item(), 5)
         (torch.Size([3, 3, 3, 3]), 1.0)
     """
+    check_alike(flow)
     check_enumerable(flow.num_classes, flow.length)
     size = flow.num_classes, flow.length
     blocks = _log_probs(flow, flow.log_prob, *size, block_size)
@@ -318,6 +332,7 @@ def cross_entropy(flow: DiscreteFlow, probabilities: Tensor, block_size: int = B
         1.3863
     """
     table = check_probabilities(probabilities)
+    check_alike(flow)
     expected = (flow.num_classes,) * flow.length
     if table.shape != expected:
         raise UserError(

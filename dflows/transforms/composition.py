@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dflows.classes import Classes
 from dflows.transforms.transform import DiscreteTransform
 
 __all__ = ["Composition", "invert_prefix"]
@@ -26,6 +27,9 @@ class Composition(DiscreteTransform):
     @property
     def takes_context(self) -> bool:  # type: ignore[override]
         return any(transform.takes_context for transform in self.transforms)
+
+    def keeps(self, classes: Classes) -> bool:
+        return all(transform.keeps(classes) for transform in self.transforms)
 
     @property
     def passes(self) -> int:

@@ -1,5 +1,6 @@
 """Numbers of classes, and flows over dimensions of different ones, by enumeration."""
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,14 +8,15 @@ from hypothesis import strategies as st
 
 from dflows import DiscreteFlow, PermutationTransform, flows
 from dflows.backbones import LSTM, MADE, DilatedConvolution, Transformer
-from dflows.bases import FactorizedBase, NGramBase
-from dflows.bijections import RankPermutation
+from dflows.bases import AutoregressiveBase, FactorizedBase, NGramBase
+from dflows.bijections import ModularAffine, RankPermutation
 from dflows.checks import check_flow
 from dflows.classes import Classes
 from dflows.conditioner import Conditioner
 from dflows.errors import UserError
+from dflows.exact import expected_log_likelihood, probabilities
 from dflows.orderings import Natural, Parity, Reversed, Strided
-from dflows.transforms import ConditionalTransform
+from dflows.transforms import Composition, ConditionalTransform
 from tests.dflows.small import (
     BIJECTIONS,
     BOTH_PARITIES,
@@ -82,8 +84,8 @@ def test_of_one_class_there_is_no_other():
     ("numbers", "message"),
     [
         ([2, 3], "num_classes has 2 numbers, and there are 3 dimensions: give one for each"),
-        ([], "num_classes has 0 numbers"),
-        ([2, 0, 3], r"num_classes is \[2, 0, 3\]: give at least 1"),
+        ([], "num_classes is empty"),
+        ([2, 0, 3], r"num_classes is \(2, 0, 3\): give at least 1"),
         (0, "num_classes is 0: give at least 1"),
     ],
 )
@@ -295,15 +297,40 @@ def test_the_support_is_that_of_every_dimension():
         ),
         (
             lambda: DiscreteFlow(FactorizedBase(5, 4), made([Natural()]).transforms),
-            "a bijection of 2 to 5 classes does not fit a base of 5",
+            "a bijection of 2, 5, 3, 4 classes does not fit a base of 5",
         ),
         (
             lambda: ConditionalTransform(
                 RankPermutation(5), Conditioner(SIZES, 4, Natural(), LSTM(WIDTH))
             ),
-            "a RankPermutation of 5 classes was given a conditioner of 2 to 5",
+            "a RankPermutation of 5 classes was given a conditioner of 2, 5, 3, 4",
         ),
         (lambda: flows.bipartite((2, 3), 4), "num_classes has 2 numbers, and there are 4"),
+        (lambda: flows.bipartite([], 4), "num_classes is empty"),
+        (lambda: flows.bipartite([2.5, 3], 2), r"num_classes is \[2.5, 3\]: give a whole number"),
+        (
+            lambda: DiscreteFlow(FactorizedBase((3, 2, 3), 3), [PermutationTransform([2, 1, 0])]),
+            "a PermutationTransform makes values of classes that their dimensions have not",
+        ),
+        (
+            lambda: DiscreteFlow(
+                FactorizedBase((2, 5), 2), [Composition([PermutationTransform([1, 0])]).inv]
+            ),
+            "a Inverse makes values of classes that their dimensions have not",
+        ),
+        (
+            lambda: model().sample((2,), method="fixed_point", draft=NGramBase(5, 4, order=2)),
+            "the draft has num_classes 5, and the flow 2, 5, 3, 4",
+        ),
+        (
+            lambda: AutoregressiveBase(Conditioner(SIZES, 4, Natural(), LSTM(WIDTH), num_logits=5)),
+            "the conditioner was given num_logits: leave it out",
+        ),
+        (lambda: probabilities(model()), "have 2, 5, 3, 4 classes, and a table is of one number"),
+        (
+            lambda: expected_log_likelihood(made([Natural()], "shift")),
+            "have 2, 5, 3, 4 classes, and a table is of one number",
+        ),
     ],
 )
 def test_what_does_not_fit_is_refused(make, message):
@@ -312,6 +339,38 @@ def test_what_does_not_fit_is_refused(make, message):
 
 
 def test_exchanging_dimensions_of_as_many_classes_is_a_bijection():
-    swap = PermutationTransform([2, 1, 0])
-    flow = DiscreteFlow(shaken(FactorizedBase((2, 3, 2), 3)), [swap])
+    swap = PermutationTransform([1, 0, 2])
+    flow = DiscreteFlow(shaken(FactorizedBase((2, 2, 3), 3)), [swap])
     assert_exact(flow)
+    assert flow.log_prob(flow.classes.states(length=1)).exp().sum().item() == pytest.approx(1)
+
+
+@pytest.mark.parametrize("numbers", [np.array(SIZES), torch.tensor(SIZES), torch.Size(SIZES)])
+def test_numbers_may_be_of_any_integer_type(numbers):
+    for name in BIJECTIONS:
+        assert flows.autoregressive(numbers, 4, bijection=BIJECTIONS[name]).classes.each == SIZES
+    for number in (np.int64(3), torch.tensor(3)):
+        assert flows.bipartite(number, 4).classes.each is None
+        assert NGramBase(number, 4).num_classes == 3
+
+
+def test_dimensions_start_peaked_among_their_own_classes():
+    base = FactorizedBase((2, 12, 3), 3)
+    base.adapt([Natural()])
+    probs = base.log_prob(torch.zeros(1, 3, dtype=torch.long)).exp()
+    torch.testing.assert_close(probs[0, 1:], torch.full((2,), 0.5))
+
+
+def test_bijections_of_several_kinds_read_logits_of_their_own():
+    def kind(number):
+        return ModularAffine(number) if number < 4 else RankPermutation(number)
+
+    assert_exact(shaken(flows.autoregressive((6, 3), 2, BACKBONES["lstm"], bijection=kind)))
+
+
+@pytest.mark.parametrize("objective", ["local", "local-levels", "end-to-end"])
+def test_every_parameter_has_a_gradient_even_of_classes_that_are_not_transformed(objective):
+    """Processes that train together wait for each."""
+    flow = made([Natural()], "matched", "transformer", (2, 5, 3)).train()
+    prepared(objective, flow)(flow, flow.classes.draw((4, 3))).sum().backward()
+    assert all(parameter.grad is not None for parameter in flow.parameters())

@@ -19,7 +19,7 @@ from dflows.checks import CertificateError
 from dflows.embedding import Context
 from dflows.errors import UserError
 from dflows.latent import AutoregressivePrior, LatentFlow
-from dflows.objectives import Local, RandomOrderings
+from dflows.objectives import Local
 from lightning_modules import FlowModule, LanguageModel, LatentFlowModule, NGramModule
 from tests.commands import ROOT, environment
 from tests.dflows.cli.bad_backbones import Leaking
@@ -97,7 +97,7 @@ MODULES = {
         flows.bipartite(K, D, CONVOLUTION, base=partial(NGramBase, order=2)), base_count_windows=8
     ),
     "own-classes": lambda: FlowModule(flows.bipartite(SIZES, D, CONVOLUTION), Local()),
-    "any-order": lambda: FlowModule(flows.any_order(SIZES, D, CONVOLUTION), RandomOrderings()),
+    "any-order": lambda: FlowModule(flows.any_order(SIZES, D, CONVOLUTION)),
     "language-model": lambda: LanguageModel(flows.language_model(K, D, RECURRENT)),
     "ngram": lambda: NGramModule(K, D, order=2),
     "latent": lambda: LatentFlowModule(

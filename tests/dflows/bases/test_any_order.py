@@ -15,7 +15,8 @@ from dflows.embedding import Context
 from dflows.errors import UserError
 from dflows.ngrams import NGramExpert
 from dflows.objectives import RandomOrderings
-from dflows.orderings import Blocks, Natural, Permutation, Reversed, Strided
+from dflows.orderings import BehindContext, Blocks, Natural, Permutation, Reversed, Strided
+from lightning_modules import FlowModule, LanguageModel
 from tests.dflows.small import WIDTH, shaken
 
 SIZES = (2, 4, 3, 2)
@@ -58,6 +59,10 @@ def test_every_ordering_is_an_exact_distribution_of_one_network(backbone, number
             torch.testing.assert_close(log_prob, by_hand(flow, states, order))
     check_flow(flow)
     check_flow(flow.with_ordering(Strided(2)))
+
+
+def test_a_module_trains_it_over_all_orderings():
+    assert isinstance(FlowModule(made()).objective, RandomOrderings)
 
 
 def test_the_objective_estimates_the_mean_over_all_orders():
@@ -112,6 +117,17 @@ def test_every_event_may_have_its_own_known_dimensions():
     scores = log_prob_given(flow, y.view(2, 8, 4), masks.view(2, 8, 4))
     torch.testing.assert_close(scores[0, 0].sum(), flow.log_prob(y[0]).detach())
     assert not scores[1, -1].any()
+
+
+def test_no_event_and_no_unknown_value_are_events_too():
+    flow = made().double()
+    none = torch.zeros(0, 4, dtype=torch.long)
+    known = torch.tensor([True, False, True, False])
+    assert complete(flow, none, known).shape == log_prob_given(flow, none, known).shape == (0, 4)
+    y = flow.classes.draw((3, 4))
+    scores = log_prob_given(flow, y, torch.ones(4, dtype=torch.bool))
+    assert not scores.any()
+    assert scores.dtype == torch.float64
 
 
 def test_the_likeliest_values_are_taken_one_after_the_other():
@@ -186,6 +202,14 @@ def test_it_learns_conditionals_in_all_directions():
         (
             lambda: flows.language_model(3, 4).with_ordering(Reversed()),
             "a AutoregressiveBase has one ordering",
+        ),
+        (
+            lambda: made().with_ordering(BehindContext(Natural())),
+            "has no dimension of level 0, where a base starts",
+        ),
+        (
+            lambda: LanguageModel(made()),
+            "a LanguageModel trains one ordering, and the flow serves all",
         ),
         (
             lambda: flows.bipartite(3, 4).with_ordering(Reversed()),
