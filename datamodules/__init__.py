@@ -1,16 +1,18 @@
-"""Lightning datamodules: windows of character text, and synthetic data that is known exactly."""
+"""Lightning datamodules: windows of text, rows of arrays, and data that is known exactly."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from datamodules.addition import AdditionDataModule
+    from datamodules.array import ArrayDataModule
     from datamodules.enumerable import EnumerableDataModule
     from datamodules.full_rank import FullRankDataModule
     from datamodules.mixture import MixtureDataModule
     from datamodules.module import StreamDataModule
     from datamodules.potts import PottsDataModule
     from datamodules.sources import HubText, KingJames, LocalText, TextSource
+    from datamodules.splits import Splits
     from datamodules.text import TextDataModule
     from datamodules.vocabulary import (
         ByteVocabulary,
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AdditionDataModule",
+    "ArrayDataModule",
     "ByteVocabulary",
     "CharacterVocabulary",
     "EnumerableDataModule",
@@ -32,6 +35,7 @@ __all__ = [
     "LocalText",
     "MixtureDataModule",
     "PottsDataModule",
+    "Splits",
     "StreamDataModule",
     "TextDataModule",
     "TextSource",
@@ -41,6 +45,7 @@ __all__ = [
 
 _MODULES = {
     "AdditionDataModule": "addition",
+    "ArrayDataModule": "array",
     "ByteVocabulary": "vocabulary",
     "CharacterVocabulary": "vocabulary",
     "EnumerableDataModule": "enumerable",
@@ -51,6 +56,7 @@ _MODULES = {
     "LocalText": "sources",
     "MixtureDataModule": "mixture",
     "PottsDataModule": "potts",
+    "Splits": "splits",
     "StreamDataModule": "module",
     "TextDataModule": "text",
     "TextSource": "sources",

@@ -1,5 +1,8 @@
 """Random numbers that are addressed by a number, so that nobody has to keep a generator's state."""
 
+from collections.abc import Callable
+from typing import TypeAlias
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -7,6 +10,10 @@ __all__ = ["CounterRNG"]
 
 ROUNDS = 6
 """Rounds of a Feistel network, more than the four that make it hard to tell from chance."""
+
+Half: TypeAlias = NDArray[np.uint64]
+Step: TypeAlias = Callable[[Half, Half, np.uint64], tuple[Half, Half]]
+"""Maps the upper and the lower bits of numbers one to one, given the mask of either."""
 
 
 class CounterRNG:
@@ -66,15 +73,42 @@ class CounterRNG:
             >>> sorted(CounterRNG(0).shuffled(np.arange(5), 5).tolist())
             [0, 1, 2, 3, 4]
         """
+        return self._walked(numbers, size, self._forth)
+
+    def places(self, numbers: NDArray[np.integer], size: int) -> NDArray[np.int64]:
+        """Returns at which places of that order numbers stand: the inverse of :meth:`shuffled`.
+
+        Args:
+            numbers: The numbers (n,), from 0 to below `size`.
+            size: How many there are.
+
+        Example:
+            >>> CounterRNG(0).places(CounterRNG(0).shuffled(np.arange(5), 5), 5)
+            array([0, 1, 2, 3, 4])
+        """
+        return self._walked(numbers, size, self._back)
+
+    def _walked(self, numbers: NDArray[np.integer], size: int, step: Step) -> NDArray[np.int64]:
+        """Returns what a bijection of some 2**n numbers gives, again until it is below `size`."""
         half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
         mask = (np.uint64(1) << half) - np.uint64(1)
         found = numbers.astype(np.uint64)
         beyond = np.ones(len(found), bool)
         while beyond.any():
-            left, right = found[beyond] >> half, found[beyond] & mask
-            for turn in range(ROUNDS):
-                drawn = self.bits(right + np.uint64(turn << 48)) & mask
-                left, right = right, left ^ drawn
+            left, right = step(found[beyond] >> half, found[beyond] & mask, mask)
             found[beyond] = (left << half) | right
             beyond = found >= size
         return found.astype(np.int64)
+
+    def _forth(self, left: Half, right: Half, mask: np.uint64) -> tuple[Half, Half]:
+        for turn in range(ROUNDS):
+            left, right = right, left ^ self._drawn(right, turn, mask)
+        return left, right
+
+    def _back(self, left: Half, right: Half, mask: np.uint64) -> tuple[Half, Half]:
+        for turn in reversed(range(ROUNDS)):
+            left, right = right ^ self._drawn(left, turn, mask), left
+        return left, right
+
+    def _drawn(self, half: Half, turn: int, mask: np.uint64) -> Half:
+        return self.bits(half + np.uint64(turn << 48)) & mask

@@ -331,6 +331,13 @@ class StreamDataModule(pl.LightningDataModule, ABC):
                 "the checkpoint, or read the same text"
             )
 
+    def check_length(self, length: int) -> None:
+        """Refuses a checkpoint of another length, where that cannot be meant; a hook.
+
+        Args:
+            length: The number of dimensions that a model was trained with.
+        """
+
     def _evaluation_loader(self, split: str) -> "DataLoader[Tensor]":
         batches = EvaluationBatches(
             self.evaluation_chunks(split), self.row_length, self.eval_batch_size, *self._process()

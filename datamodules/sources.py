@@ -6,7 +6,6 @@ time. The blocks joined are the text to the character: no newline is changed, ad
 
 import codecs
 import gzip
-import itertools
 import logging
 import zlib
 from abc import ABC, abstractmethod
@@ -16,6 +15,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal
 
+from datamodules.splits import SPLITS, parts
 from dflows.errors import UserError
 
 if TYPE_CHECKING:
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = ["SPLITS", "HubText", "KingJames", "LocalText", "TextSource"]
 
-SPLITS = ("train", "valid", "test")
 WHOLE = (Fraction(0), Fraction(1))
 BLOCK = 1 << 18  # characters of a block
 
@@ -43,7 +42,7 @@ class TextSource(ABC):
     """
 
     def __init__(self, fractions: Sequence[float] | None = None) -> None:
-        self._parts = None if fractions is None else _parts(fractions)
+        self._parts = None if fractions is None else parts(fractions)
 
     def locate(self, split: str) -> tuple[str, Fraction, Fraction]:
         """Returns the stream that a split is in, and where in it the split begins and ends.
@@ -493,23 +492,6 @@ def _text(row: Mapping[str, Any], column: str, origin: str) -> str:
         found = "nothing" if text is None else f"a value of type {type(text).__name__}"
         raise UserError(f"{origin} has {found} in the column {column!r}, where text is expected")
     return text
-
-
-def _parts(fractions: Sequence[float]) -> dict[str, tuple[Fraction, Fraction]]:
-    """Returns where each split begins and ends, as exact parts of the whole."""
-    error = UserError(
-        "fractions must be three positive numbers that sum to 1, "
-        f"the parts of train, valid and test, not {fractions}"
-    )
-    try:
-        # By way of the decimal notation 0.05 is one twentieth, which as a float it is not.
-        train, valid, test = (Fraction(str(fraction)) for fraction in fractions)
-    except (TypeError, ValueError):
-        raise error from None
-    if min(train, valid, test) <= 0 or abs(train + valid + test - 1) > Fraction(1, 10**6):
-        raise error
-    cuts = (Fraction(0), train, train + valid, Fraction(1))
-    return dict(zip(SPLITS, itertools.pairwise(cuts), strict=True))
 
 
 def _line(error: Exception) -> str:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from datamodules.chunks import Array, Chunks, Cut, count
 from datamodules.module import StreamDataModule
-from datamodules.sources import SPLITS, KingJames, TextSource
+from datamodules.sources import KingJames, TextSource
+from datamodules.splits import SPLITS
 from datamodules.values import MemoryValues, Values, cached_counts, store_values
 from datamodules.vocabulary import (
     ByteVocabulary,

@@ -74,26 +74,36 @@ class FileValues(Values):
     Args:
         path: The file; it may be removed while this is in use.
         dtype: The type of its numbers.
+        offset: The bytes before them.
+        size: How many there are; by default all to the end of the file.
 
     Raises:
         UserError: If it cannot be read.
     """
 
-    def __init__(self, path: Path, dtype: type[np.integer]) -> None:
+    def __init__(
+        self,
+        path: Path,
+        dtype: type[np.integer] | np.dtype[np.integer],
+        offset: int = 0,
+        size: int | None = None,
+    ) -> None:
         self._path = path
         self._dtype = np.dtype(dtype)
+        self._offset = offset
         try:
             self._file = os.open(path, os.O_RDONLY)
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror}") from None
         weakref.finalize(self, os.close, self._file)
-        self._size = os.fstat(self._file).st_size // self._dtype.itemsize
+        held = (os.fstat(self._file).st_size - offset) // self._dtype.itemsize
+        self._size = held if size is None else size
 
-    def __getstate__(self) -> tuple[Path, np.dtype[Any]]:
-        return self._path, self._dtype
+    def __getstate__(self) -> tuple[Path, np.dtype[Any], int, int]:
+        return self._path, self._dtype, self._offset, self._size
 
-    def __setstate__(self, state: tuple[Path, np.dtype[Any]]) -> None:
-        self.__init__(state[0], state[1].type)  # type: ignore[misc]
+    def __setstate__(self, state: tuple[Path, np.dtype[Any], int, int]) -> None:
+        self.__init__(*state)  # type: ignore[misc]
 
     def __len__(self) -> int:
         return self._size
@@ -116,8 +126,9 @@ class FileValues(Values):
     def _read(self, place: Array, begin: int) -> None:
         """Fills an array with the numbers from a place on."""
         # One call that names its place: processes share the file, and not where it is read.
-        if os.preadv(self._file, [place.data], begin * self._dtype.itemsize) < place.nbytes:
-            raise UserError(f"{self._path} is shorter than it was: begin again, it is made anew")
+        where = self._offset + begin * self._dtype.itemsize
+        if os.preadv(self._file, [place.data], where) < place.nbytes:
+            raise UserError(f"{self._path} is shorter than it was: begin again")
 
 
 def _cache_folder() -> Path:

@@ -50,6 +50,9 @@ class Vocabulary(ABC):
     unknown: int | None = None
     """The class of all symbols that have none of their own, or None where those are errors."""
 
+    is_text = True
+    """Whether symbols one after the other are a text, of any length."""
+
     def __init__(self, symbols: Sequence[str], tokenizer: Tokenizer) -> None:
         self.symbols = tuple(symbols)
         self.tokenizer = tokenizer
@@ -301,6 +304,8 @@ class IntegerVocabulary(Vocabulary):
         >>> IntegerVocabulary(5).decode([3, 0, 4])
         '3 0 4'
     """
+
+    is_text = False
 
     def __init__(self, num_classes: int) -> None:
         if num_classes < 2:

@@ -8,6 +8,7 @@ workers of a process, so the number of workers changes nothing.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import count, islice
 
 import numpy as np
@@ -17,11 +18,14 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from datamodules.chunks import Array, Chunks, regroup
 from datamodules.counter_rng import CounterRNG
-from datamodules.values import Values
+from datamodules.splits import SplitRows
+from datamodules.values import BLOCK, Values
 
 __all__ = [
     "ConsecutiveWindows",
     "EvaluationBatches",
+    "RowsInOrder",
+    "ShuffledRows",
     "ShuffledWindows",
     "TrainingBatches",
     "TrainingStream",
@@ -52,6 +56,41 @@ class TrainingStream(ABC):
         """Returns the rows of numbers `first`, `first` + 1, … (rows, length)."""
 
 
+class _Order:
+    """Creates an endless sequence of items: every epoch has all of them, in an order of its own.
+
+    Args:
+        size: The items, 0..size-1.
+        seed: Each has orders of its own.
+    """
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size = size
+        self._seed = seed
+        self._orders: dict[int, Array] = {}
+
+    def read(self, first: int, number: int) -> tuple[Array, Array]:
+        """Returns the epochs and the items of numbers `first`, `first` + 1, … (number,)."""
+        epochs, places = np.divmod(np.arange(first, first + number), self.size)
+        items = np.empty(number, np.int64)
+        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
+            chosen = epochs == epoch
+            items[chosen] = self._of_epoch(epoch, places[chosen])
+        return epochs, items
+
+    def _of_epoch(self, epoch: int, places: Array) -> Array:
+        """Returns which items stand at places of an epoch's order."""
+        random = CounterRNG(self._seed, epoch)
+        if self.size > LARGEST_ORDER:
+            return random.shuffled(places, self.size)
+        if epoch not in self._orders:
+            if len(self._orders) > 1:
+                del self._orders[min(self._orders)]
+            self._orders[epoch] = random.permutation(self.size)
+        found: Array = self._orders[epoch][places]
+        return found
+
+
 class ShuffledWindows(TrainingStream):
     """Creates the shuffled windows of a sequence.
 
@@ -68,34 +107,80 @@ class ShuffledWindows(TrainingStream):
         super().__init__(length)
         self._values = values
         self._seed = seed
-        self._windows = _windows_of_an_epoch(len(values), length)
-        self._orders: dict[int, Array] = {}
+        self._order = _Order(_windows_of_an_epoch(len(values), length), seed)
 
     @property
     def rows_per_epoch(self) -> int:
         """The windows of an epoch."""
-        return self._windows
+        return self._order.size
 
     def read(self, first: int, rows: int) -> Array:
-        epochs, places = np.divmod(np.arange(first, first + rows), self._windows)
-        begins = np.empty(rows, np.int64)
-        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
-            chosen = epochs == epoch
-            shift = _shift(self._seed, epoch, len(self._values) - self._windows * self.length)
-            begins[chosen] = shift + self.length * self._ordered(epoch, places[chosen])
-        return self._values.windows(begins, self.length)
+        epochs, windows = self._order.read(first, rows)
+        most = len(self._values) - self._order.size * self.length
+        kinds, which = np.unique(epochs, return_inverse=True)
+        shifts = np.array([_shift(self._seed, int(epoch), most) for epoch in kinds])
+        return self._values.windows(shifts[which] + self.length * windows, self.length)
 
-    def _ordered(self, epoch: int, places: Array) -> Array:
-        """Returns which windows stand at places of an epoch's order."""
-        random = CounterRNG(self._seed, epoch)
-        if self._windows > LARGEST_ORDER:
-            return random.shuffled(places, self._windows)
-        if epoch not in self._orders:
-            if len(self._orders) > 1:
-                del self._orders[min(self._orders)]
-            self._orders[epoch] = random.permutation(self._windows)
-        found: Array = self._orders[epoch][places]
-        return found
+
+class ShuffledRows(TrainingStream):
+    """Creates the shuffled rows of a split of a table: an epoch visits every row once.
+
+    Args:
+        values: All rows of the table, one after the other.
+        length: The length of a row.
+        rows: Those of the split.
+        seed: Each has an order of its own.
+    """
+
+    def __init__(self, values: Values, length: int, rows: SplitRows, seed: int) -> None:
+        super().__init__(length)
+        self._values = values
+        self._rows = rows
+        self._order = _Order(len(rows), seed)
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """The rows of the split."""
+        return self._order.size
+
+    def read(self, first: int, rows: int) -> Array:
+        _, places = self._order.read(first, rows)
+        return self._values.windows(self._rows.at(places) * self.length, self.length)
+
+
+@dataclass(frozen=True)
+class RowsInOrder:
+    """Creates the numbers of the rows of a split, one row after the other, as the table has them.
+
+    Args:
+        values: All rows of the table, one after the other.
+        length: The length of a row.
+        rows: Those of the split.
+
+    Example:
+        >>> from datamodules.values import MemoryValues
+        >>> table = MemoryValues(np.arange(6))
+        >>> [chunk.tolist() for chunk in RowsInOrder(table, 2, SplitRows(1, 2, size=3))]
+        [[2, 3, 4, 5]]
+    """
+
+    values: Values
+    length: int
+    rows: SplitRows
+
+    def __iter__(self) -> Iterator[Array]:
+        begin = 0
+        for block in regroup(self.values, rows_at_once(self.length) * self.length):
+            rows = block.reshape(-1, self.length)
+            chosen = rows[self.rows.hold(np.arange(begin, begin + len(rows)))]
+            begin += len(rows)
+            if len(chosen):
+                yield chosen.reshape(-1)
+
+
+def rows_at_once(length: int) -> int:
+    """Returns how many rows of a length are looked at together."""
+    return max(1, BLOCK // length)
 
 
 class ConsecutiveWindows(TrainingStream):

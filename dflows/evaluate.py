@@ -146,6 +146,7 @@ def evaluate(arguments: Sequence[str]) -> None:
         _put_back_vocabulary(data_config, checkpoint, Path(folder))
         made = parser.instantiate_classes(config)
         data, split = made.data, config.split
+        data.check_length(checkpoint.length)
         longer = data.length if data.length > checkpoint.length else None
         module.resize(passes=config.passes, length=longer)
         if data.vocabulary != checkpoint.vocabulary:

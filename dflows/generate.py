@@ -29,6 +29,7 @@ from dflows.cli.configs import Parser, check_seed
 from dflows.cli.errors import run_command
 from dflows.cli.models import add_size_arguments, check_counts, find_device
 from dflows.cli.noise import quiet
+from dflows.cli.rows import check_length
 from dflows.cli.trained import TrainedModel, draw, load
 from dflows.errors import UserError
 from lightning_modules import BaseModule
@@ -79,6 +80,8 @@ def generate(arguments: Sequence[str]) -> None:
     if config.prompt == "":
         raise UserError("prompt is empty: give at least one character, or leave it away")
     checkpoint = read_checkpoint(config.checkpoint)
+    if not checkpoint.vocabulary.is_text:
+        check_length(checkpoint, config.length, config.window)
     module = load_model(checkpoint, config.allow)
     if module.conditional:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Scores a text with a checkpoint, character by character.
+"""Scores a text with a checkpoint, character by character; or an array, row by row.
 
     python -m dflows.score --checkpoint runs/lstm/version_0 letter.txt
     python -m dflows.score --checkpoint runs/lstm/version_0 letter.txt --format html -o letter.html
@@ -10,6 +10,10 @@ With ``--compare``, another checkpoint scores the same text, for a comparison.
 
 A text is cut into windows, as `python -m dflows.evaluate` cuts it; a model that reads from left to
 right can be given the end of the window before: ``--overlap 64``. `-` is the standard input.
+
+A model of rows of integers scores an array, a file .npy or .npz. It prints the nats of a row, and
+the rows and columns that surprise the model most; as JSON lines, there are the nats of every row
+and of each of its columns.
 """
 
 import io
@@ -31,6 +35,7 @@ from dflows.cli.errors import run_command
 from dflows.cli.models import add_size_arguments, check_counts, find_device, resized_flow
 from dflows.cli.noise import quiet
 from dflows.cli.page import render_page
+from dflows.cli.rows import score_array
 from dflows.cli.scoring import Scored, score
 from dflows.cli.streams import STANDARD, opened, output
 from dflows.cli.summary import stdout_console
@@ -44,7 +49,11 @@ AROUND = 20
 def _parser() -> Parser:
     parser = Parser(prog="python -m dflows.score")
     add_checkpoint_arguments(parser)
-    parser.add_argument("input", type=str, help="The text, in UTF-8; - is the standard input.")
+    parser.add_argument(
+        "input",
+        type=str,
+        help="The text, in UTF-8; - is the standard input. Of rows, a file .npy or .npz.",
+    )
     parser.add_argument(
         "--compare", type=str | None, default=None, help="Another checkpoint, for a comparison."
     )
@@ -74,6 +83,9 @@ def score_text(arguments: Sequence[str]) -> None:
     check_counts(config, "passes", "window")
     paths = [config.checkpoint, *([] if config.compare is None else [config.compare])]
     checkpoints = [read_checkpoint(path) for path in paths]
+    if not all(checkpoint.vocabulary.is_text for checkpoint in checkpoints):
+        score_array(config, checkpoints, _names(paths))
+        return
     with opened(config.input) as source:
         content = source.read()
     scored = []

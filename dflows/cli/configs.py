@@ -404,11 +404,13 @@ class FlowCLI(LightningCLI):
                     "it from the data"
                 )
         if self._resumed is not None:
+            self.datamodule.check_length(self._resumed.length)
             self.datamodule.check_vocabulary(self._resumed.vocabulary)
             load_weights(self.model, self._resumed.weights, self._resumed.path)
             self._resumed = None
         elif self.config.start is not None:
             start = read_checkpoint(self.config.start)
+            self.datamodule.check_length(start.length)
             self.datamodule.check_vocabulary(start.vocabulary)
             match_precision(self.model, start.weights)
             start_weights(self.model, start.weights, start.path)

@@ -16,7 +16,9 @@ __all__ = ["config_of", "data_of"]
 
 
 def config_of(checkpoint: Checkpoint, allowed: Sequence[str], folder: Path) -> dict[str, Any]:
-    """Returns the configuration of a checkpoint's data, whose vocabulary is a file of a folder.
+    """Returns the configuration of a checkpoint's data, with the vocabulary of the checkpoint.
+
+    It is a file of the folder, or the number of classes that was found in the data.
 
     Args:
         checkpoint: The checkpoint.
@@ -29,9 +31,11 @@ def config_of(checkpoint: Checkpoint, allowed: Sequence[str], folder: Path) -> d
     described: Any = checkpoint.config.get("data")
     check_description(StreamDataModule, described, allowed, checkpoint.path)
     data = dict(described)
-    if "vocabulary" in data.get("init_args", {}):
-        vocabulary = checkpoint.vocabulary.save(folder)
-        data["init_args"] = {**data["init_args"], "vocabulary": str(vocabulary)}
+    arguments = data["init_args"] = {**data.get("init_args", {})}
+    if "vocabulary" in arguments:
+        arguments["vocabulary"] = str(checkpoint.vocabulary.save(folder))
+    if "num_classes" in arguments:
+        arguments["num_classes"] = checkpoint.vocabulary.num_classes
     return data
 
 
