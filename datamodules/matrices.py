@@ -200,7 +200,7 @@ def _reading(name: str) -> Iterator[None]:
         raise
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UserError(f"cannot read {name}: {reason}: give the path of an array") from None
+        raise UserError(f"cannot read {name}: {reason}: give the file where it is now") from None
     except (ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         reason = " ".join(str(error).split())
         if "object" in reason.lower():
