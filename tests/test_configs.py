@@ -1,5 +1,6 @@
 """Every configuration that is shipped fits the signatures that it names, and runs where it can."""
 
+import numpy as np
 import pytest
 import yaml
 
@@ -12,18 +13,29 @@ ALL = sorted(path.relative_to(CONFIGS).as_posix() for path in CONFIGS.rglob("*.y
 # Laid over a configuration, and none by themselves.
 OVERLAYS = [name for name in ALL if name.startswith("data/") or name == "smoke/ddp.yaml"]
 EXPERIMENTS = [name for name in ALL if name not in OVERLAYS]
+# Of rows of integers; all others are of text.
+ARRAYS = ["array.yaml"]
 
 
-@pytest.fixture
-def small(tmp_path):
-    """Arguments that put a small text in the place of any other, and all files in one folder."""
-    text = write_text(tmp_path, size=5000)
+def small_data(name, folder):
+    """Arguments that put few data in the place of any others, and all files in one folder."""
+    runs = ("--trainer.logger.save_dir", folder / "runs")
+    if name in ARRAYS:
+        np.save(folder / "rows.npy", np.arange(600).reshape(100, 6) % 5)
+        return ("--data.path", folder / "rows.npy", *runs)
+    text = write_text(folder, size=5000)
     return (
         *("--data.source", "datamodules.LocalText"),
         *("--data.source.init_args.path", text),
         *("--data.vocabulary", "corpus", "--data.max_eval_characters", 300),
-        *("--trainer.logger.save_dir", tmp_path / "runs"),
+        *runs,
     )
+
+
+@pytest.fixture
+def small(tmp_path):
+    """Arguments that put a small text in the place of any other."""
+    return small_data("quickstart.yaml", tmp_path)
 
 
 def build(*arguments):
@@ -59,7 +71,7 @@ def shallow(value, key=""):
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_an_experiment_fits_the_signatures(name, small, tmp_path):
+def test_an_experiment_fits_the_signatures(name, tmp_path):
     # What is made for a GPU takes a step here with few layers on short windows, in no more passes.
     path, short = CONFIGS / name, ()
     if "/gpu/" in name:
@@ -68,7 +80,7 @@ def test_an_experiment_fits_the_signatures(name, small, tmp_path):
         path.write_text(yaml.safe_dump(config), encoding="utf-8")
     if name == "text/gpu/lanes-transformer.yaml":
         short = (*short, "--model.objective.init_args.passes", "[8, 32]")
-    cli = build("--config", path, *small, *short)
+    cli = build("--config", path, *small_data(name, tmp_path), *short)
     flow = cli.model.flow
     assert (flow.num_classes, flow.length) == (cli.datamodule.num_classes, cli.datamodule.length)
     assert cli.trainer.max_steps > 0 or cli.config.trainer.max_time is not None

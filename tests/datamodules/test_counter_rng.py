@@ -44,6 +44,16 @@ def test_integer_covers_its_range():
     assert CounterRNG(0).integer(1) == 0
 
 
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 17, 64, 1000, 10**12])
+def test_the_places_of_a_shuffle_are_found_again(size):
+    numbers = np.unique(np.linspace(0, size - 1, 1000).astype(np.int64))
+    order = CounterRNG(3).shuffled(numbers, size)
+    assert np.array_equal(CounterRNG(3).places(order, size), numbers)
+    assert np.array_equal(
+        CounterRNG(3).shuffled(CounterRNG(3).places(numbers, size), size), numbers
+    )
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 17, 64, 1000])
 def test_a_shuffle_is_a_permutation_place_by_place(size):
     places = np.arange(size)

@@ -211,7 +211,7 @@ class TestNames:
 )
 def test_what_has_to_be_in_memory_must_fit(array, ending, message, tmp_path, monkeypatch):
     path = saved(tmp_path / f"a.{ending}", array)
-    monkeypatch.setattr("dflows.memory.total_memory", lambda device: 100)
+    monkeypatch.setattr("dflows.memory.total_memory", lambda _: 100)
     with pytest.raises(UserError, match=message):
         open_matrix(path)
 

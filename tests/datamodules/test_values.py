@@ -51,6 +51,15 @@ def test_other_processes_open_the_file_themselves(cache):
     assert again.windows(np.array([5]), 9).tolist() == values.windows(np.array([5]), 9).tolist()
 
 
+def test_numbers_in_the_middle_of_a_file(tmp_path):
+    (tmp_path / "a").write_bytes(b"head" + VALUES.astype(">i2").tobytes() + b"tail")
+    values = FileValues(tmp_path / "a", np.dtype(">i2"), offset=4, size=300)
+    for found in (values, pickle.loads(pickle.dumps(values))):
+        assert len(found) == 300
+        assert np.concatenate(list(found)).tolist() == VALUES.tolist()
+        assert found.windows(np.array([298]), 3).tolist() == [[*VALUES[298:], VALUES[0]]]
+
+
 def test_a_key_is_written_once(cache):
     first = store_values([VALUES], np.uint8, "text", 3)
     second = store_values(iter(()), np.uint8, "text", 3)

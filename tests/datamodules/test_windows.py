@@ -3,13 +3,18 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from datamodules import windows
+from datamodules.splits import SplitRows, Splits
 from datamodules.values import MemoryValues
 from datamodules.windows import (
     ConsecutiveWindows,
     EvaluationBatches,
+    RowsInOrder,
+    ShuffledRows,
     ShuffledWindows,
     TrainingBatches,
     windows_in_order,
@@ -67,6 +72,54 @@ class TestShuffled:
         assert not np.array_equal(first, second - second[0] + first[0])
         assert not np.array_equal(first, other)
         assert not (np.diff(first) > 0).all()
+
+
+def table(size, length):
+    """The values of a table: row n is n, again and again."""
+    return MemoryValues(np.repeat(np.arange(size), length))
+
+
+class TestRows:
+    # The orders of epochs are set for all examples alike.
+    same = settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+    @same
+    @given(st.integers(10, 60), st.integers(1, 5), st.integers(0, 2**63 - 1), st.integers(1, 9))
+    def test_an_epoch_visits_every_row_of_its_split_once(self, size, length, seed, batch):
+        rows = Splits().of(size, "the table")["train"]
+        stream = ShuffledRows(table(size, length), length, rows, seed)
+        number = stream.rows_per_epoch
+        assert number == len(rows)
+        found = [stream.read(first, batch) for first in range(0, 3 * number, batch)]
+        read = np.concatenate(found)[: 3 * number]
+        assert (read == read[:, :1]).all()
+        of_split = sorted(rows.at(np.arange(number)).tolist())
+        for epoch in read[:, 0].reshape(3, number):
+            assert sorted(epoch.tolist()) == of_split
+
+    @same
+    @given(st.integers(0, 2**63 - 1), st.integers(0, 300), st.integers(1, 40))
+    def test_the_order_depends_on_the_seed_alone(self, seed, first, number):
+        make = [ShuffledRows(table(100, 2), 2, SplitRows(0, 90, 100, 5), seed) for _ in range(2)]
+        whole = make[0].read(0, first + number)
+        assert np.array_equal(make[1].read(first, number), whole[first:])
+
+    def test_every_epoch_and_every_seed_has_an_order_of_its_own(self):
+        rows = SplitRows(0, 100, 100)
+        first, second = ShuffledRows(table(100, 1), 1, rows, 0).read(0, 200).reshape(2, 100)
+        other = ShuffledRows(table(100, 1), 1, rows, 1).read(0, 100).reshape(-1)
+        assert len({tuple(order.tolist()) for order in (first, second, other, np.arange(100))}) == 4
+
+    @pytest.mark.parametrize("block", [1, 7, 1000])
+    def test_evaluation_has_the_order_of_the_table(self, block, monkeypatch):
+        monkeypatch.setattr(windows, "BLOCK", block)
+        for rows in Splits(folds=4, fold=1).of(50, "the table").values():
+            expected = sorted(rows.at(np.arange(len(rows))).tolist())
+            chunks = RowsInOrder(table(50, 3), 3, rows)
+            for _ in range(2):
+                found = np.concatenate(list(chunks)).reshape(-1, 3)
+                assert found[:, 0].tolist() == expected
+                assert (found == found[:, :1]).all()
 
 
 class TestConsecutive:
