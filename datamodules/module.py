@@ -332,11 +332,7 @@ class StreamDataModule(pl.LightningDataModule, ABC):
             )
 
     def check_length(self, length: int) -> None:
-        """Refuses a checkpoint of another length, where that cannot be meant; a hook.
-
-        Args:
-            length: The number of dimensions that a model was trained with.
-        """
+        """Refuses a model of another length, D, where that cannot be meant; a hook."""
 
     def _evaluation_loader(self, split: str) -> "DataLoader[Tensor]":
         batches = EvaluationBatches(

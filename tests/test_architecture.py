@@ -38,6 +38,7 @@ NAMED = {
     "dflows.checks.bijectivity": {"ConditionalTransform"},
     "dflows.checks.causality": {"Natural"},
     "dflows.checks.flow": {"Composition"},
+    "dflows.cli.rows": {"Matrix"},
     "dflows.encoders": {"LSTM"},
     "dflows.exact.expectations": {"ConditionalTransform"},
     "dflows.flow": {"ConditionalTransform"},

@@ -24,10 +24,12 @@ def command_lines():
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """The folder of a reader, where the shipped configuration trains for some steps only."""
+    """The folder of a reader, where the shipped configuration trains a small network for a step."""
     monkeypatch.chdir(tmp_path)
     config = yaml.safe_load((ROOT / "configs" / "array.yaml").read_text(encoding="utf-8"))
-    config["trainer"] |= {"max_steps": 2, "val_check_interval": 1}
+    small = {"class_path": "dflows.backbones.LSTM", "init_args": {"width": 4}}
+    config["model"]["init_args"]["flow"]["init_args"]["backbone"] = small
+    config["trainer"] |= {"max_steps": 1, "precision": "32-true"}
     config["progress_bar"] = {"refresh_rate": 0}
     (tmp_path / "array.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     return tmp_path
