@@ -124,7 +124,7 @@ class Splits:
         if self.folds is None:
             if self.fold:
                 raise UserError(f"splits.fold is {self.fold} of no folds: give splits.folds, too")
-            parts(self.fractions or FRACTIONS)
+            parts(self._fractions)
             return
         if self.fractions is not None:
             raise UserError(
@@ -137,6 +137,10 @@ class Splits:
             )
         if not 0 <= self.fold < self.folds:
             raise UserError(f"splits.fold must be from 0 to {self.folds - 1}, not {self.fold}")
+
+    @property
+    def _fractions(self) -> Sequence[float]:
+        return FRACTIONS if self.fractions is None else self.fractions
 
     def of(self, size: int, name: str) -> dict[str, SplitRows]:
         """Returns the rows of every split.
@@ -151,11 +155,11 @@ class Splits:
         if self.folds is not None:
             return self._of_folds(size, name, self.folds)
         found = {}
-        for split, part in parts(self.fractions or FRACTIONS).items():
+        for split, part in parts(self._fractions).items():
             low, high = (int(size * cut) for cut in part)
             if low == high:
                 raise UserError(
-                    f"the fractions {[*(self.fractions or FRACTIONS)]} leave no row of the {size} "
+                    f"the fractions {[*self._fractions]} leave no row of the {size} "
                     f"of {name} to {split}: give more rows, or other fractions in splits.fractions"
                 )
             found[split] = SplitRows(low, high - low, size, self.seed)

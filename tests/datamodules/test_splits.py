@@ -71,6 +71,7 @@ def test_given_splits_have_the_order_of_the_table():
     ("options", "message"),
     [
         ({"fractions": [0.5, 0.5]}, "three positive numbers that sum to 1, .* not \\[0.5, 0.5\\]"),
+        ({"fractions": []}, "three positive numbers that sum to 1, .* not \\[\\]"),
         ({"fractions": [0.9, 0.05, 0.04]}, "three positive numbers that sum to 1"),
         ({"fractions": [1.0, 0.0, 0.0]}, "three positive numbers that sum to 1"),
         ({"fractions": [0.8, 0.1, 0.1], "folds": 5}, "both given: leave one of them away"),
