@@ -21,7 +21,7 @@ from dflows.memory import check_memory
 __all__ = ["Matrix", "Source", "npz_names", "open_matrix"]
 
 Source: TypeAlias = str | Path | NDArray[Any] | Tensor
-"""A file `.npy`, a file `.npz`, `FILE.npz:NAME` for one array of several; or an array in memory."""
+"""A file `.npy`; a file `.npz`, with the name of one of its arrays after a colon; or an array."""
 
 MOST_CLASSES = 1 << 20
 """The most classes that are taken to be meant where their number is not given."""
