@@ -104,7 +104,7 @@ class ArrayDataModule(StreamDataModule):
         """
         if split not in self._counts:
             counts = torch.zeros(self.num_classes, dtype=torch.int64)
-            found = count(chunk.astype(np.int64) for chunk in self._in_order(split))
+            found = count(chunk.astype(np.int64) for chunk in self.evaluation_chunks(split))
             counts[: len(found)] = torch.from_numpy(found)
             self._counts[split] = counts
         return self._counts[split].clone()
@@ -136,9 +136,6 @@ class ArrayDataModule(StreamDataModule):
 
     def evaluation_chunks(self, split: str) -> Chunks:
         """Returns the rows of a split in the order of the array, one after the other."""
-        return self._in_order(split)
-
-    def _in_order(self, split: str) -> RowsInOrder:
         matrix, rows = self._parts[split]
         return RowsInOrder(matrix.values, self.length, rows)
 

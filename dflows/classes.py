@@ -54,6 +54,7 @@ class Classes:
         length: D.
 
     Attributes:
+        given: K, or all numbers: what makes the same classes again.
         largest: K, or the largest number.
         each: The number of every dimension, where they are given one by one; None otherwise.
 
@@ -71,7 +72,7 @@ class Classes:
 
     def __init__(self, numbers: NumClasses, length: int) -> None:
         self.length = length
-        found = numbers_of(numbers)
+        self.given = found = numbers_of(numbers)
         self.each = None if isinstance(found, int) else found
         self.largest = found if isinstance(found, int) else max(found)
         if self.each is not None and len(self.each) != length:

@@ -169,7 +169,7 @@ class OrderedNetwork(nn.Module):
             ordering = ordering.with_levels(num_levels)
         count = int(ordering.levels(length).max()) + 1
         _check_size(self, length, count if num_levels is None else num_levels)
-        classes = Classes(self.classes.each or self.num_classes, length)
+        classes = Classes(self.classes.given, length)
         return view(self, ordering=ordering, length=length, num_levels=count, classes=classes)
 
     @property

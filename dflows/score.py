@@ -16,7 +16,6 @@ the rows and columns that surprise the model most; as JSON lines, there are the 
 and of each of its columns.
 """
 
-import io
 import json
 import sys
 from collections.abc import Sequence
@@ -37,8 +36,7 @@ from dflows.cli.noise import quiet
 from dflows.cli.page import render_page
 from dflows.cli.rows import score_array
 from dflows.cli.scoring import Scored, score
-from dflows.cli.streams import STANDARD, opened, output
-from dflows.cli.summary import stdout_console
+from dflows.cli.streams import STANDARD, console_of, opened, write
 
 __all__ = ["main", "score_text"]
 
@@ -97,15 +95,12 @@ def score_text(arguments: Sequence[str]) -> None:
     names = _names(paths)
     title = "the standard input" if config.input == STANDARD else Path(config.input).name
     if config.format == "html":
-        _write(render_page(scored, names, title), config.output)
+        write(render_page(scored, names, title), config.output)
     elif config.format == "jsonl":
-        _write("".join(f"{json.dumps(one)}\n" for one in _objects(scored, names)), config.output)
-    elif config.output in (None, STANDARD):
-        _print(scored, names, title, stdout_console())
+        write("".join(f"{json.dumps(one)}\n" for one in _objects(scored, names)), config.output)
     else:
-        file = io.StringIO()
-        _print(scored, names, title, Console(file=file, width=120))
-        _write(file.getvalue(), config.output)
+        with console_of(config.output) as console:
+            _print(scored, names, title, console)
 
 
 def _comparable(scored: Sequence[Scored]) -> list[Scored]:
@@ -124,11 +119,6 @@ def _names(paths: Sequence[str]) -> list[str]:
     longest = max(map(len, parts)) if len(parts) > 1 else 0
     apart = (ends(number) for number in range(1, longest + 1))
     return next((names for names in apart if len(set(names)) == len(names)), ends(3))
-
-
-def _write(text: str, target: str | None) -> None:
-    with output(STANDARD if target is None else target) as file:
-        file.write(text.encode("utf-8", "backslashreplace"))
 
 
 def _number(bits: float) -> float | str | None:

@@ -58,7 +58,7 @@ class AutoregressiveBase(Base):
     scores_parts = False
 
     def __init__(self, conditioner: Conditioner) -> None:
-        super().__init__(conditioner.classes.each or conditioner.num_classes, conditioner.length)
+        super().__init__(conditioner.classes.given, conditioner.length)
         if conditioner.num_logits != conditioner.num_classes:
             raise UserError(
                 f"a base reads the logits of {conditioner.num_classes} classes, and the "

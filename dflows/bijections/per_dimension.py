@@ -70,8 +70,7 @@ class PerDimension(Bijection):
         for member in self._members():
             places = (numbers == member.num_classes).nonzero().squeeze(-1)
             # Whoever has parameters is called, so that they have a gradient, if of zeros.
-            learns = any(True for _ in member.parameters())
-            if len(places) or learns or not len(numbers):
+            if len(places) or not len(numbers) or any(True for _ in member.parameters()):
                 yield member, places
 
     def initial_logits(self) -> Tensor:

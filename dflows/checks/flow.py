@@ -157,7 +157,7 @@ def check_flow(
             )
         check_maps = partial(
             check_bijective,
-            num_classes=flow.classes.each or flow.num_classes,
+            num_classes=flow.classes.given,
             batch=batch,
             trained=trained,
         )

@@ -1,7 +1,6 @@
 """The nats of rows of integers, and of every column of them."""
 
 import heapq
-import io
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,15 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from datamodules.matrices import Matrix, open_matrix
 from dflows.cli.checkpoints import Checkpoint, load_model
 from dflows.cli.models import find_device, resized_flow
-from dflows.cli.streams import STANDARD, output
-from dflows.cli.summary import stdout_console
+from dflows.cli.streams import STANDARD, console_of, output
 from dflows.errors import UserError
 from dflows.flow import DiscreteFlow
 from dflows.modules import device_of
@@ -83,13 +80,8 @@ def score_array(config: Any, checkpoints: Sequence[Checkpoint], names: Sequence[
         for name, score in zip(names, scores, strict=True)
         for table in _tables(score(), name, matrix)
     ]
-    if config.output in (None, STANDARD):
-        stdout_console().print(*tables)
-        return
-    with output(config.output) as file:
-        text = io.StringIO()
-        Console(file=text, width=120).print(*tables)
-        file.write(text.getvalue().encode("utf-8", "backslashreplace"))
+    with console_of(config.output) as console:
+        console.print(*tables)
 
 
 def _check_arguments(config: Any, checkpoints: Sequence[Checkpoint]) -> None:

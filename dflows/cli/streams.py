@@ -12,6 +12,7 @@ from typing import BinaryIO, cast
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from dflows.cli.summary import stdout_console
 from dflows.errors import UserError
 from dflows.files import atomic_write, named
 
@@ -19,14 +20,19 @@ __all__ = [
     "STANDARD",
     "SUFFIX",
     "byte_bar",
+    "console_of",
     "opened",
     "output",
     "seekable",
     "size_of",
     "target_of",
+    "write",
 ]
 
 SUFFIX = ".dfl"
+COLUMNS = 120
+"""Of tables in a file."""
+
 STANDARD = "-"
 IN_MEMORY = 1 << 24
 
@@ -151,6 +157,23 @@ def output(target: str) -> Iterator[BinaryIO]:
             raise named(place, error) from error
         with file:
             yield cast("BinaryIO", file)
+
+
+def write(text: str, target: str | None) -> None:
+    """Writes a text to a file, or to the standard output where none is given."""
+    with output(STANDARD if target is None else target) as file:
+        file.write(text.encode("utf-8", "backslashreplace"))
+
+
+@contextlib.contextmanager
+def console_of(target: str | None) -> Iterator[Console]:
+    """Yields what prints tables: on the standard output, or into a file in so many columns."""
+    if target in (None, STANDARD):
+        yield stdout_console()
+        return
+    file = io.StringIO()
+    yield Console(file=file, width=COLUMNS)
+    write(file.getvalue(), target)
 
 
 def _pour(source: BinaryIO, place: Path | None) -> None:
